@@ -1,0 +1,42 @@
+# Every target sets up what it needs: .venv with the package, its dependencies and the tools.
+PYTHON ?= python3
+BIN := .venv/bin
+# two threads of arithmetic: more processes than cores make torch wait for itself
+export OMP_NUM_THREADS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint format clean
+
+help:  ## say what each target does
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/ready  ## make .venv and install the package into it
+
+# torch and torchvision are resolved in one call, so that they fit each other
+.venv/ready: setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "bioprop needs Python 3.11 or newer: $(PYTHON) is older; try make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+demo: .venv/ready  ## train BP, DTP and L-DRL on real digits and compare them (4 minutes)
+	$(BIN)/python -m bioprop.experiments.demo
+
+test: .venv/ready  ## run the tests
+	$(BIN)/python -m pytest
+
+test-slow: .venv/ready  ## run the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/ready  ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/ready  ## put the code into its standard form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove .venv and caches (not runs/)
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build src/*.egg-info

@@ -1,0 +1,1 @@
+"""Biologically plausible credit assignment for deep networks, in PyTorch Lightning."""

@@ -1,0 +1,9 @@
+"""The algorithms, one a file; each is a LightningModule that trains any network of `bioprop.networks`."""
+
+from bioprop.algorithms.backprop import Backprop
+from bioprop.algorithms.base import Algorithm
+from bioprop.algorithms.dtp import DTP
+from bioprop.algorithms.ldrl import LDRL
+from bioprop.algorithms.target_propagation import TargetPropagation
+
+__all__ = ["DTP", "LDRL", "Algorithm", "Backprop", "TargetPropagation"]

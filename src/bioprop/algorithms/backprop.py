@@ -1,0 +1,33 @@
+"""Backpropagation: the baseline of every comparison."""
+
+import torch
+from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from bioprop.algorithms.base import Algorithm, Gradients
+from bioprop.functional.gradients import backprop_gradients
+from bioprop.networks.network import Network
+
+
+class Backprop(Algorithm):
+    """Backpropagation of the mean cross-entropy (Rumelhart, Hinton & Williams, 1986).
+
+    Args:
+        network: the forward network.
+        optimizer: makes the optimizer of the weights.
+        scheduler: makes its learning-rate schedule, stepped once an epoch; None for a constant rate.
+    """
+
+    precisions = ("32-true", "64-true", "bf16-mixed", "bf16-true")
+
+    def __init__(
+        self,
+        network: Network,
+        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-4),
+        scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__(network, optimizer, scheduler)
+        self.remember()
+
+    def _gradients(self, images: Tensor, labels: Tensor) -> Gradients:
+        return Gradients(*backprop_gradients(self.network, images, labels))

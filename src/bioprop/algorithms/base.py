@@ -1,0 +1,233 @@
+"""What all algorithms share: the skeleton of a training step, metrics, optimizers, checkpoints."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, NamedTuple, Self, cast
+
+import torch
+import torch.nn.functional as F
+from pytorch_lightning import LightningModule
+from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from pytorch_lightning.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from bioprop.algorithms.settings import comparable_settings, describe_optimization, refuse_changes
+from bioprop.errors import UserError
+from bioprop.functional.gradients import preserve_state
+from bioprop.networks.network import Network, build_network
+
+Batch = tuple[Tensor, Tensor]
+SPLITS = ("train", "val", "test")
+PER_EPOCH: dict[str, Any] = {"on_step": False, "on_epoch": True}
+
+
+class Gradients(NamedTuple):
+    """Gradient of every forward parameter by its name in the network, in units of the BP gradient; and the logits."""
+
+    forward: dict[str, Tensor]
+    logits: Tensor
+
+
+class Algorithm(LightningModule, ABC):
+    """A way to train a network; `training_step` is the whole of it.
+
+    Args:
+        network: the forward network; its weights are the ones being trained.
+        optimizer: makes the optimizer of the forward weights from their list.
+        scheduler: makes the learning-rate schedule of that optimizer, stepped once an epoch; None for a constant rate.
+
+    Raises:
+        UserError: if a hyperparameter is out of its range, naming it.
+    """
+
+    #: Lightning precisions under which the algorithm's arithmetic keeps its meaning.
+    precisions: tuple[str, ...] = ("32-true", "64-true")
+
+    def __init__(self, network: Network, optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.network = network
+        self._make_optimizer = optimizer
+        self._make_scheduler = scheduler
+        self._optimization: dict[str, Any] = {}
+        self._resumed_optimization: dict[str, Any] | None = None
+        classes = network.stages()[-1][1].output_shape[0]
+        self.accuracies = nn.ModuleDict({f"{split}_set": _accuracies(split, classes) for split in SPLITS})
+
+    # -- the algorithm -------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Phase 1 trains the feedback weights, phase 2 the forward weights, on the same batch."""
+        images, labels = self._as_network(batch)
+        feedback_losses = self.train_feedback(images, labels)
+        gradients = self._gradients(images, labels)
+        self._step_forward_weights(gradients.forward)
+        loss = F.cross_entropy(gradients.logits, labels)
+        self._log_batch("train", gradients.logits, labels, loss)
+        if feedback_losses:
+            self.log("train/feedback_loss", torch.stack(list(feedback_losses.values())).sum(), **PER_EPOCH)
+        return {"loss": loss, "feedback_losses": feedback_losses}
+
+    @abstractmethod
+    def _gradients(self, images: Tensor, labels: Tensor) -> Gradients:
+        """Compute the gradients of one batch; buffers and random state may move."""
+
+    @property
+    def gradient_scale(self) -> float:
+        """What the forward optimizer is handed, in units of `forward_gradients`; ``beta`` in target propagation."""
+        return 1.0
+
+    def forward_gradients(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Return the update direction of every forward parameter, in units of the mean-loss BP gradient.
+
+        Changes nothing: no weights, buffers, ``.grad`` or random state.
+
+        Args:
+            images: ``[batch, channels, height, width]``.
+            labels: ``[batch]``.
+
+        Returns:
+            A tensor for each name of ``network.named_parameters()``, in the parameter's shape.
+        """
+        with preserve_state(self):
+            return self._gradients(images, labels).forward
+
+    def train_feedback(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Phase 1 on one batch: train the feedback weights, if the algorithm has any.
+
+        Returns:
+            The mean feedback loss by name of stage; empty without feedback weights.
+        """
+        return {}
+
+    def symmetrize_feedback(self) -> None:
+        """Set every feedback weight to a copy of its forward weight (``G = F^T``); nothing without feedback weights."""
+
+    def feedback_angles(self) -> dict[str, float]:
+        """Return degrees between each forward weight and its feedback weight, by stage; empty without the latter."""
+        return {}
+
+    def _step_forward_weights(self, gradients: dict[str, Tensor]) -> None:
+        for name, parameter in self.network.named_parameters():
+            if name in gradients:
+                parameter.grad = self.gradient_scale * gradients[name]
+        # The forward optimizer comes first; wrapped by Lightning, its steps make `global_step` count batches.
+        optimizers = self.optimizers()
+        optimizer = optimizers[0] if isinstance(optimizers, list) else optimizers
+        optimizer.step()
+        optimizer.zero_grad()
+
+    # -- evaluation ----------------------------------------------------------------------------------------------
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute logits ``[batch, classes]``."""
+        logits: Tensor = self.network(images)
+        return logits
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Log loss and accuracy; trains nothing."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Log loss and accuracy; trains nothing."""
+        self._evaluate("test", batch)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return class probabilities ``[batch, classes]``."""
+        images, _ = self._as_network(batch)
+        return torch.softmax(self(images), dim=1)
+
+    def _evaluate(self, split: str, batch: Batch) -> None:
+        images, labels = self._as_network(batch)
+        logits = self(images)
+        self._log_batch(split, logits, labels, F.cross_entropy(logits, labels))
+
+    def _log_batch(self, split: str, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
+        metrics = cast(MetricCollection, self.accuracies[f"{split}_set"])
+        metrics.update(logits, labels)
+        self.log(f"{split}/loss", loss, batch_size=len(labels), prog_bar=split == "train", **PER_EPOCH)
+        self.log_dict(metrics, batch_size=len(labels), prog_bar=split == "val", **PER_EPOCH)
+
+    def _as_network(self, batch: Batch) -> Batch:
+        """Give the images the weights' floating-point type: data modules hand out float32."""
+        return batch[0].to(next(self.network.parameters()).dtype), batch[1]
+
+    # -- Lightning -----------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        """Build the forward optimizer and its schedule."""
+        optimizer = self._make_optimizer(self.network.parameters())
+        scheduler = None if self._make_scheduler is None else self._make_scheduler(optimizer)
+        self._optimization = describe_optimization(optimizer, scheduler)
+        if self._resumed_optimization is not None:
+            refuse_changes(self._resumed_optimization, self._optimization)
+        return [optimizer], [] if scheduler is None else [scheduler]
+
+    def on_fit_start(self) -> None:
+        """Refuse at start-up what would train something else than the algorithm.
+
+        Raises:
+            UserError: for a precision or a number of processes the algorithm does not support.
+        """
+        if self.trainer.precision not in self.precisions:
+            raise UserError(
+                f"precision {self.trainer.precision} is not supported by {type(self).__name__}: choose one of "
+                f"{', '.join(self.precisions)}"
+            )
+        if self.trainer.world_size > 1:
+            raise UserError(
+                f"{self.trainer.world_size} processes would train apart, since gradients are not averaged over "
+                "processes yet: use --trainer.devices=1"
+            )
+
+    def on_train_epoch_end(self) -> None:
+        """Step the learning-rate schedules: Lightning leaves them alone in manual optimization."""
+        schedulers = self.lr_schedulers() or []
+        for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
+            if isinstance(scheduler, ReduceLROnPlateau):
+                scheduler.step(self.trainer.callback_metrics[scheduler.monitor])
+            else:
+                scheduler.step()
+
+    def remember(self, **settings: Any) -> None:
+        """Record constructor arguments as plain data, which every checkpoint can hold and load again."""
+        self._log_hyperparams = True
+        self._set_hparams({"network": self.network.description(), **settings})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what the hyperparameters leave out: the class, and the settings of the optimizer."""
+        checkpoint["algorithm"] = type(self).__name__
+        checkpoint["optimization"] = self._optimization
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to resume under other settings than the checkpoint's, where one of the two would silently lose.
+
+        Raises:
+            UserError: naming each setting that differs.
+        """
+        if self._trainer is None:  # `load_from_checkpoint` builds from the checkpoint's own settings
+            return
+        resuming = self.trainer.state.fn == TrainerFn.FITTING
+        refuse_changes(*comparable_settings(checkpoint, self, getattr(self.trainer, "datamodule", None), resuming))
+        if resuming:  # the optimizers are made, and compared, after this hook
+            self._resumed_optimization = checkpoint["optimization"]
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, network: Network | None = None, **kwargs: Any
+    ) -> Self:
+        """Rebuild the algorithm, and its network unless one is given, with the weights of a checkpoint."""
+        if network is None:
+            checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+            network = build_network(checkpoint["hyper_parameters"]["network"])
+        loaded: Self = super().load_from_checkpoint(checkpoint_path, weights_only=True, network=network, **kwargs)
+        return loaded
+
+
+def _accuracies(split: str, classes: int) -> MetricCollection:
+    top = {"accuracy": 1, "accuracy_top5": 5} if classes > 5 else {"accuracy": 1}
+    metrics = {name: MulticlassAccuracy(classes, k, average="micro", validate_args=False) for name, k in top.items()}
+    # grouping would merge the two for good whenever they agree on the first batch
+    return MetricCollection(metrics, prefix=f"{split}/", compute_groups=False)  # type: ignore[arg-type]

@@ -1,0 +1,69 @@
+"""DTP: difference target propagation with feedback trained to reconstruct."""
+
+import torch
+from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from bioprop.algorithms.target_propagation import TargetPropagation
+from bioprop.functional.activations import MirrorName
+from bioprop.functional.feedback_losses import FeedbackGradient, reconstruction_gradient
+from bioprop.networks.mirrors import Mirror
+from bioprop.networks.network import Network
+from bioprop.networks.stages import Stage, StageOutput
+
+
+class DTP(TargetPropagation):
+    """Difference target propagation (Lee, Zhang, Fischer & Bengio, ECML 2015).
+
+    For each stage n >= 2 and some iterations a batch: draw noise ``eps``, then descend the reconstruction loss
+    ``mean_batch |s^{n-1} + eps - G(F(s^{n-1} + eps))|^2`` in the feedback weights, which makes ``G`` an inverse of
+    ``F``. Targets follow ``t^{n-1} = s^{n-1} + G(t^n) - G(s^n)``. The update is not the gradient, nor near it.
+
+    Hyperparameters of feedback training are one value for all stages or exactly one for each stage n >= 2.
+
+    Args:
+        network: the forward network.
+        beta: step of the output target along the gradient, above 0. The forward learning rate acts times ``beta``.
+        noise: standard deviation of ``eps``, in units of the activations, above 0.
+        feedback_lr: learning rate of the feedback weights (SGD).
+        iterations: feedback iterations a batch, 0 to leave a stage's feedback as it was drawn.
+        mirror: ``exact`` (ours) or ``paper`` (of Ernoult et al., 2022): the form of the feedback operator.
+        feedback_momentum: of the feedback weights' SGD.
+        optimizer: makes the optimizer of the forward weights.
+        scheduler: makes its learning-rate schedule, stepped once an epoch; None for a constant rate.
+
+    Raises:
+        UserError: if a hyperparameter is out of its range, a list has the wrong length, or a stage has no mirror.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        beta: float = 0.5,
+        noise: float | tuple[float, ...] = 0.1,
+        feedback_lr: float | tuple[float, ...] = 1e-3,
+        iterations: int | tuple[int, ...] = 1,
+        mirror: MirrorName = "exact",
+        feedback_momentum: float = 0.9,
+        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-4),
+        scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__(
+            network,
+            beta=beta,
+            noise=noise,
+            feedback_lr=feedback_lr,
+            feedback_momentum=feedback_momentum,
+            feedback_step="sgd",
+            iterations=iterations,
+            mirror=mirror,
+            optimizer=optimizer,
+            scheduler=scheduler,
+        )
+
+    def feedback_gradient(
+        self, stage: Stage, mirror: Mirror, inputs: Tensor, clean: StageOutput, sigma: float, generator: torch.Generator
+    ) -> FeedbackGradient:
+        """Gradient of the reconstruction loss around the stage's input."""
+        noise = sigma * torch.randn(inputs.shape, dtype=inputs.dtype, device=inputs.device, generator=generator)
+        return reconstruction_gradient(stage, mirror, inputs, noise)

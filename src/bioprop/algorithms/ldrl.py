@@ -1,0 +1,74 @@
+"""L-DRL: layer-wise difference target propagation with the difference reconstruction loss."""
+
+import torch
+from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from bioprop.algorithms.target_propagation import FeedbackStep, TargetPropagation
+from bioprop.functional.activations import MirrorName
+from bioprop.functional.feedback_losses import FeedbackGradient, ldrl_gradient
+from bioprop.networks.mirrors import Mirror
+from bioprop.networks.network import Network
+from bioprop.networks.stages import Stage, StageOutput
+
+
+class LDRL(TargetPropagation):
+    """Layer-wise feedback training towards the transposed Jacobian (Ernoult et al., ICML 2022).
+
+    For each stage n >= 2 and some iterations a batch: draw noise ``eps``, ``eta`` of standard deviation ``sigma``, then
+    descend ``mean_batch[ -2 <eps, G(F(s^{n-1} + eps)) - G(s^n)> + |G(s^n + eta) - G(s^n)|^2 ]`` in the feedback
+    weights. Its minimiser is ``J_G = J_F^T`` (Jacobian Matching Condition), under which the forward update tends to
+    ``beta`` times the BP gradient as ``beta -> 0`` (Gradient Matching Property).
+
+    Hyperparameters of feedback training are one value for all stages or exactly one for each stage n >= 2.
+
+    Args:
+        network: the forward network.
+        beta: step of the output target along the gradient, above 0. The forward learning rate acts times ``beta``.
+        noise: ``sigma``, in units of the activations, above 0.
+        feedback_lr: for ``normalized`` the fraction ``eta`` of a Newton step, in (0, 1]; for ``sgd`` the learning rate.
+        iterations: feedback iterations a batch, 0 to leave a stage's feedback as it was drawn.
+        mirror: ``exact`` (ours) or ``paper``, the authors' form of the feedback operator.
+        feedback_step: ``normalized`` (ours: by the loss's curvature, no momentum) or ``sgd``, as published.
+        feedback_momentum: of ``sgd``.
+        optimizer: makes the optimizer of the forward weights.
+        scheduler: makes its learning-rate schedule, stepped once an epoch; None for a constant rate.
+
+    Raises:
+        UserError: if a hyperparameter is out of its range, a list has the wrong length, or a stage has no mirror.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        beta: float = 0.5,
+        noise: float | tuple[float, ...] = 0.1,
+        feedback_lr: float | tuple[float, ...] = 0.1,
+        iterations: int | tuple[int, ...] = 20,
+        mirror: MirrorName = "exact",
+        feedback_step: FeedbackStep = "normalized",
+        feedback_momentum: float = 0.9,
+        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-4),
+        scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__(
+            network,
+            beta=beta,
+            noise=noise,
+            feedback_lr=feedback_lr,
+            feedback_momentum=feedback_momentum,
+            feedback_step=feedback_step,
+            iterations=iterations,
+            mirror=mirror,
+            optimizer=optimizer,
+            scheduler=scheduler,
+        )
+
+    def feedback_gradient(
+        self, stage: Stage, mirror: Mirror, inputs: Tensor, clean: StageOutput, sigma: float, generator: torch.Generator
+    ) -> FeedbackGradient:
+        """Gradient of the L-DRL loss on fresh noise at the stage's input and output."""
+        input_noise = sigma * torch.randn(inputs.shape, dtype=inputs.dtype, device=inputs.device, generator=generator)
+        output = clean.output
+        output_noise = sigma * torch.randn(output.shape, dtype=output.dtype, device=output.device, generator=generator)
+        return ldrl_gradient(stage, mirror, inputs, output, clean.switches, input_noise, output_noise, sigma)

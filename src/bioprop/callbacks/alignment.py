@@ -1,0 +1,100 @@
+"""How far an algorithm's updates point from the gradient."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from bioprop.algorithms.base import Algorithm, Batch
+from bioprop.errors import UserError
+from bioprop.functional.angles import angle_degrees, flatten_all, norm_ratio
+from bioprop.functional.gradients import backprop_gradients, preserve_state
+
+
+class Alignment(NamedTuple):
+    """Angle (degrees) and norm ratio of an update to the BP gradient, as float64 scalars."""
+
+    angle: Tensor
+    norm_ratio: Tensor
+
+
+def alignment_to_backprop(algorithm: Algorithm, images: Tensor, labels: Tensor) -> dict[str, Alignment]:
+    """Compare `forward_gradients` with the BP gradient on one batch; changes nothing.
+
+    Args:
+        algorithm: whose updates are compared.
+        images: ``[batch, channels, height, width]``.
+        labels: ``[batch]``.
+
+    Returns:
+        The alignment of each stage, all of its parameters taken as one vector, and that of all stages as ``overall``.
+    """
+    updates = algorithm.forward_gradients(images, labels)
+    with preserve_state(algorithm):
+        gradients, _ = backprop_gradients(algorithm.network, images, labels)
+    return {stage: _align(updates, gradients, f"{stage}.") for stage, _ in algorithm.network.stages()} | {
+        "overall": _align(updates, gradients, "")
+    }
+
+
+def _align(updates: Mapping[str, Tensor], gradients: Mapping[str, Tensor], prefix: str) -> Alignment:
+    names = [name for name in gradients if name.startswith(prefix)]
+    update, gradient = (flatten_all(tensors[name] for name in names) for tensors in (updates, gradients))
+    return Alignment(angle_degrees(update, gradient), norm_ratio(update, gradient))
+
+
+class AlignmentToBackprop(Callback):
+    """Log the angle and the norm ratio between an algorithm's update and the BP gradient.
+
+    Before training and after each epoch, on the first images of the validation set, as they are (not augmented):
+    ``angle/<stage>`` and ``angle/overall`` in degrees, ``norm_ratio/<stage>`` and ``norm_ratio/overall``.
+
+    Args:
+        max_images: how many images the held batch has at most; also no more than a validation batch has.
+        every_n_epochs: epochs from one measurement to the next; 0 never measures.
+
+    Raises:
+        UserError: if a number is out of its range.
+    """
+
+    def __init__(self, max_images: int = 256, every_n_epochs: int = 1) -> None:
+        if max_images < 1:
+            raise UserError(f"alignment.max_images is {max_images}, but it must be at least 1")
+        if every_n_epochs < 0:
+            raise UserError(f"alignment.every_n_epochs is {every_n_epochs}, but it must be at least 0 (0: never)")
+        self.max_images = max_images
+        self.every_n_epochs = every_n_epochs
+        self._held: Batch | None = None
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Hold the first validation batch, which is on the device and normalised by now."""
+        if batch_idx == 0:
+            images, labels = batch
+            self._held = images[: self.max_images], labels[: self.max_images]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure before the first update: as epoch -1, straight to the logger, since no epoch has begun."""
+        if self.every_n_epochs and trainer.current_epoch == 0 and trainer.logger:
+            values = {name: float(value) for name, value in self._measure(pl_module).items()}
+            if values:
+                trainer.logger.log_metrics(values | {"epoch": -1}, step=0)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure once the epoch's last update is done."""
+        if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            pl_module.log_dict(self._measure(pl_module))
+
+    def _measure(self, module: LightningModule) -> dict[str, Tensor]:
+        if self._held is None or not isinstance(module, Algorithm):
+            return {}
+        # validation runs in inference mode, whose tensors autograd cannot use: hence the copies
+        images, labels = (tensor.clone() for tensor in self._held)
+        with torch.inference_mode(False):
+            measured = alignment_to_backprop(module, images.to(next(module.network.parameters()).dtype), labels)
+        return {f"angle/{name}": value.angle.float() for name, value in measured.items()} | {
+            f"norm_ratio/{name}": value.norm_ratio.float() for name, value in measured.items()
+        }

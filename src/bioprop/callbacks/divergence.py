@@ -1,0 +1,71 @@
+"""Stops a run whose numbers are no longer numbers."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from bioprop.algorithms.base import Algorithm
+from bioprop.algorithms.target_propagation import TargetPropagation
+from bioprop.errors import UserError
+
+
+class DivergenceError(UserError):
+    """A loss or a weight became infinite or NaN."""
+
+
+class DivergenceGuard(Callback):
+    """Stop as soon as a loss or a weight is infinite or NaN, naming the stage and what to lower.
+
+    Looks once a batch at every loss and at the norm of the forward and of the feedback weights, read together in one
+    transfer from the device. Checkpoints are written at the end of an epoch only, so the last one written is good.
+    """
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Check the batch that was just trained on.
+
+        Raises:
+            DivergenceError: naming the stage and the hyperparameter to lower.
+        """
+        if not isinstance(pl_module, Algorithm):
+            return
+        # get_total_norm would take the norms of float32 weights in float32: overflow is divergence too
+        norm = get_total_norm([parameter.detach() for parameter in pl_module.parameters()])
+        losses: Mapping[str, Tensor] = outputs["feedback_losses"]
+        watched = torch.stack([norm.float(), outputs["loss"].float(), *(loss.float() for loss in losses.values())])
+        if not torch.isfinite(watched).all():
+            output, _ = pl_module.network.stages()[-1]
+            overflow = (
+                f"the output of stage {output} became infinite or NaN: lower the learning rate of model.optimizer"
+            )
+            cause = next(_causes(pl_module, losses), overflow)
+            kept = _last_checkpoint(trainer)
+            raise DivergenceError(
+                f"training diverged in epoch {trainer.current_epoch}, batch {batch_idx}: {cause} ({kept})"
+            )
+
+
+def _causes(algorithm: Algorithm, feedback_losses: Mapping[str, Tensor]) -> Iterator[str]:
+    """Say what went wrong, in the order of cause and effect: feedback first, then the forward weights it steers."""
+    feedback = algorithm.mirrored_stages() if isinstance(algorithm, TargetPropagation) else []
+    for name, _, mirror in feedback:
+        broken_loss = name in feedback_losses and not torch.isfinite(feedback_losses[name])
+        if broken_loss or not _finite(mirror.parameters()):
+            yield f"the feedback weights of stage {name} became infinite or NaN: lower model.feedback_lr for it"
+    for name, stage in algorithm.network.stages():
+        if not _finite(stage.parameters()):
+            yield f"the weights of stage {name} became infinite or NaN: lower the learning rate of model.optimizer"
+
+
+def _finite(parameters: Iterator[Tensor]) -> bool:
+    return all(bool(torch.isfinite(parameter).all()) for parameter in parameters)
+
+
+def _last_checkpoint(trainer: Trainer) -> str:
+    path = getattr(trainer.checkpoint_callback, "last_model_path", "")
+    return f"the last good checkpoint is {path}" if path else "no epoch was finished, so there is no checkpoint yet"

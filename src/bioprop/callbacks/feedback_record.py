@@ -1,0 +1,63 @@
+"""The course of feedback training within a batch, for figures."""
+
+import csv
+from contextlib import ExitStack
+from typing import Any
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+from bioprop.algorithms.target_propagation import FeedbackIteration, TargetPropagation
+from bioprop.callbacks.run_folder import run_folder
+from bioprop.errors import UserError
+
+COLUMNS = ("epoch", "batch", "stage", "iteration", "loss", "angle")
+
+
+class FeedbackRecord(Callback):
+    """Write every iteration of feedback training on some batches to ``feedback_training.csv`` in the run's folder.
+
+    Columns: epoch, batch, stage, iteration, feedback loss before the step, and the angle (degrees) between forward
+    and feedback weight after it. Batches that are not recorded cost nothing; algorithms without feedback training
+    leave no file.
+
+    Args:
+        every_n_batches: batches from one recorded batch to the next within an epoch, counted from its first.
+
+    Raises:
+        UserError: if ``every_n_batches`` is below 1.
+    """
+
+    def __init__(self, every_n_batches: int = 100) -> None:
+        if every_n_batches < 1:
+            raise UserError(f"FeedbackRecord: every_n_batches is {every_n_batches}, but it must be at least 1")
+        self.every_n_batches = every_n_batches
+        self._seen: list[FeedbackIteration] = []
+        self._observing = ExitStack()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Begin to observe a batch that is to be recorded."""
+        if isinstance(pl_module, TargetPropagation) and batch_idx % self.every_n_batches == 0:
+            self._observing.enter_context(pl_module.observe_feedback(self._seen.append))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write what was seen."""
+        self._observing.close()
+        if not self._seen:
+            return
+        path = run_folder(trainer) / "feedback_training.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.writer(file)
+            if is_new:
+                writer.writerow(COLUMNS)
+            for seen in self._seen:
+                row = (seen.stage, seen.iteration, float(seen.loss), float(seen.angle))
+                writer.writerow((trainer.current_epoch, batch_idx, *row))
+        self._seen.clear()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stop observing when a batch was cut short."""
+        self._observing.close()

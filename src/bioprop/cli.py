@@ -1,0 +1,191 @@
+"""The command line: ``bioprop fit|validate|test|predict``, a LightningCLI."""
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import dict_to_namespace
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from bioprop.algorithms import Algorithm
+from bioprop.callbacks import AlignmentToBackprop, DivergenceGuard, EpochSeconds, PredictionsFile
+from bioprop.callbacks.run_folder import experiment_folder, run_folder
+from bioprop.cli_messages import OneSentenceParser
+from bioprop.datamodules import ImageDataModule
+from bioprop.errors import UserError
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Save the resolved configuration as ``config.yaml`` in the run's own folder, whatever the logger."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the file, or overwrite it where a run is repeated in the same folder."""
+        path = run_folder(trainer) / self.config_filename
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, str(path), skip_none=False, overwrite=True)
+
+
+class BiopropCLI(LightningCLI):
+    """Names network, algorithm and data by class; each has its own arguments."""
+
+    def __init__(self, args: ArgsType = None) -> None:
+        super().__init__(
+            Algorithm,
+            ImageDataModule,
+            save_config_callback=SaveRunConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            # one process: gradients are not averaged over several yet, and Lightning's "auto" takes every GPU it finds
+            trainer_defaults={"callbacks": [DivergenceGuard(), EpochSeconds(), PredictionsFile()], "devices": 1},
+            seed_everything_default=0,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            args=args,
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Make the parser whose errors are one sentence each."""
+        return OneSentenceParser(**kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Let image shape and number of classes flow from the data to the network, and name the standing callbacks."""
+        for name in ("image_shape", "num_classes"):
+            parser.link_arguments(f"data.{name}", f"model.init_args.network.init_args.{name}", apply_on="instantiate")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.monitor": "val/accuracy",
+                "checkpoint.mode": "max",
+                "checkpoint.filename": "best",
+                "checkpoint.save_last": True,
+                # after the epoch's schedule step, so that a resumed run has the learning rate of an unbroken one
+                "checkpoint.save_on_train_epoch_end": True,
+            }
+        )
+        parser.add_lightning_class_args(AlignmentToBackprop, "alignment")
+
+    def _parse_ckpt_path(self) -> None:
+        """Keep the checkpoint's hyperparameters from overwriting the command line's.
+
+        Lightning merges them silently; we compare the two when the checkpoint is loaded, and refuse a conflict.
+        """
+
+    def before_instantiate_classes(self) -> None:
+        """Log to ``runs/<algorithm>_<network>_<data>/version_<n>`` unless a logger was named."""
+        config = self.config[self.subcommand]
+        if config.trainer.logger in (None, True):
+            parts = (config.model, config.model.init_args.network, config.data)
+            name = "_".join(part.class_path.rpartition(".")[2].lower() for part in parts)
+            config.trainer.logger = dict_to_namespace(
+                {"class_path": "pytorch_lightning.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": name}}
+            )
+
+    def after_instantiate_classes(self) -> None:
+        """Turn ``--ckpt_path last`` and ``best`` into the newest such file of the runs of this name.
+
+        Raises:
+            UserError: if there is no such file, or a command that evaluates was given no checkpoint.
+        """
+        config = self.config_init[self.subcommand]
+        if config.ckpt_path in ("last", "best"):
+            config.ckpt_path = str(newest_checkpoint(experiment_folder(self.trainer), config.ckpt_path))
+        elif config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
+            raise UserError(f"--ckpt_path {config.ckpt_path}: there is no such file; 'last' and 'best' work too")
+        elif config.ckpt_path is None and self.subcommand != "fit":
+            raise UserError(
+                f"bioprop {self.subcommand} needs --ckpt_path, or it would judge untrained weights: "
+                "give a file, 'best' or 'last'"
+            )
+
+
+def newest_checkpoint(folder: Path, kind: str) -> Path:
+    """Find the checkpoint ``last`` or ``best`` that was written last among the runs in a folder.
+
+    Args:
+        folder: the folder of the runs of one name.
+        kind: ``last`` or ``best``.
+
+    Raises:
+        UserError: if no run in the folder has one.
+    """
+    candidates = [*folder.glob(f"*/checkpoints/{kind}.ckpt"), *folder.glob(f"checkpoints/{kind}.ckpt")]
+    if not candidates:
+        raise UserError(f"--ckpt_path {kind}: no run in {folder} has written {kind}.ckpt yet; give a file's path")
+    newest = max(candidates, key=lambda path: path.stat().st_mtime)
+    logging.getLogger(__name__).info("using checkpoint %s", newest)
+    return newest
+
+
+def main(args: ArgsType = None) -> BiopropCLI:
+    """Run one command.
+
+    Args:
+        args: the words after ``bioprop``; those of the process by default.
+
+    Returns:
+        The command line object, with the trainer, model and data it made.
+
+    Raises:
+        UserError: for a mistake that only showed while the run was set up or under way.
+        SystemExit: with status 2, for arguments that do not parse.
+    """
+    with _calm_output(), _plain_user_errors():
+        return BiopropCLI(args)
+
+
+def run() -> None:
+    """Run the command that the process was called with; exit with 2 and one sentence on a user's mistake."""
+    try:
+        main()
+    except UserError as error:
+        sys.stderr.write(f"bioprop: error: {error}\n")
+        sys.exit(2)
+
+
+@contextmanager
+def _plain_user_errors() -> Iterator[None]:
+    """Dig a user's mistake out of the exceptions that parser and trainer wrap around it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except MisconfigurationException as error:
+        raise UserError(" ".join(str(error).split())) from error
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        raise cause from None
+
+
+@contextmanager
+def _calm_output() -> Iterator[None]:
+    """Show our own notes; hide Lightning's advertisements, and advice that does not apply to images in memory."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("💡")
+
+    root, notes = logging.getLogger("bioprop"), logging.StreamHandler()
+    notes.setFormatter(logging.Formatter("%(message)s"))
+    root.addHandler(notes)
+    root.setLevel(logging.INFO)
+    lightning = logging.getLogger("pytorch_lightning.utilities.rank_zero")
+    lightning.addFilter(is_news)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*does not have many workers")
+        warnings.filterwarnings("ignore", ".*smaller than the logging interval")
+        warnings.filterwarnings("ignore", ".*LeafSpec", category=FutureWarning)
+        try:
+            yield
+        finally:
+            lightning.removeFilter(is_news)
+            root.removeHandler(notes)

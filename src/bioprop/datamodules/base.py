@@ -1,0 +1,256 @@
+"""What every image data module shares: splits, limits, resident images, loaders, augmentation, normalisation."""
+
+from abc import ABC, abstractmethod
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from pytorch_lightning import LightningDataModule
+from torch import Tensor
+
+from bioprop.datamodules.augmentation import crop_and_flip, normalize
+from bioprop.datamodules.loader import ResidentLoader
+from bioprop.datamodules.normalization import PUBLISHED, Normalization, channel_statistics
+from bioprop.datamodules.sampling import complement, stratified_sample
+from bioprop.errors import UserError
+
+Split = Literal["train", "val", "test"]
+STAGE_SPLITS: dict[str, tuple[Split, ...]] = {
+    "fit": ("train", "val"),
+    "validate": ("val",),
+    "test": ("test",),
+    "predict": ("test",),
+    "statistics": ("train",),
+}
+# one independent stream of random numbers for each choice, so that e.g. limit_val never changes the training images
+VAL_STREAM = 0
+LIMIT_STREAMS = {"train": 1, "val": 2, "test": 3}
+
+
+class Resident(NamedTuple):
+    """A decoded split: uint8 [n, channels, height, width], int64 [n], and int64 [n] places in the stored split."""
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+
+
+class ImageDataModule(LightningDataModule, ABC):
+    """Images in memory as bytes, with a stratified validation split and per-sample augmentation on the batch's device.
+
+    Every batch reaches the algorithm as `(images, labels)`: float32 [batch, channels, height, width], normalised, and
+    int64 [batch]. Which images are used is decided from the labels before any image is decoded. A subclass says what
+    the images are, by `_labels` and `_decode` (and `_has_val_images` if the data set has its own validation images).
+
+    Args:
+        image_shape: (channels, height, width).
+        classes: Names of the classes, in the order of the labels.
+        batch_size: Images in a batch; the last batch of an epoch has what remains, in training too.
+        val_fraction: Fraction of the training images set aside for validation, stratified by class.
+        normalization: "train" for mean and standard deviation of each channel of the training images (those left by
+            split and limit, not augmented), "cifar10" or "imagenet32" for the published ones, "none" for [0, 1] alone.
+        horizontal_flip: Mirror each training image with probability 1/2.
+        crop_padding: Crop each training image at random out of itself padded by this many pixels of its edge.
+        seed: Seed of the validation split, the limits, the order of the training images and their augmentation.
+        limit_train: Use so many training images, stratified by class; None for all. Likewise the next two.
+        limit_val: Validation images to use.
+        limit_test: Test images to use.
+
+    Raises:
+        UserError: An argument is out of range, or the statistics have another number of channels than the images.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_shape: tuple[int, int, int],
+        classes: tuple[str, ...],
+        batch_size: int,
+        val_fraction: float,
+        normalization: Normalization,
+        horizontal_flip: bool,
+        crop_padding: int,
+        seed: int,
+        limit_train: int | None,
+        limit_val: int | None,
+        limit_test: int | None,
+    ) -> None:
+        super().__init__()
+        limits: dict[Split, int | None] = {"train": limit_train, "val": limit_val, "test": limit_test}
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("crop_padding", crop_padding, 0),
+            ("seed", seed, 0),
+            *((f"limit_{split}", 1 if limit is None else limit, 1) for split, limit in limits.items()),
+        ):
+            if value < least:
+                raise UserError(f"{name} is {value}, which is too small: choose {least} or more.")
+        if not 0 < val_fraction < 1:
+            raise UserError(
+                f"val_fraction is {val_fraction}, which leaves no images for validation or none for training: choose "
+                "a number between 0 and 1, such as 0.1."
+            )
+        if normalization not in get_args(Normalization):
+            raise UserError(
+                f"normalization '{normalization}' is unknown: choose one of {', '.join(get_args(Normalization))}."
+            )
+        if normalization in PUBLISHED and image_shape[0] != len(PUBLISHED[normalization].mean):
+            raise UserError(
+                f"normalization '{normalization}' is for images of 3 channels, but these have {image_shape[0]}: choose "
+                "'train' or 'none'."
+            )
+        self._image_shape = image_shape
+        self._classes = classes
+        self.batch_size = batch_size
+        self.val_fraction = val_fraction
+        self.normalization = normalization
+        self.horizontal_flip = horizontal_flip
+        self.crop_padding = crop_padding
+        self.seed = seed
+        self.limits = limits
+        self.resident: dict[Split, Resident] = {}
+        self._statistics: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of every image, known before `setup`."""
+        return self._image_shape
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes in the order of the labels, known before `setup`."""
+        return self._classes
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, known before `setup`."""
+        return len(self._classes)
+
+    @abstractmethod
+    def _labels(self, split: Split) -> Tensor:
+        """Returns the labels, int64 [n], of all images of a split as it is stored, without decoding images."""
+
+    @abstractmethod
+    def _decode(self, split: Split, indices: Tensor) -> Tensor:
+        """Returns the images, uint8 [len(indices), channels, height, width], at these places of a stored split."""
+
+    def _has_val_images(self) -> bool:
+        """Whether "val" is a stored split; otherwise validation images are taken out of the stored split "train"."""
+        return False
+
+    def _check_pixels(self, new: set[Split]) -> None:
+        """Called after the splits `new` have been decoded, for checks that need the pixels."""
+
+    def prediction_names(self) -> list[str]:
+        """Returns a name for each test image, in the order of the test and predict loaders; here its index."""
+        return [str(index) for index in self._select("test").tolist()]
+
+    def setup(self, stage: str) -> None:
+        """Decodes the splits that a stage needs and that are not in memory yet.
+
+        Args:
+            stage: "fit", "validate", "test" or "predict".
+        """
+        needed = {*STAGE_SPLITS[stage], *(STAGE_SPLITS["statistics"] if self.normalization == "train" else ())}
+        new = [split for split in get_args(Split) if split in needed and split not in self.resident]
+        for split in new:
+            indices = self._select(split)
+            source = self._source(split)
+            self.resident[split] = Resident(self._decode(source, indices), self._labels(source)[indices], indices)
+        self._check_pixels(set(new))
+
+    def train_dataloader(self) -> ResidentLoader:
+        """Returns the training batches in an order of their own every epoch, with the draws of the augmentation."""
+        # Trainer(overfit_batches=...) means the same few batches again and again
+        overfit = getattr(self.trainer, "overfit_batches", 0) > 0
+        return ResidentLoader(
+            *self.resident["train"][:2],
+            self.batch_size,
+            seed=self.seed,
+            shuffle=not overfit,
+            horizontal_flip=self.horizontal_flip,
+            crop_padding=self.crop_padding,
+        )
+
+    def val_dataloader(self) -> ResidentLoader:
+        """Returns the validation batches: every image once, in an order shuffled by the seed, the same every time."""
+        return ResidentLoader(*self.resident["val"][:2], self.batch_size)
+
+    def test_dataloader(self) -> ResidentLoader:
+        """Returns the test batches: every image once, in the order in which they are stored."""
+        return ResidentLoader(*self.resident["test"][:2], self.batch_size)
+
+    def predict_dataloader(self) -> ResidentLoader:
+        """Returns the test batches."""
+        return self.test_dataloader()
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Augments (a batch that carries draws) and normalises, on the device of the batch.
+
+        Args:
+            batch: `(images, labels)` or `(images, labels, draws)` from a `ResidentLoader`; a bare tensor (a module's
+                `example_input_array`, which Lightning sends this way too) is returned as it is.
+            dataloader_idx: Ignored.
+
+        Returns:
+            `(images, labels)`: float32 [batch, channels, height, width] and int64 [batch].
+        """
+        if isinstance(batch, Tensor):
+            return batch
+        images, labels, *draws = batch
+        if draws:
+            images = crop_and_flip(images, draws[0], self.crop_padding)
+        return normalize(images, *self.statistics(images.device)), labels
+
+    def statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Returns mean and standard deviation, each float32 [channels], of images in [0, 1]; "train" needs `setup`."""
+        if device not in self._statistics:
+            if self.normalization == "train":
+                mean, std = channel_statistics(self.resident["train"].images)
+            elif self.normalization == "none":
+                mean, std = (0.0,) * self.image_shape[0], (1.0,) * self.image_shape[0]
+            else:
+                mean, std = PUBLISHED[self.normalization]
+            self._statistics[device] = torch.tensor(mean, device=device), torch.tensor(std, device=device)
+        return self._statistics[device]
+
+    def _source(self, split: Split) -> Split:
+        """The stored split that the images of a split come from."""
+        return "train" if split == "val" and not self._has_val_images() else split
+
+    def _select(self, split: Split) -> Tensor:
+        """The places in the stored split of the images to use, in the order in which to keep them in memory."""
+        labels = self._labels(self._source(split))
+        if split == "test" or self._has_val_images():
+            pool = torch.arange(len(labels))
+        else:
+            held_out = self._held_out(labels)
+            pool = held_out if split == "val" else complement(len(labels), held_out)
+        limit = self.limits[split] or len(pool)
+        chosen = pool[stratified_sample(labels[pool], limit, self._rng(LIMIT_STREAMS[split]))]
+        return chosen.sort().values if split == "test" else chosen
+
+    def _held_out(self, labels: Tensor) -> Tensor:
+        """The training images to validate on: at least one of each class where the fraction allows, never all."""
+        counts = torch.bincount(labels, minlength=self.num_classes)
+        for name, count in zip(self.classes, counts.tolist(), strict=True):
+            if count < 2:
+                raise UserError(
+                    f"class '{name}' has {count} training image(s), too few to split into training and validation: "
+                    "give it 2 or more."
+                )
+        size = max(1, round(self.val_fraction * len(labels)))
+        most = len(labels) - self.num_classes
+        if size > most:
+            raise UserError(
+                f"val_fraction {self.val_fraction} of {len(labels)} training images leaves fewer than one per class "
+                f"to train on: choose at most {most / len(labels):.3g}."
+            )
+        return stratified_sample(labels, size, self._rng(VAL_STREAM), leave=1)
+
+    def _rng(self, stream: int) -> np.random.Generator:
+        return np.random.default_rng((self.seed, stream))
+
+    def __str__(self) -> str:
+        # Lightning's version asks every loader for a `dataset`
+        return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in self.hparams.items())})"

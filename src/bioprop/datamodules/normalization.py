@@ -1,0 +1,39 @@
+"""The statistics that images are normalised with: published ones by name, or those of the training images."""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Normalization = Literal["train", "cifar10", "imagenet32", "none"]
+
+
+class ChannelStatistics(NamedTuple):
+    """Mean and standard deviation of each channel, of images in [0, 1]."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+PUBLISHED = {
+    "cifar10": ChannelStatistics((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "imagenet32": ChannelStatistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+def channel_statistics(images: Tensor) -> ChannelStatistics:
+    """Mean and (population) standard deviation of each channel, computed exactly from its histogram in float64.
+
+    A channel that is the same everywhere has a standard deviation of 0 and gets 1 instead, to be divided by.
+
+    Args:
+        images: uint8 [batch, channels, height, width], at least one image.
+    """
+    values = torch.arange(256, dtype=torch.float64) / 255
+    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]).double()
+    share = counts / counts.sum(1, keepdim=True)
+    mean = share @ values
+    variance = (share * (values - mean[:, None]) ** 2).sum(1)
+    constant = (counts > 0).sum(1) == 1
+    std = torch.where(constant, 1.0, variance.sqrt())
+    return ChannelStatistics(tuple(mean.tolist()), tuple(std.tolist()))

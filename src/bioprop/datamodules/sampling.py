@@ -1,0 +1,59 @@
+"""Stratified samples, chosen from the labels alone so that no image is decoded for nothing.
+
+scikit-learn's stratified splitters refuse samples smaller than the number of classes and may leave a rare class out of
+a larger one; here a class is left out only if the sample is smaller than the number of classes.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def allocate(counts: np.ndarray, size: int, capacity: np.ndarray) -> np.ndarray:
+    """Divides a sample among the classes in proportion to how often they occur, rounding by largest remainder.
+
+    Args:
+        counts: int64 [classes], how many images each class has.
+        size: Images in the sample, at most `capacity.sum()`.
+        capacity: int64 [classes], the most that the sample may take of each class.
+
+    Returns:
+        int64 [classes] of sum `size`; at least 1 for every class that has capacity, where `size` allows that.
+    """
+    share: np.ndarray = counts * (size / counts.sum())
+    least = np.minimum(1, capacity) if size >= np.count_nonzero(capacity) else np.zeros_like(capacity)
+    allocated: np.ndarray = np.clip(np.floor(share).astype(np.int64), least, capacity)
+    while allocated.sum() > size:
+        allocated[np.argmax(np.where(allocated > least, allocated - share, -np.inf))] -= 1
+    while allocated.sum() < size:
+        allocated[np.argmax(np.where(allocated < capacity, share - allocated, -np.inf))] += 1
+    return allocated
+
+
+def stratified_sample(labels: Tensor, size: int, rng: np.random.Generator, leave: int = 0) -> Tensor:
+    """Chooses images at random with the classes in the proportions of the whole.
+
+    Args:
+        labels: int64 [images].
+        size: Images to choose; all of them if there are fewer.
+        rng: Source of the choice and of the order.
+        leave: How many images of each class may not be chosen.
+
+    Returns:
+        int64 [size], distinct indices into `labels` in random order.
+    """
+    order = rng.permutation(len(labels))
+    sorted_by_class = order[np.argsort(labels.numpy()[order], kind="stable")]
+    counts = np.bincount(labels.numpy())
+    capacity = np.maximum(counts - leave, 0)
+    allocated = allocate(counts, min(size, int(capacity.sum())), capacity)
+    starts = np.cumsum(counts) - counts
+    chosen = [sorted_by_class[start : start + taken] for start, taken in zip(starts, allocated, strict=True)]
+    return torch.from_numpy(rng.permutation(np.concatenate(chosen)))
+
+
+def complement(size: int, indices: Tensor) -> Tensor:
+    """Returns the indices below `size` that are not in `indices`, ascending."""
+    kept = torch.ones(size, dtype=torch.bool)
+    kept[indices] = False
+    return kept.nonzero().flatten()

@@ -1,0 +1,81 @@
+"""Forward activations and the activations of the feedback path that belong to them.
+
+The feedback operator of a stage ``y = rho(a)`` passes ``y`` through an activation ``phi`` before its weights.
+
+- ``paper`` (Ernoult et al., 2022): ``phi = rho``, the forward activation once more.
+- ``exact`` (ours): the ``phi`` whose slope at the stage's output is the forward slope at its input,
+  ``phi'(rho(a)) = rho'(a)``. Symmetric weights then give ``J_G = J_F^T`` exactly.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bioprop.errors import UserError
+
+ActivationName = Literal["elu", "relu", "tanh", "leaky_relu", "identity"]
+MirrorName = Literal["paper", "exact"]
+
+
+class Activation(NamedTuple):
+    """A forward activation ``rho`` and the ``exact`` feedback activation ``phi`` that belongs to it."""
+
+    rho: Callable[[Tensor], Tensor]
+    phi: Callable[[Tensor], Tensor]
+
+
+def identity(values: Tensor) -> Tensor:
+    """``x``: the activation of an output stage."""
+    return values
+
+
+def elu_feedback(values: Tensor) -> Tensor:
+    """``y`` above 0, ``y + y^2/2`` on [-1, 0], constant -1/2 below ELU's range, where noise and targets do lead.
+
+    ELU (alpha 1) is ``exp(a) - 1`` below 0, so its slope there is ``exp(a) = y + 1``, the slope of this function.
+    """
+    below = values.clamp(-1.0, 0.0)
+    return values.clamp_min(0.0) + below + 0.5 * below.square()
+
+
+def tanh_feedback(values: Tensor) -> Tensor:
+    """``y - y^3/3`` on [-1, 1], constant beyond: tanh has the slope ``1 - y^2`` where its value is ``y``."""
+    inside = values.clamp(-1.0, 1.0)
+    return inside - inside.pow(3) / 3.0
+
+
+# ReLU and leaky ReLU are their own `phi` away from 0. A dead ReLU unit sits exactly on the kink, where a target may
+# push it up but not down: the transposed-Jacobian property then holds from one side only.
+ACTIVATIONS: dict[str, Activation] = {
+    "elu": Activation(F.elu, elu_feedback),
+    "relu": Activation(F.relu, F.relu),
+    "tanh": Activation(torch.tanh, tanh_feedback),
+    "leaky_relu": Activation(F.leaky_relu, F.leaky_relu),
+    "identity": Activation(identity, identity),
+}
+
+
+def forward_activation(name: str) -> Callable[[Tensor], Tensor]:
+    """Return ``rho`` by its name.
+
+    Raises:
+        UserError: if there is no activation of that name.
+    """
+    if name not in ACTIVATIONS:
+        raise UserError(f"activation {name!r} is not known: choose one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name].rho
+
+
+def feedback_activation(name: str, mirror: MirrorName) -> Callable[[Tensor], Tensor]:
+    """Return ``phi`` for the forward activation ``name`` in the form of mirror asked for.
+
+    Raises:
+        UserError: if the activation or the form of mirror is not known.
+    """
+    rho = forward_activation(name)
+    if mirror not in get_args(MirrorName):
+        raise UserError(f"mirror {mirror!r} is not known: choose one of {', '.join(get_args(MirrorName))}")
+    return rho if mirror == "paper" else ACTIVATIONS[name].phi

@@ -1,0 +1,44 @@
+"""Gradients as values: nothing here touches ``.grad``."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def backprop_gradients(network: nn.Module, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Gradient of the mean cross-entropy with respect to every trainable parameter.
+
+    Args:
+        network: any module from images to logits.
+        images: ``[batch, channels, height, width]``.
+        labels: ``[batch]``.
+
+    Returns:
+        The gradient by parameter name, and the logits ``[batch, classes]``.
+    """
+    parameters = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+    with torch.enable_grad():
+        logits: Tensor = network(images)
+        loss = F.cross_entropy(logits, labels)
+    gradients = torch.autograd.grad(loss, list(parameters.values()))
+    return dict(zip(parameters, gradients, strict=True)), logits.detach()
+
+
+@contextmanager
+def preserve_state(module: nn.Module) -> Iterator[None]:
+    """Put buffers and random generators back afterwards, so that a measurement leaves no trace.
+
+    Without it a forward pass in training mode would move batch-norm statistics and draw dropout masks.
+    """
+    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    devices = {parameter.device for parameter in module.parameters() if parameter.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)

@@ -1,0 +1,22 @@
+"""Forward networks as chains of stages, and the feedback mirror of each kind of stage."""
+
+from bioprop.networks.lenet import LeNet
+from bioprop.networks.mirrors import Mirror, build_mirror
+from bioprop.networks.mlp import MLP
+from bioprop.networks.network import Network, build_network
+from bioprop.networks.simple_vgg import SimpleVGG
+from bioprop.networks.stages import ConvStage, LinearStage, Stage, StageOutput
+
+__all__ = [
+    "MLP",
+    "ConvStage",
+    "LeNet",
+    "LinearStage",
+    "Mirror",
+    "Network",
+    "SimpleVGG",
+    "Stage",
+    "StageOutput",
+    "build_mirror",
+    "build_network",
+]

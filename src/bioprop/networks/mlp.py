@@ -1,0 +1,46 @@
+"""Multi-layer perceptron."""
+
+from bioprop.functional.activations import ActivationName
+from bioprop.networks.network import ImageShape, Network, check_sizes
+from bioprop.networks.stages import LinearStage, Stage
+
+
+class MLP(Network):
+    """Flatten, then a chain of fully connected stages.
+
+    Args:
+        image_shape: (channels, height, width) of the images, in pixels; any size fits.
+        num_classes: number of classes, at least 2.
+        hidden: units of each hidden stage.
+        activation: of the hidden stages.
+        bias: whether the stages have biases.
+
+    Raises:
+        UserError: if a size is not positive.
+    """
+
+    def __init__(
+        self,
+        image_shape: ImageShape,
+        num_classes: int,
+        hidden: tuple[int, ...] = (256, 256),
+        activation: ActivationName = "elu",
+        bias: bool = True,
+    ) -> None:
+        check_sizes("MLP", image_shape, num_classes, hidden=hidden)
+        stages: dict[str, Stage] = {}
+        shape: tuple[int, ...] = tuple(image_shape)
+        for number, width in enumerate(hidden, start=1):
+            stages[f"fc{number}"] = LinearStage(shape, width, activation, bias)
+            shape = (width,)
+        stages[f"fc{len(hidden) + 1}"] = LinearStage(shape, num_classes, "identity", bias)
+        super().__init__(
+            stages,
+            {
+                "image_shape": list(image_shape),
+                "num_classes": num_classes,
+                "hidden": list(hidden),
+                "activation": activation,
+                "bias": bias,
+            },
+        )

@@ -1,0 +1,90 @@
+"""A network: a chain of named stages, usable as a plain module."""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, overload
+
+from torch import Tensor, nn
+
+from bioprop.errors import UserError
+from bioprop.networks.stages import Stage
+
+ImageShape = tuple[int, int, int]
+
+
+class Network(nn.Sequential):
+    """``nn.Sequential`` of stages: ``logits = network(images)``.
+
+    Stages are counted from the input. Subclasses build their stages and hand their own constructor arguments over
+    as ``settings``, so that a checkpoint can build the network again.
+
+    Args:
+        stages: the stages by name, from the input to the logits.
+        settings: constructor arguments as plain data (numbers, strings, lists).
+    """
+
+    def __init__(self, stages: Mapping[str, Stage], settings: Mapping[str, Any]) -> None:
+        super().__init__(OrderedDict(stages))
+        self.settings = dict(settings)
+
+    def stages(self) -> list[tuple[str, Stage]]:
+        """Names and stages, from the input to the output."""
+        return [(name, stage) for name, stage in self.named_children() if isinstance(stage, Stage)]
+
+    @overload
+    def __getitem__(self, idx: slice) -> nn.Sequential: ...
+    @overload
+    def __getitem__(self, idx: int) -> nn.Module: ...
+    def __getitem__(self, idx: slice | int) -> nn.Module:
+        """Return a stage, or a plain ``nn.Sequential`` of some of them."""
+        if isinstance(idx, slice):
+            return nn.Sequential(OrderedDict(list(self._modules.items())[idx]))
+        return super().__getitem__(idx)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Compute logits ``[batch, classes]`` for images ``[batch, channels, height, width]``."""
+        logits: Tensor = super().forward(input)  # type: ignore[no-untyped-call]
+        return logits
+
+    def description(self) -> dict[str, Any]:
+        """Plain data from which `build_network` makes a network of the same architecture."""
+        return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": self.settings}
+
+
+def build_network(description: Mapping[str, Any]) -> Network:
+    """Build the network that `Network.description` describes, with fresh weights.
+
+    Only subclasses of `Network` that are already imported are built: a checkpoint cannot run code of its choice.
+
+    Raises:
+        UserError: if the class is not an imported subclass of `Network`.
+    """
+    path = str(description["class_path"])
+    known: list[type[Network]] = [Network]
+    for cls in known:
+        known.extend(cls.__subclasses__())
+        if f"{cls.__module__}.{cls.__qualname__}" == path:
+            return cls(**description["init_args"])
+    raise UserError(f"the network class {path} of this checkpoint is not imported: import it or pass network=")
+
+
+def check_sizes(network: str, image_shape: Sequence[int], num_classes: int, **widths: Sequence[int]) -> None:
+    """Refuse sizes no network can have.
+
+    Args:
+        network: name of the network, for the message.
+        image_shape: (channels, height, width), in pixels.
+        num_classes: number of classes.
+        widths: units or channels of the stages, by the name of the argument.
+
+    Raises:
+        UserError: naming the first argument that is not a positive whole number.
+    """
+    if len(image_shape) != 3:
+        raise UserError(f"{network}: image_shape is {tuple(image_shape)}, but needs (channels, height, width)")
+    for name, values in {"image_shape": image_shape, **widths}.items():
+        for value in values:
+            if value < 1:
+                raise UserError(f"{network}: {name} holds {value}, but every size must be at least 1")
+    if num_classes < 2:
+        raise UserError(f"{network}: num_classes is {num_classes}, but a classifier needs at least 2 classes")

@@ -1,0 +1,28 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+WriteImages = Callable[..., Path]
+
+
+@pytest.fixture
+def write_images(tmp_path: Path) -> WriteImages:
+    """Writes `counts[class]` random images for one split of a folder and returns the folder."""
+
+    def write(
+        split: str, counts: dict[str, int], size=(6, 5), mode: str = "RGB", extension: str = "png", seed: int = 0
+    ):
+        rng = np.random.default_rng((seed, sum(split.encode())))
+        for name, count in counts.items():
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True, exist_ok=True)
+            for number in range(count):
+                shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
+                image = Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8))
+                image.save(folder / f"{number:03d}.{extension}")
+        return tmp_path / "images"
+
+    return write

@@ -1,0 +1,275 @@
+import logging
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bioprop.datamodules import ImageFolder
+from bioprop.errors import UserError
+
+
+def pixels(path, mode="RGB"):
+    array = np.array(Image.open(path).convert(mode))
+    return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1)
+
+
+def make(stages=(), **kwargs):
+    data = ImageFolder(**kwargs)
+    for stage in stages:
+        data.setup(stage)
+    return data
+
+
+def bad(match, *stages, **kwargs):
+    with pytest.raises(UserError, match=match) as caught:
+        make(stages, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def folder(write_images):
+    write_images("train", {"cat": 20, "ant": 10})
+    return write_images("test", {"ant": 3, "cat": 4})
+
+
+def test_shape_classes_and_pixels(folder):
+    data = ImageFolder(str(folder))
+    assert data.image_shape == (3, 5, 6)  # not square
+    assert (data.classes, data.num_classes) == (("ant", "cat"), 2)
+    data.setup("fit")
+    data.setup("predict")
+    assert [len(data.resident[split].labels) for split in ("train", "val", "test")] == [27, 3, 7]
+    assert torch.bincount(data.resident["val"].labels).tolist() == [1, 2]
+    names = data.prediction_names()
+    assert names == [f"test/ant/{n:03d}.png" for n in range(3)] + [f"test/cat/{n:03d}.png" for n in range(4)]
+    for image, label, name in zip(*data.resident["test"][:2], names, strict=True):
+        assert torch.equal(image, pixels(folder / name))
+        assert data.classes[label] in name
+
+
+def test_train_and_derived_validation_images_are_disjoint(folder):
+    data = ImageFolder(str(folder))
+    data.setup("fit")
+    indices = torch.cat([data.resident["train"].indices, data.resident["val"].indices])
+    assert sorted(indices.tolist()) == list(range(30))
+
+
+def test_prediction_names_follow_the_limit(folder):
+    data = ImageFolder(str(folder), limit_test=4)
+    data.setup("predict")
+    images, labels, _ = data.resident["test"]
+    for image, label, name in zip(images, labels, data.prediction_names(), strict=True):
+        assert torch.equal(image, pixels(folder / name))
+        assert data.classes[label] in name
+
+
+def test_a_val_folder_replaces_the_split(folder, write_images):
+    write_images("val", {"ant": 2, "cat": 2})
+    data = ImageFolder(str(folder), val_fraction=0.5)
+    data.setup("fit")
+    assert len(data.resident["train"].labels) == 30
+    assert torch.bincount(data.resident["val"].labels).tolist() == [2, 2]
+    expected = {pixels(path).numpy().tobytes() for path in (folder / "val").rglob("*.png")}
+    assert {image.tobytes() for image in data.resident["val"].images.numpy()} == expected
+
+
+@pytest.mark.parametrize(("mode", "extension", "channels"), [("L", "png", 1), ("L", "jpg", 1), ("RGB", "JPEG", 3)])
+def test_channels_come_from_the_first_image(write_images, mode, extension, channels):
+    folder = write_images("train", {"a": 4, "b": 4}, mode=mode, extension=extension)
+    data = ImageFolder(str(folder))
+    assert data.image_shape == (channels, 5, 6)
+    data.setup("fit")
+    first = pixels(folder / "train" / "a" / f"000.{extension}", mode)
+    images, _, indices = data.resident["train"]
+    assert torch.equal(images[indices == 0][0] if (indices == 0).any() else data.resident["val"].images[0], first)
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("L", 3), ("RGB", 1)])
+def test_channels_convert(write_images, mode, channels):
+    folder = write_images("train", {"a": 4, "b": 4}, mode=mode)
+    data = ImageFolder(str(folder), channels=channels)
+    data.setup("fit")
+    assert data.resident["train"].images.shape[1:] == data.image_shape == (channels, 5, 6)
+
+
+def test_image_size_resizes_mixed_sizes_with_antialiasing(write_images):
+    write_images("train", {"a": 3}, size=(64, 40))
+    folder = write_images("train", {"b": 3}, size=(9, 9))
+    data = ImageFolder(str(folder), image_size=8)
+    assert data.image_shape == (3, 8, 8)
+    data.setup("fit")
+    images, labels, indices = data.resident["train"]
+    large = labels == 0
+    source = torch.stack([pixels(folder / "train" / "a" / f"{index:03d}.png") for index in indices[large].tolist()])
+    expected = torch.nn.functional.interpolate(source.float(), (8, 8), mode="bilinear", antialias=True)
+    assert (images[large] - expected).abs().max() <= 1.01
+
+
+def test_hidden_files_and_other_files_are_passed_over(folder):
+    (folder / "train" / ".cache").mkdir()
+    (folder / "train" / "cat" / ".hidden.png").write_bytes(b"")
+    (folder / "train" / "cat" / "notes.txt").write_text("no image")
+    data = ImageFolder(str(folder))
+    data.setup("fit")
+    assert data.classes == ("ant", "cat")
+    assert sum(len(data.resident[split].labels) for split in ("train", "val")) == 30
+
+
+def test_large_files_are_decoded_in_order_by_several_threads(write_images, monkeypatch):
+    monkeypatch.setattr("bioprop.datamodules.image_files.THREADED_FILE_BYTES", 1)
+    monkeypatch.setattr("bioprop.datamodules.image_files.MAX_THREADS", 4)
+    folder = write_images("train", {"a": 200, "b": 100})
+    data = ImageFolder(str(folder), normalization="none")
+    data.setup("fit")
+    files = [path for name in "ab" for path in sorted((folder / "train" / name).iterdir())]
+    for split in ("train", "val"):
+        images, _, indices = data.resident[split]
+        assert all(torch.equal(image, pixels(files[index])) for image, index in zip(images, indices, strict=True))
+
+
+def test_limits_choose_before_decoding(write_images, monkeypatch):
+    folder = write_images("train", {"a": 60, "b": 60})
+    opened = []
+    open_image = Image.open
+    monkeypatch.setattr(Image, "open", lambda path: opened.append(path) or open_image(path))
+    ImageFolder(str(folder), limit_train=6, limit_val=4).setup("fit")
+    assert len(opened) == 1 + 6 + 4  # one to find the shape
+
+
+def test_a_limit_of_a_large_folder_is_fast(tmp_path, write_images):
+    folder = write_images("train", {"a": 1, "b": 1})
+    for name in ("a", "b"):
+        for number in range(1, 10_000):
+            (folder / "train" / name / f"x{number}.png").hardlink_to(folder / "train" / name / "000.png")
+    start = time.perf_counter()
+    ImageFolder(str(folder), limit_train=64, limit_val=16).setup("fit")
+    assert time.perf_counter() - start < 1
+
+
+def test_fit_needs_no_test_folder_but_test_does(write_images):
+    folder = write_images("train", {"a": 5, "b": 5})
+    data = ImageFolder(str(folder))
+    data.setup("fit")
+    data.setup("validate")
+    for stage in ("test", "predict"):
+        bad("test' does not exist", stage, data_dir=str(folder))
+    with pytest.raises(UserError, match="test' does not exist"):
+        data.prediction_names()
+
+
+def test_progress_is_quiet_without_a_terminal(folder, capfd):
+    ImageFolder(str(folder)).setup("fit")
+    captured = capfd.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def test_named_statistics_are_used(folder):
+    data = ImageFolder(str(folder), normalization="imagenet32")
+    data.setup("test")
+    images, labels = next(iter(data.test_dataloader()))
+    result, _ = data.on_after_batch_transfer((images, labels), 0)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    torch.testing.assert_close(result, (images / 255 - mean[:, None, None]) / std[:, None, None])
+
+
+def test_missing_folders(tmp_path, write_images):
+    bad("'/nowhere/images' is not a folder", data_dir="/nowhere/images")
+    (tmp_path / "empty").mkdir()
+    bad(r"empty/train' does not exist", data_dir=str(tmp_path / "empty"))
+    (tmp_path / "empty" / "train").mkdir()
+    bad(r"empty/train' has no class folders", data_dir=str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_empty_class(folder, write_images, split):
+    write_images("val", {"ant": 2, "cat": 2})
+    (folder / split / "dog").mkdir()
+    bad(f"{split}/dog' has no images", data_dir=str(folder))
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_classes_must_agree(write_images, split):
+    write_images("train", {"ant": 2, "cat": 2})
+    folder = write_images(split, {"ant": 2})
+    bad(rf"class 'cat' of '.*train' is missing from '.*{split}'", data_dir=str(folder))
+    write_images(split, {"ant": 2, "cat": 2, "dog": 2})
+    bad(rf"class 'dog' of '.*{split}' is unknown", data_dir=str(folder))
+
+
+def test_unreadable_images_are_named(folder):
+    path = folder / "train" / "cat" / "007.png"
+    path.write_bytes(path.read_bytes()[:60])
+    bad("cat/007.png' cannot be read", "fit", data_dir=str(folder))
+    path.write_bytes(b"")
+    bad("cat/007.png' cannot be read", "fit", data_dir=str(folder))
+    (folder / "train" / "ant" / "000.png").write_text("no image")
+    bad("ant/000.png' cannot be read", data_dir=str(folder))
+
+
+def test_sixteen_bit_images_are_refused_rather_than_clipped(folder):
+    Image.fromarray(np.full((5, 6), 40_000, dtype=np.uint16)).save(folder / "train" / "cat" / "005.png")
+    bad("cat/005.png' has more than 8 bits", "fit", data_dir=str(folder))
+
+
+def test_mixed_sizes_name_file_sizes_and_remedy(folder, write_images):
+    write_images("test", {"cat": 1}, size=(7, 9))
+    message = bad("image_size", "test", data_dir=str(folder))
+    assert "test/cat/000.png" in message
+    assert "7x9" in message
+    assert "6x5" in message
+
+
+def test_validation_images_that_are_training_images_are_refused(folder, write_images):
+    write_images("val", {"ant": 2, "cat": 2})
+    Image.open(folder / "train" / "cat" / "011.png").save(folder / "val" / "ant" / "001.bmp")
+    message = bad("same image", "fit", data_dir=str(folder))
+    assert "val/ant/001.bmp" in message
+    assert "train/cat/011.png" in message
+    bad("same image", "validate", "fit", data_dir=str(folder), normalization="none")  # whichever was decoded first
+
+
+def test_test_images_that_are_training_images_are_counted_in_a_warning(folder, caplog):
+    for number in (1, 2):
+        Image.open(folder / "train" / "cat" / f"01{number}.png").save(folder / "test" / "cat" / f"00{number}.png")
+    data = ImageFolder(str(folder), val_fraction=0.04, limit_val=1)
+    with caplog.at_level(logging.WARNING):
+        data.setup("test")
+        data.setup("predict")
+    indices = data.resident["train"].indices.tolist()
+    expected = sum(10 + number in indices for number in (11, 12))  # the ten ants come first
+    assert expected >= 1
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{expected} of the 7 test images are also training images, pixel for pixel."
+    ]
+
+
+def test_a_class_too_small_to_split_is_named(write_images):
+    folder = write_images("train", {"ant": 5, "cat": 1})
+    bad(r"class 'cat' has 1 training image", "fit", data_dir=str(folder))
+
+
+@pytest.mark.parametrize(("argument", "value"), [("channels", 2), ("image_size", 0), ("batch_size", 0)])
+def test_bad_arguments(folder, argument, value):
+    bad(rf"{argument} is {value}", data_dir=str(folder), **{argument: value})
+
+
+def test_named_statistics_refuse_grey_images(folder):
+    bad("'cifar10' is for images of 3 channels", data_dir=str(folder), channels=1, normalization="cifar10")
+
+
+def test_train_and_validation_images_are_not_stored_class_by_class(write_images):
+    data = make(["fit"], data_dir=str(write_images("train", {"a": 40, "b": 40})), val_fraction=0.5)
+    for split in ("train", "val"):
+        assert 5 < data.resident[split].labels.diff().count_nonzero() < 40
+    write_images("val", {"a": 20, "b": 20})
+    folder_val = make(["fit"], data_dir=data.hparams["data_dir"]).resident["val"]
+    assert folder_val.labels.diff().count_nonzero() > 5
+
+
+def test_the_split_leaves_every_class_something_to_train_on(write_images):
+    data = make(["fit"], data_dir=str(write_images("train", {"a": 2, "b": 30})), val_fraction=0.9)
+    assert torch.bincount(data.resident["train"].labels).tolist() == [1, 2]
+    assert torch.bincount(data.resident["val"].labels).tolist() == [1, 28]

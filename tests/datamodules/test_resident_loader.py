@@ -1,0 +1,110 @@
+import pytest
+import torch
+from torch.utils.data import SequentialSampler
+
+from bioprop.datamodules.loader import ResidentLoader
+
+IMAGES = torch.arange(23, dtype=torch.uint8).view(23, 1, 1, 1).expand(23, 1, 4, 4).contiguous()
+LABELS = torch.arange(23) % 3
+
+
+def order(loader, epoch=0):
+    loader.sampler.set_epoch(epoch)
+    return torch.cat([batch[0][:, 0, 0, 0] for batch in loader]).tolist()
+
+
+def shuffled(seed=0, **kwargs):
+    return ResidentLoader(IMAGES, LABELS, 5, seed=seed, shuffle=True, **kwargs)
+
+
+def test_unshuffled_batches_keep_the_order_and_the_last_partial_batch():
+    loader = ResidentLoader(IMAGES, LABELS, 5)
+    batches = list(loader)
+    assert isinstance(loader.sampler, SequentialSampler)  # else Lightning advises against shuffled validation
+    assert len(loader) == len(batches) == 5
+    assert [len(labels) for _, labels in batches] == [5, 5, 5, 5, 3]
+    assert torch.equal(torch.cat([images for images, _ in batches]), IMAGES)
+    assert torch.equal(torch.cat([labels for _, labels in batches]), LABELS)
+
+
+def test_shuffled_epoch_has_every_image_once_with_its_label():
+    batches = list(shuffled())
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    assert [len(batch[1]) for batch in batches] == [5, 5, 5, 5, 3]
+    assert sorted(images[:, 0, 0, 0].tolist()) == list(range(23))
+    assert torch.equal(labels, images[:, 0, 0, 0].long() % 3)
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    assert order(shuffled(), 3) == order(shuffled(), 3)
+    assert len({tuple(order(shuffled(seed), epoch)) for seed in range(3) for epoch in range(3)}) == 9
+
+
+def test_order_does_not_depend_on_the_global_generator_or_on_augmentation():
+    torch.manual_seed(1)
+    first = order(shuffled())
+    torch.manual_seed(2)
+    assert order(shuffled(horizontal_flip=True, crop_padding=2)) == first
+
+
+def test_draws_are_in_range_and_a_function_of_seed_and_epoch():
+    def draws(seed, epoch):
+        loader = ResidentLoader(
+            IMAGES.repeat(20, 1, 1, 1),
+            LABELS.repeat(20),
+            50,
+            seed=seed,
+            shuffle=True,
+            horizontal_flip=True,
+            crop_padding=2,
+        )
+        loader.sampler.set_epoch(epoch)
+        batches = list(loader)
+        assert all(len(batch) == 3 and len(batch[2]) == len(batch[1]) for batch in batches)
+        return torch.cat([batch[2] for batch in batches])
+
+    first = draws(0, 0)
+    assert set(first[:, 0].tolist()) == set(first[:, 1].tolist()) == set(range(5))
+    assert 0.4 < first[:, 2].double().mean() < 0.6
+    assert not torch.equal(first[:, 0], first[:, 1])
+    assert torch.equal(first, draws(0, 0))
+    assert not torch.equal(first, draws(0, 1))
+    assert not torch.equal(first, draws(1, 0))
+
+
+@pytest.mark.parametrize(("kwargs", "column"), [({"horizontal_flip": True}, [0, 1]), ({"crop_padding": 2}, [2])])
+def test_only_the_augmentation_asked_for_is_drawn(kwargs, column):
+    draws = torch.cat([batch[2] for batch in shuffled(**kwargs)])
+    assert (draws[:, column] == 0).all()
+    assert draws.sum() > 0
+
+
+def test_the_epoch_is_read_at_the_first_batch():
+    loader = shuffled()
+    iterator = iter(loader)  # as Lightning does before it calls set_epoch
+    loader.sampler.set_epoch(4)
+    assert next(iterator)[0][:, 0, 0, 0].tolist() == order(shuffled(), 4)[:5]
+
+
+def test_a_saved_position_is_resumed_once_and_in_its_own_epoch_only():
+    loader = shuffled(horizontal_flip=True)
+    loader.sampler.set_epoch(2)
+    whole = list(loader)
+    iterator = iter(loader)
+    next(iterator)
+    next(iterator)
+    state = loader.state_dict()
+    assert state == {"epoch": 2, "batch": 2}
+
+    resumed = shuffled(horizontal_flip=True)
+    resumed.load_state_dict(state)
+    resumed.sampler.set_epoch(2)
+    rest = list(resumed)
+    assert len(rest) == 3
+    for batch, expected in zip(rest, whole[2:], strict=True):
+        assert all(torch.equal(*pair) for pair in zip(batch, expected, strict=True))
+    assert len(list(resumed)) == 5
+
+    resumed.load_state_dict(state)
+    resumed.sampler.set_epoch(3)
+    assert len(list(resumed)) == 5
