@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import dict_to_namespace
+from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -52,7 +52,11 @@ class BiopropCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make the parser whose errors are one sentence each."""
-        return OneSentenceParser(**kwargs)
+        parser = OneSentenceParser(**kwargs)
+        parser.add_argument(
+            "-c", "--config", action=ActionConfigFile, help="YAML file of options; of several, the later ones win."
+        )
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Let image shape and number of classes flow from the data to the network, and name the standing callbacks."""
@@ -83,9 +87,21 @@ class BiopropCLI(LightningCLI):
         if config.trainer.logger in (None, True):
             parts = (config.model, config.model.init_args.network, config.data)
             name = "_".join(part.class_path.rpartition(".")[2].lower() for part in parts)
-            config.trainer.logger = dict_to_namespace(
-                {"class_path": "pytorch_lightning.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": name}}
+            arguments = Namespace(save_dir="runs", name=name)  # type: ignore[no-untyped-call]
+            config.trainer.logger = Namespace(  # type: ignore[no-untyped-call]
+                class_path="pytorch_lightning.loggers.CSVLogger", init_args=arguments
             )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the trainer.
+
+        Raises:
+            UserError: if it refuses one of its arguments.
+        """
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, TypeError) as error:
+            raise UserError(" ".join(str(error).split())) from error
 
     def after_instantiate_classes(self) -> None:
         """Turn ``--ckpt_path last`` and ``best`` into the newest such file of the runs of this name.
@@ -184,6 +200,12 @@ def _calm_output() -> Iterator[None]:
         warnings.filterwarnings("ignore", ".*does not have many workers")
         warnings.filterwarnings("ignore", ".*smaller than the logging interval")
         warnings.filterwarnings("ignore", ".*LeafSpec", category=FutureWarning)
+        # Lightning 2.6.6 calls methods that jsonargparse is about to drop
+        warnings.filterwarnings("ignore", r"(?s).*(was deprecated in v4|JsonargparseDeprecationWarning)")
+        # `main(args)` from Python is how the demo, sweeps and tests run a command, whatever the process was called with
+        warnings.filterwarnings("ignore", "LightningCLI's args parameter")
+        # every run has a folder of its own, so a checkpoint always comes from another one
+        warnings.filterwarnings("ignore", "The dirpath has changed")
         try:
             yield
         finally:

@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import re
-from importlib import import_module
+from collections.abc import Iterator
 from typing import NoReturn
 
 from pytorch_lightning.cli import LightningArgumentParser
@@ -15,6 +15,8 @@ from bioprop.networks import Network
 
 #: Base class of what an option names by class.
 KINDS: dict[str, type] = {"model": Algorithm, "network": Network, "data": ImageDataModule}
+#: How to name what is missing.
+EXAMPLES = {"model": "--model LDRL", "network": "--model.network LeNet", "data": "--data Digits"}
 
 
 class OneSentenceParser(LightningArgumentParser):
@@ -30,60 +32,72 @@ class OneSentenceParser(LightningArgumentParser):
 
 def explain(message: str) -> str:
     """Turn jsonargparse's nested report of an error into a sentence."""
-    keys = re.findall(r'Parser key "([\w.]+)"', message)
-    option = "--" + ".".join(dict.fromkeys(keys))
-    if match := re.search(r"(?:class_path '([\w.]+)'[^']*?)?Option '([\w.]+)' is not accepted", message):
-        return _unknown_option(match[1], match[2])
+    if match := re.search(r"Option '([\w.]+)' is not accepted", message):
+        return _unknown_argument(match[1])
     if match := re.search(r"arguments are required: (.+)", message):
-        return _missing([name.strip() for name in match[1].split(",")], message)
-    kind = KINDS.get(keys[-1].rpartition(".")[2]) if keys else None
-    if kind and (match := re.search(r"(?:dot import path string|Not a valid subclass of \w+)[:.] ?(.*)", message)):
-        given = _given_value(message) or match[1]
-        return f"{option} is {given}, which is not a known class: choose one of {', '.join(_names(kind))}"
+        return _missing([name.strip().rpartition(".")[2] for name in match[1].split(",")])
     if match := re.search(r"File does not exist: '?([^'\n]+)'?", message):
-        return f"{option} {match[1]}: there is no such file"
+        return f"{match[1]}: there is no such file"
+    keys = re.findall(r'Parser key "([\w.]+)"', message)
     given = _given_value(message)
     if keys and given is not None:
-        return f"{option} is {given}, but it must be {_expected(message)}"
+        key = keys[-1].rpartition(".")[2]
+        if "dot import path string" in message:
+            return f"{key} is {given}, which is not a known class: {_known_classes(key)}"
+        return f"{key} is {given}, but it must be {_expected(message)}"
     return " ".join(message.split())
 
 
-def _unknown_option(class_path: str | None, name: str) -> str:
-    if class_path is None:
-        return f"there is no option {name}: see --help for those there are"
-    module, _, cls = class_path.rpartition(".")
-    known = [key for key in inspect.signature(getattr(import_module(module), cls)).parameters if key != "self"]
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(known)}"
-    return f"{cls} has no argument {name}: {hint}"
+def _unknown_argument(name: str) -> str:
+    known = {argument for kind in KINDS.values() for cls in _subclasses(kind) for argument in _arguments(cls)}
+    close = difflib.get_close_matches(name, sorted(known), n=1)
+    hint = f"did you mean {close[0]}" if close else "is it misspelt, or another class's"
+    return f"there is no argument {name} in this place: {hint}? --model.help CLASS and --data.help CLASS list them"
 
 
-def _missing(names: list[str], message: str) -> str:
-    owner = re.search(r"class_path '[\w.]*?(\w+)'", message)
-    wanted = " and ".join(name.partition(".")[2] or name for name in names)
-    if owner:
-        return f"{owner[1]} needs {wanted}: give it on the command line (--model.{wanted} CLASS) or in a --config file"
-    return f"{wanted} must be given: name a class (for example --data Digits) or give a --config file"
+def _missing(names: list[str]) -> str:
+    examples = " ".join(EXAMPLES.get(name, f"--{name} VALUE") for name in names)
+    return f"{' and '.join(names)} must be given: use a --config file, or for example {examples}"
+
+
+def _known_classes(key: str) -> str:
+    if key in KINDS:
+        return f"choose one of {', '.join(sorted(cls.__name__ for cls in _subclasses(KINDS[key])))}"
+    return f"--model.help CLASS lists those that {key} can be"
 
 
 def _given_value(message: str) -> str | None:
-    values = re.findall(r"Given value: (.*)", message)
-    if not values:
-        return None
-    nested = re.search(r"NestedArg\(.*val='(.*)'\)", values[0])
-    return nested[1] if nested else str(values[0])
+    found = (
+        re.search(r"dot import path string: (.*)", message)
+        or re.search(r"NestedArg\(.*val='(.*)'\)", message)
+        or re.search(r"Got value: (.*)", message)
+        or re.search(r"Given value: (.*)", message)
+    )
+    return found and found[1]
 
 
 def _expected(message: str) -> str:
-    options = re.findall(r"Expected an? (?:<class ')?([^:\n]+?)(?:'>)?(?::|\n|$)", message)
-    wanted = [option for option in dict.fromkeys(options) if "NoneType" not in option]
-    return " or ".join(wanted) or "something else (see --help)"
+    if literal := re.search(r"Literal\[(.*?)\]", message):
+        return f"one of {literal[1]}"
+    types = re.findall(r"Expected an? <class '(\w+)'>", message)
+    wanted = [name for name in dict.fromkeys(types) if name != "NoneType"]
+    names = {
+        "int": "a whole number",
+        "float": "a number",
+        "tuple": "a list [a, b, ...] of such",
+        "bool": "true or false",
+    }
+    return " or ".join(names.get(name, f"a {name}") for name in wanted) or "of another type (see --help)"
 
 
-def _names(kind: type) -> list[str]:
-    found, names = [kind], []
-    for cls in found:
-        found.extend(cls.__subclasses__())
-        if not inspect.isabstract(cls) and cls is not kind:
-            names.append(cls.__name__)
-    return sorted(names)
+def _subclasses(kind: type) -> Iterator[type]:
+    """Yield the classes that can be named where ``kind`` is wanted: its concrete subclasses."""
+    subclasses: list[type] = kind.__subclasses__()
+    for cls in subclasses:
+        if not inspect.isabstract(cls):
+            yield cls
+        yield from _subclasses(cls)
+
+
+def _arguments(cls: type) -> list[str]:
+    return [name for name in inspect.signature(cls).parameters if name != "self"]

@@ -148,7 +148,9 @@ class Algorithm(LightningModule, ABC):
         metrics = cast(MetricCollection, self.accuracies[f"{split}_set"])
         metrics.update(logits, labels)
         self.log(f"{split}/loss", loss, batch_size=len(labels), prog_bar=split == "train", **PER_EPOCH)
-        self.log_dict(metrics, batch_size=len(labels), prog_bar=split == "val", **PER_EPOCH)
+        for name, metric in metrics.items():
+            shown = name == "val/accuracy"
+            self.log(name, metric, batch_size=len(labels), prog_bar=shown, **PER_EPOCH)
 
     def _as_network(self, batch: Batch) -> Batch:
         """Give the images the weights' floating-point type: data modules hand out float32."""

@@ -1,15 +1,20 @@
 """L-DRL: layer-wise difference target propagation with the difference reconstruction loss."""
 
+from typing import Literal, get_args
+
 import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from bioprop.algorithms.target_propagation import FeedbackStep, TargetPropagation
+from bioprop.errors import UserError
 from bioprop.functional.activations import MirrorName
 from bioprop.functional.feedback_losses import FeedbackGradient, ldrl_gradient
 from bioprop.networks.mirrors import Mirror
 from bioprop.networks.network import Network
 from bioprop.networks.stages import Stage, StageOutput
+
+SwitchesOf = Literal["noisy", "clean"]
 
 
 class LDRL(TargetPropagation):
@@ -28,6 +33,9 @@ class LDRL(TargetPropagation):
         noise: ``sigma``, in units of the activations, above 0.
         feedback_lr: for ``normalized`` the fraction ``eta`` of a Newton step, in (0, 1]; for ``sgd`` the learning rate.
         iterations: feedback iterations a batch, 0 to leave a stage's feedback as it was drawn.
+        switches: whose max-pool switches unpool the noisy output: those of the ``clean`` pass (ours) or of the
+            ``noisy`` one, as published. Noise flips some switches, and each flip moves a whole activation, not a small
+            difference: this biases the published loss, however small the noise, away from ``J_G = J_F^T``.
         mirror: ``exact`` (ours) or ``paper``, the authors' form of the feedback operator.
         feedback_step: ``normalized`` (ours: by the loss's curvature, no momentum) or ``sgd``, as published.
         feedback_momentum: of ``sgd``.
@@ -45,10 +53,11 @@ class LDRL(TargetPropagation):
         noise: float | tuple[float, ...] = 0.1,
         feedback_lr: float | tuple[float, ...] = 0.1,
         iterations: int | tuple[int, ...] = 20,
+        switches: SwitchesOf = "clean",
         mirror: MirrorName = "exact",
         feedback_step: FeedbackStep = "normalized",
         feedback_momentum: float = 0.9,
-        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-4),
+        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.02, momentum=0.9, weight_decay=1e-4),
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(
@@ -62,7 +71,11 @@ class LDRL(TargetPropagation):
             mirror=mirror,
             optimizer=optimizer,
             scheduler=scheduler,
+            switches=switches,
         )
+        if switches not in get_args(SwitchesOf):
+            raise UserError(f"switches {switches!r} is not known: choose one of {', '.join(get_args(SwitchesOf))}")
+        self._clean_switches = switches == "clean"
 
     def feedback_gradient(
         self, stage: Stage, mirror: Mirror, inputs: Tensor, clean: StageOutput, sigma: float, generator: torch.Generator
@@ -71,4 +84,6 @@ class LDRL(TargetPropagation):
         input_noise = sigma * torch.randn(inputs.shape, dtype=inputs.dtype, device=inputs.device, generator=generator)
         output = clean.output
         output_noise = sigma * torch.randn(output.shape, dtype=output.dtype, device=output.device, generator=generator)
-        return ldrl_gradient(stage, mirror, inputs, output, clean.switches, input_noise, output_noise, sigma)
+        return ldrl_gradient(
+            stage, mirror, inputs, output, clean.switches, input_noise, output_noise, sigma, self._clean_switches
+        )

@@ -61,6 +61,7 @@ class TargetPropagation(Algorithm):
         mirror: MirrorName,
         optimizer: OptimizerCallable,
         scheduler: LRSchedulerCallable | None,
+        **settings: str,
     ) -> None:
         super().__init__(network, optimizer, scheduler)
         mirrored = network.stages()[1:]  # G^1 would reach the input: nothing needs it
@@ -105,6 +106,7 @@ class TargetPropagation(Algorithm):
             mirror=mirror,
             feedback_step=feedback_step,
             feedback_momentum=feedback_momentum,
+            **settings,
         )
 
     def mirrored_stages(self) -> list[tuple[str, Stage, Mirror]]:

@@ -12,6 +12,9 @@ from bioprop.algorithms.base import Algorithm
 from bioprop.algorithms.target_propagation import TargetPropagation
 from bioprop.errors import UserError
 
+#: Feedback weights this many times larger than the forward weights are the cause, even if still finite.
+RUNAWAY = 1e4
+
 
 class DivergenceError(UserError):
     """A loss or a weight became infinite or NaN."""
@@ -53,13 +56,15 @@ class DivergenceGuard(Callback):
 def _causes(algorithm: Algorithm, feedback_losses: Mapping[str, Tensor]) -> Iterator[str]:
     """Say what went wrong, in the order of cause and effect: feedback first, then the forward weights it steers."""
     feedback = algorithm.mirrored_stages() if isinstance(algorithm, TargetPropagation) else []
-    for name, _, mirror in feedback:
+    for name, stage, mirror in feedback:
         broken_loss = name in feedback_losses and not torch.isfinite(feedback_losses[name])
-        if broken_loss or not _finite(mirror.parameters()):
-            yield f"the feedback weights of stage {name} became infinite or NaN: lower model.feedback_lr for it"
-    for name, stage in algorithm.network.stages():
-        if not _finite(stage.parameters()):
-            yield f"the weights of stage {name} became infinite or NaN: lower the learning rate of model.optimizer"
+        ran_away = bool(mirror.weight.norm() > RUNAWAY * stage.weight.norm())
+        if broken_loss or ran_away or not _finite(mirror.parameters()):
+            yield f"the feedback weights of stage {name} grew beyond all bounds: lower model.feedback_lr for it"
+    broken = [name for name, stage in algorithm.network.stages() if not _finite(stage.parameters())]
+    if broken:  # one step spreads it to every stage below, or above
+        stages = ", ".join(broken)
+        yield f"the weights of stage {stages} became infinite or NaN: lower the learning rate of model.optimizer"
 
 
 def _finite(parameters: Iterator[Tensor]) -> bool:

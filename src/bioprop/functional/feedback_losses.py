@@ -72,6 +72,7 @@ def ldrl_gradient(
     input_noise: Tensor,
     output_noise: Tensor,
     sigma: float,
+    clean_switches: bool = False,
 ) -> FeedbackGradient:
     """Gradient of the layer-wise difference reconstruction loss (Ernoult et al., 2022).
 
@@ -84,10 +85,11 @@ def ldrl_gradient(
         mirror: ``G^n``.
         inputs: ``s^{n-1}``, ``[batch, *input_shape]``.
         output: ``s^n = F^n(s^{n-1})``, ``[batch, *output_shape]``.
-        switches: those of the pass that made ``output``; the noisy pass uses its own.
+        switches: those of the pass that made ``output``.
         input_noise: ``eps ~ N(0, sigma^2)``, like ``inputs``.
         output_noise: ``eta ~ N(0, sigma^2)``, like ``output``.
         sigma: standard deviation of both.
+        clean_switches: unpool the noisy output by ``switches`` too, instead of by those of the noisy pass.
 
     Returns:
         The gradient; its curvature is that of the second term, ``2 mean_batch sum_positions
@@ -95,6 +97,8 @@ def ldrl_gradient(
     """
     with torch.no_grad():
         noisy_output, noisy_switches = stage.run(inputs + input_noise)
+        if clean_switches:
+            noisy_switches = switches
         if mirror.is_linear:
             curvature = output.new_full((output.shape[1],), 2.0 * sigma**2)
         else:

@@ -1,0 +1,77 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from bioprop.algorithms import DTP, LDRL, Backprop
+from bioprop.callbacks import AlignmentToBackprop
+from bioprop.callbacks.alignment import alignment_to_backprop
+from bioprop.errors import UserError
+from bioprop.networks import LeNet
+
+
+class Rotated(Backprop):
+    """BP whose update of one stage is turned by 60 degrees and made twice as long."""
+
+    def _gradients(self, images: Tensor, labels: Tensor):  # type: ignore[no-untyped-def]
+        gradients = super()._gradients(images, labels)
+        for name in ("conv2.conv.weight", "conv2.conv.bias"):
+            gradients.forward[name] = gradients.forward[name].clone()
+        weight = gradients.forward["conv2.conv.weight"]
+        whole = math.hypot(float(weight.norm()), float(gradients.forward["conv2.conv.bias"].norm()))
+        across = torch.randn(weight.shape, dtype=weight.dtype, generator=torch.Generator().manual_seed(0))
+        across -= (across * weight).sum() / weight.square().sum() * weight
+        for name in ("conv2.conv.weight", "conv2.conv.bias"):
+            gradients.forward[name] *= 2 * math.cos(math.pi / 3)
+        gradients.forward["conv2.conv.weight"] += 2 * math.sin(math.pi / 3) * whole * across / across.norm()
+        return gradients
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(16, 1, 16, 16, dtype=torch.float64), torch.arange(16) % 10
+
+
+def network() -> LeNet:
+    return LeNet((1, 16, 16), 10, channels=(4, 4), hidden=8)
+
+
+def test_backprop_is_aligned_with_itself(batch: tuple[Tensor, Tensor]) -> None:
+    aligned = alignment_to_backprop(Backprop(network()).double(), *batch)
+
+    assert list(aligned) == ["conv1", "conv2", "fc1", "fc2", "overall"]
+    for value in aligned.values():
+        assert float(value.angle) < 1e-9
+        assert float(value.norm_ratio) == pytest.approx(1.0, abs=1e-12)
+
+
+def test_a_rotated_stage_shows_its_angle_and_norm_alone(batch: tuple[Tensor, Tensor]) -> None:
+    aligned = alignment_to_backprop(Rotated(network()).double(), *batch)
+
+    assert float(aligned["conv2"].angle) == pytest.approx(60.0, abs=1e-6)
+    assert float(aligned["conv2"].norm_ratio) == pytest.approx(2.0, abs=1e-9)
+    assert float(aligned["conv1"].angle) < 1e-9
+    assert 0.0 < float(aligned["overall"].angle) < 60.0
+
+
+@pytest.mark.parametrize("cls", [Backprop, DTP, LDRL])
+def test_measuring_changes_nothing(cls: type, batch: tuple[Tensor, Tensor]) -> None:
+    algorithm = cls(network()).double()
+    before = {name: value.clone() for name, value in algorithm.state_dict().items()}
+    random_state = torch.get_rng_state()
+
+    alignment_to_backprop(algorithm, *batch)
+
+    assert torch.equal(random_state, torch.get_rng_state())
+    for name, value in algorithm.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(parameter.grad is None for parameter in algorithm.parameters())
+
+
+def test_out_of_range_arguments_are_named() -> None:
+    with pytest.raises(UserError, match="max_images is 0"):
+        AlignmentToBackprop(max_images=0)
+    with pytest.raises(UserError, match="every_n_epochs is -1"):
+        AlignmentToBackprop(every_n_epochs=-1)

@@ -1,0 +1,130 @@
+"""Callbacks in real training runs on a few digits."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning import LightningModule, Trainer, seed_everything
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import CSVLogger
+
+from bioprop.algorithms import LDRL, Algorithm, Backprop
+from bioprop.callbacks import AlignmentToBackprop, DivergenceError, DivergenceGuard, EpochSeconds, FeedbackRecord
+from bioprop.callbacks.run_folder import run_folder
+from bioprop.datamodules import Digits
+from bioprop.errors import UserError
+from bioprop.functional.angles import angle_degrees
+from bioprop.networks import LeNet
+
+
+def fit(folder: Path, algorithm: Algorithm, *callbacks: Callback, epochs: int = 1) -> Trainer:
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        logger=CSVLogger(folder, name="run"),
+        callbacks=list(callbacks),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(algorithm, datamodule=Digits(limit_train=96, limit_val=32, batch_size=32))
+    return trainer
+
+
+def make(**settings: Any) -> LDRL:
+    seed_everything(0, verbose=False)
+    return LDRL(LeNet((1, 16, 16), 10, channels=(4, 4), hidden=8), **{"iterations": (3, 2, 1), **settings})
+
+
+def metrics(trainer: Trainer) -> list[dict[str, str]]:
+    with (run_folder(trainer) / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_alignment_is_logged_before_training_and_each_epoch(tmp_path: Path) -> None:
+    trainer = fit(tmp_path, make(), AlignmentToBackprop(max_images=16), epochs=2)
+
+    rows = [row for row in metrics(trainer) if row["angle/conv1"]]
+    assert [row["epoch"] for row in rows] == ["-1", "0", "1"]
+    assert all(abs(float(row["angle/fc2"])) < 0.1 for row in rows)
+    assert all(float(row["angle/conv1"]) > 1.0 for row in rows)
+
+
+def test_alignment_can_be_turned_off(tmp_path: Path) -> None:
+    trainer = fit(tmp_path, make(), AlignmentToBackprop(every_n_epochs=0))
+
+    assert not [name for name in metrics(trainer)[0] if name.startswith("angle")]
+
+
+def test_alignment_leaves_training_as_it_is(tmp_path: Path) -> None:
+    watched, alone = make(), make()
+    fit(tmp_path, watched, AlignmentToBackprop())
+    torch.manual_seed(0)
+    fit(tmp_path, alone)
+
+    for name, value in alone.state_dict().items():
+        assert torch.equal(value, watched.state_dict()[name]), name
+
+
+def test_feedback_record_holds_every_iteration_of_the_chosen_batches(tmp_path: Path) -> None:
+    algorithm = make()
+    trainer = fit(tmp_path, algorithm, FeedbackRecord(every_n_batches=2))
+
+    with (run_folder(trainer) / "feedback_training.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["batch"], row["stage"], row["iteration"]) for row in rows] == [
+        (batch, stage, str(iteration))
+        for batch in ("0", "2")
+        for stage, iterations in (("conv2", 3), ("fc1", 2), ("fc2", 1))
+        for iteration in range(iterations)
+    ]
+    assert all(0.0 < float(row["angle"]) < 180.0 for row in rows)
+    # the last batch is recorded, and only the forward weight moves after its last feedback iteration
+    last = algorithm.feedback["fc2"].weight
+    assert abs(float(rows[-1]["angle"]) - float(angle_degrees(algorithm.network.fc2.weight, last))) < 5.0
+    assert not algorithm._observers
+
+
+def test_feedback_record_of_an_algorithm_without_feedback_leaves_no_file(tmp_path: Path) -> None:
+    trainer = fit(tmp_path, Backprop(LeNet((1, 16, 16), 10, channels=(4, 4), hidden=8)), FeedbackRecord())
+
+    assert not (run_folder(trainer) / "feedback_training.csv").exists()
+    with pytest.raises(UserError, match="every_n_batches is 0"):
+        FeedbackRecord(0)
+
+
+class Break(Callback):
+    """Put a NaN into the weights before a batch."""
+
+    def __init__(self, part: str) -> None:
+        self.part = part
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:
+            with torch.no_grad():
+                pl_module.get_parameter(self.part)[0] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("part", "sentence"),
+    [
+        ("feedback.fc1.weight", "feedback weights of stage fc1 grew beyond all bounds: lower model.feedback_lr"),
+        ("network.fc2.linear.weight", "fc2 became infinite or NaN: lower the learning rate of model.optimizer"),
+    ],
+)
+def test_guard_names_the_stage_and_what_to_lower(tmp_path: Path, part: str, sentence: str) -> None:
+    # no feedback iterations, so that the broken part is the only one
+    with pytest.raises(DivergenceError) as caught:
+        fit(tmp_path, make(iterations=0), Break(part), DivergenceGuard())
+    assert "epoch 0, batch 1" in str(caught.value)
+    assert sentence in str(caught.value)
+
+
+def test_guard_lets_a_sound_run_pass_and_seconds_are_logged(tmp_path: Path) -> None:
+    trainer = fit(tmp_path, make(), DivergenceGuard(), EpochSeconds(), epochs=2)
+
+    seconds = [float(row["train/seconds"]) for row in metrics(trainer) if row["train/seconds"]]
+    assert len(seconds) == 2
+    assert all(0.0 < value < 60.0 for value in seconds)

@@ -1,0 +1,216 @@
+"""The command line: folders, checkpoints, conflicts, and a user's mistakes."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from bioprop.algorithms import LDRL
+from bioprop.cli import main
+from bioprop.cli_messages import explain
+from bioprop.errors import UserError
+
+TINY = [
+    "--model.network=LeNet",
+    "--model.network.channels=[4,4]",
+    "--model.network.hidden=8",
+    "--data=Digits",
+    "--data.limit_train=64",
+    "--data.limit_val=32",
+    "--data.limit_test=30",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+]
+LDRL_TINY = ["--model=LDRL", "--model.iterations=2", *TINY]
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_run_folder_holds_config_metrics_and_checkpoints() -> None:
+    cli = main(["fit", *LDRL_TINY, "--trainer.max_epochs=2"])
+
+    run = Path("runs/ldrl_lenet_digits/version_0")
+    assert {path.name for path in run.iterdir()} >= {"config.yaml", "metrics.csv", "checkpoints"}
+    resolved = yaml.safe_load((run / "config.yaml").read_text())
+    assert resolved["model"]["init_args"]["iterations"] == 2
+    assert resolved["model"]["init_args"]["optimizer"]["class_path"] == "torch.optim.SGD"
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {"train/loss", "train/accuracy", "val/accuracy", "val/accuracy_top5", "train/feedback_loss"} <= set(rows[0])
+    assert {"angle/conv1", "angle/overall", "norm_ratio/fc1", "train/seconds"} <= set(rows[0])
+    assert len([row for row in rows if row["train/loss"]]) == 2
+    assert cli.trainer.checkpoint_callback.best_model_path.endswith("version_0/checkpoints/best.ckpt")
+
+
+def test_image_shape_and_classes_flow_from_data_to_network() -> None:
+    cli = main(["fit", *LDRL_TINY, "--trainer.max_epochs=1", "--data.image_size=32"])
+
+    assert cli.model.network.settings["image_shape"] == [1, 32, 32]
+    assert cli.model.network.settings["num_classes"] == 10
+
+
+def test_evaluation_commands_use_the_checkpoint_of_an_earlier_process() -> None:
+    trained = main(["fit", *LDRL_TINY, "--trainer.max_epochs=1"])
+
+    validated = main(["validate", *LDRL_TINY, "--ckpt_path=last"])
+    assert validated.trainer.callback_metrics["val/loss"] == trained.trainer.callback_metrics["val/loss"]
+    tested = main(["test", *LDRL_TINY, "--ckpt_path=best"])
+    predicted = main(["predict", *LDRL_TINY, "--ckpt_path=best"])
+    with (Path(predicted.trainer.log_dir) / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 30
+    truth = [str(label) for label in predicted.datamodule.resident["test"].labels.tolist()]
+    right = sum(row["prediction"] == label for row, label in zip(rows, truth, strict=True))
+    assert right / 30 == pytest.approx(float(tested.trainer.callback_metrics["test/accuracy"]))
+
+
+def test_resumed_run_equals_uninterrupted_run() -> None:
+    whole = main(["fit", *LDRL_TINY, "--trainer.max_epochs=3"])
+    again = [*LDRL_TINY, "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=runs", "--trainer.logger.name=halves"]
+    main(["fit", *again, "--trainer.max_epochs=1"])
+    resumed = main(["fit", *again, "--trainer.max_epochs=3", "--ckpt_path=last"])
+
+    assert resumed.trainer.global_step == whole.trainer.global_step
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ("--model.beta=0.7", "beta was 0.5 and is now 0.7"),
+        ("--model.network.hidden=9", "network.init_args.hidden was 8 and is now 9"),
+        ("--data.seed=1", "data.seed was 0 and is now 1"),
+        ("--model.optimizer.lr=0.5", "optimizer.lr was 0.02 and is now 0.5"),
+    ],
+)
+def test_resuming_under_other_settings_is_refused(changed: str, named: str) -> None:
+    main(["fit", *LDRL_TINY, "--trainer.max_epochs=1"])
+
+    with pytest.raises(UserError, match=named.replace(".", r"\.")):
+        main(["fit", *LDRL_TINY, "--trainer.max_epochs=2", "--ckpt_path=last", changed])
+
+
+def test_another_algorithms_checkpoint_is_refused() -> None:
+    main(["fit", *LDRL_TINY, "--trainer.max_epochs=1"])
+
+    checkpoint = "runs/ldrl_lenet_digits/version_0/checkpoints/last.ckpt"
+    with pytest.raises(UserError, match="algorithm was LDRL and is now Backprop"):
+        main(["test", "--model=Backprop", *TINY, f"--ckpt_path={checkpoint}"])
+
+
+def test_cli_made_checkpoint_loads_as_plain_data_and_as_algorithm() -> None:
+    cli = main(["fit", *LDRL_TINY, "--trainer.max_epochs=1"])
+
+    path = cli.trainer.checkpoint_callback.last_model_path
+    assert torch.load(path, weights_only=True)["hyper_parameters"]["beta"] == 0.5
+    loaded = LDRL.load_from_checkpoint(path)
+    images = torch.randn(4, 1, 16, 16)
+    assert torch.equal(loaded(images), cli.model.to("cpu")(images))
+    for name, mirror in cli.model.feedback.items():
+        assert torch.equal(mirror.weight, loaded.feedback[name].weight)
+
+
+def test_evaluation_without_checkpoint_is_refused() -> None:
+    with pytest.raises(UserError, match="needs --ckpt_path"):
+        main(["test", *LDRL_TINY])
+
+
+def test_missing_checkpoint_is_named() -> None:
+    with pytest.raises(UserError, match=r"no run in runs/ldrl_lenet_digits has written last\.ckpt"):
+        main(["fit", *LDRL_TINY, "--ckpt_path=last"])
+    with pytest.raises(UserError, match=r"nowhere\.ckpt: there is no such file"):
+        main(["fit", *LDRL_TINY, "--ckpt_path=nowhere.ckpt"])
+
+
+def test_diverging_run_stops_names_the_culprit_and_keeps_the_checkpoint() -> None:
+    wild = ["--model.feedback_step=sgd", "--model.feedback_lr=1e9", "--trainer.max_epochs=1"]
+    with pytest.raises(
+        UserError, match=r"feedback weights of stage \w+ grew beyond all bounds: lower model\.feedback_lr"
+    ):
+        main(["fit", *LDRL_TINY, *wild])
+    assert not list(Path("runs").rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--model=Foo", "--data=Digits"], "Foo, which is not a known class: choose one of Backprop, DTP, LDRL"),
+        (["--model=LDRL", "--model.network=Foo", "--data=Digits"], "choose one of LeNet, MLP, SimpleVGG"),
+        ([*LDRL_TINY, "--model.noize=1"], "did you mean noise?"),
+        ([*LDRL_TINY, "--model.noise=loud"], "noise is loud, but it must be a number or a list"),
+        ([*LDRL_TINY, "--model.noise=[0.1,0.2]"], "3 stages need one each (conv2, fc1, fc2)"),
+        ([*LDRL_TINY, "--model.mirror=foo"], "mirror is foo, but it must be one of 'paper', 'exact'"),
+        ([*LDRL_TINY, "--model.network.activation=gelu"], "activation is gelu, but it must be one of 'elu'"),
+        (["--model=LDRL", "--data=Digits"], "network must be given"),
+        (["--config=nowhere.yaml"], "nowhere.yaml: there is no such file"),
+        (["--model=LDRL", "--model.network=SimpleVGG", "--data=Digits"], "SimpleVGG's conv5 does not fit"),
+        (["--model=LDRL", "--model.network=LeNet", "--data=ImageFolder", "--data.data_dir=nowhere"], "'nowhere'"),
+        (["--model=LDRL", "--model.network=LeNet", "--data=ImageFolder", "--data.data_dir=empty"], "cat"),
+        ([*LDRL_TINY, "--trainer.gradient_clip_val=1"], "gradient clipping is not supported"),
+        ([*LDRL_TINY, "--trainer.accelerator=foo"], "accelerator"),
+        ([*LDRL_TINY, "--trainer.precision=bf16-mixed"], "precision bf16-mixed is not supported by LDRL"),
+    ],
+)
+def test_mistakes_end_in_one_sentence_and_status_2(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for label in ("cat", "dog"):
+        Path("empty/train", label).mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save("empty/train/dog/0.png")
+
+    with pytest.raises((SystemExit, UserError)) as caught:
+        main(["fit", *arguments, "--trainer.max_epochs=1"])
+    said = str(caught.value) if caught.type is UserError else capsys.readouterr().err
+    assert caught.type is UserError or caught.value.code == 2
+    assert sentence in said
+    assert "Traceback" not in said
+    assert len(said.strip().splitlines()) == 1
+
+
+def test_process_prints_the_sentence_and_exits_with_2() -> None:
+    arguments = [*LDRL_TINY, "--data.batch_size=0"]
+    done = subprocess.run(
+        [sys.executable, "-m", "bioprop", "fit", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ,
+    )
+
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("bioprop: error: batch_size is 0")
+
+
+def test_unforeseen_report_of_the_parser_still_becomes_one_line() -> None:
+    assert explain("Something\n  odd\nhappened") == "Something odd happened"
+
+
+def test_help_shows_each_classes_own_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    for cls, own in (("LDRL", "--model.iterations"), ("DTP", "--model.feedback_momentum")):
+        with pytest.raises(SystemExit) as left:
+            main(["fit", f"--model.help={cls}"])
+        assert left.value.code == 0
+        assert own in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore")  # wandb's own, on start-up
+def test_wandb_keeps_config_and_checkpoints_in_the_runs_own_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    layer = Path(__file__).parents[1] / "lightning_configs" / "wandb.yaml"
+    cli = main(["fit", *LDRL_TINY, f"--config={layer}", "--trainer.max_epochs=1"])
+
+    run = Path("runs/bioprop") / cli.trainer.logger.version
+    assert (run / "config.yaml").is_file()
+    assert (run / "checkpoints" / "best.ckpt").is_file()
+    assert not Path("config.yaml").exists()

@@ -1,0 +1,120 @@
+"""Every file in lightning_configs/ is run, through the command line, with smoke.yaml over it."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+import yaml
+from PIL import Image
+
+from bioprop.cli import main
+
+CONFIGS = Path(__file__).parents[1] / "lightning_configs"
+LAYERS = {"smoke.yaml", "wandb.yaml"}
+RUNS = sorted(path.name for path in CONFIGS.glob("*.yaml") if path.name not in LAYERS)
+
+
+@pytest.fixture
+def data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Tiny data sets in the real formats: CIFAR-10's batches of pickles, and a folder of images."""
+    rng = np.random.default_rng(0)
+    cifar = tmp_path / "data" / "cifar-10-batches-py"
+    cifar.mkdir(parents=True)
+    names = {"meta": [], "train_list": [f"data_batch_{n}" for n in range(1, 6)], "test_list": ["test_batch"]}
+    for name in names["train_list"] + names["test_list"]:
+        content = {"data": rng.integers(0, 256, (20, 3072), dtype=np.uint8), "labels": [n % 10 for n in range(20)]}
+        (cifar / name).write_bytes(pickle.dumps(content))
+    classes = torchvision.datasets.CIFAR10
+    (cifar / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class{n}" for n in range(10)]}))
+    monkeypatch.setattr(classes, "train_list", [[name, None] for name in names["train_list"]])
+    monkeypatch.setattr(classes, "test_list", [[name, None] for name in names["test_list"]])
+    monkeypatch.setattr(classes, "meta", {**classes.meta, "md5": None})
+    for split in ("train", "test"):
+        for label in ("cat", "dog"):
+            folder = tmp_path / "data" / "images" / split / label
+            folder.mkdir(parents=True)
+            for number in range(12):
+                pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("config", RUNS)
+def test_config_runs_a_few_batches_under_smoke(config: str, data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(data_folder)
+    cli = main(
+        [
+            "fit",
+            f"--config={CONFIGS / config}",
+            f"--config={CONFIGS / 'smoke.yaml'}",
+            "--trainer.enable_progress_bar=false",
+        ]
+    )
+
+    assert cli.trainer.global_step == 2
+    assert torch.isfinite(cli.trainer.callback_metrics["train/loss"])
+    algorithm, network, data = config.removesuffix(".yaml").split("_")
+    assert type(cli.model).__name__.lower() == algorithm
+    assert type(cli.model.network).__name__.lower() == network
+    assert type(cli.datamodule).__name__.lower() == data
+    runs = data_folder / "runs" / f"{algorithm}_{network}_{data}" / "version_0"
+    saved = yaml.safe_load((runs / "config.yaml").read_text())
+    assert saved["data"]["init_args"]["limit_train"] == 16
+    assert {path.name for path in (runs / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+
+
+def _model(config: str) -> dict[str, Any]:
+    settings: dict[str, Any] = yaml.safe_load((CONFIGS / config).read_text())
+    return settings
+
+
+@pytest.mark.parametrize(
+    ("config", "batch", "published"),
+    [
+        (
+            "ldrl_simplevgg_cifar10.yaml",
+            128,
+            {
+                "beta": 0.7,
+                "noise": [0.4, 0.4, 0.2, 0.2, 0.08],
+                "feedback_lr": [1e-4, 3.5e-4, 8e-3, 8e-3, 0.18],
+                "iterations": [20, 30, 35, 55, 20],
+                "lr": 0.05,
+            },
+        ),
+        (
+            "ldrl_lenet_cifar10.yaml",
+            256,
+            {
+                "beta": 0.4655,
+                "noise": [0.4164, 0.3826, 0.1395],
+                "feedback_lr": [7.188427e-4, 1.2510321e-4, 3.541467e-2],
+                "iterations": [41, 51, 24],
+                "lr": 0.03618,
+            },
+        ),
+    ],
+)
+def test_cifar10_configs_hold_the_published_figures(config: str, batch: int, published: dict[str, Any]) -> None:
+    settings = _model(config)
+    arguments = settings["model"]["init_args"]
+
+    assert {name: arguments[name] for name in published if name != "lr"} == {
+        name: value for name, value in published.items() if name != "lr"
+    }
+    assert arguments["optimizer"]["init_args"] == {"lr": published["lr"], "momentum": 0.9, "weight_decay": 1e-4}
+    assert arguments["scheduler"]["init_args"] == {"T_max": 85, "eta_min": 1e-5}
+    assert (arguments["mirror"], arguments["switches"], arguments["feedback_step"]) == ("paper", "noisy", "sgd")
+    assert settings["data"]["init_args"]["batch_size"] == batch
+    assert settings["trainer"]["max_epochs"] == 90
+
+
+def test_smoke_layer_takes_seconds_not_epochs() -> None:
+    smoke = _model("smoke.yaml")
+
+    assert smoke["trainer"]["max_epochs"] == 1
+    assert max(smoke["data"]["init_args"].values()) <= 64
