@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from bioprop.algorithms.settings import comparable_settings, describe_optimization, refuse_changes
+from bioprop.algorithms.settings import comparable_settings, describe_optimization, plain, refuse_changes
 from bioprop.errors import UserError
 from bioprop.functional.gradients import preserve_state
 from bioprop.networks.network import Network, build_network
@@ -185,18 +185,28 @@ class Algorithm(LightningModule, ABC):
             )
 
     def on_train_epoch_end(self) -> None:
-        """Step the learning-rate schedules: Lightning leaves them alone in manual optimization."""
+        """Step the learning-rate schedules: Lightning leaves them alone in manual optimization.
+
+        Raises:
+            UserError: if a schedule follows a metric that is not logged.
+        """
         schedulers = self.lr_schedulers() or []
         for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
             if isinstance(scheduler, ReduceLROnPlateau):
-                scheduler.step(self.trainer.callback_metrics[scheduler.monitor])
+                metrics = self.trainer.callback_metrics
+                if scheduler.monitor not in metrics:
+                    raise UserError(
+                        f"the scheduler monitors {scheduler.monitor!r}, which is not logged: choose one of "
+                        f"{', '.join(sorted(metrics))}"
+                    )
+                scheduler.step(metrics[scheduler.monitor])
             else:
                 scheduler.step()
 
     def remember(self, **settings: Any) -> None:
         """Record constructor arguments as plain data, which every checkpoint can hold and load again."""
         self._log_hyperparams = True
-        self._set_hparams({"network": self.network.description(), **settings})
+        self._set_hparams(plain({"network": self.network.description(), **settings}))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the hyperparameters leave out: the class, and the settings of the optimizer."""
@@ -220,10 +230,16 @@ class Algorithm(LightningModule, ABC):
     def load_from_checkpoint(  # type: ignore[override]
         cls, checkpoint_path: str | Path, network: Network | None = None, **kwargs: Any
     ) -> Self:
-        """Rebuild the algorithm, and its network unless one is given, with the weights of a checkpoint."""
-        if network is None:
-            checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
-            network = build_network(checkpoint["hyper_parameters"]["network"])
+        """Rebuild the algorithm, and its network unless one is given, with the weights of a checkpoint.
+
+        Raises:
+            UserError: if the checkpoint belongs to another algorithm.
+        """
+        checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+        written_by = checkpoint.get("algorithm", "another program")
+        if written_by != cls.__name__:
+            raise UserError(f"{checkpoint_path} was written by {written_by}: {cls.__name__} cannot load it")
+        network = network or build_network(checkpoint["hyper_parameters"]["network"])
         loaded: Self = super().load_from_checkpoint(checkpoint_path, weights_only=True, network=network, **kwargs)
         return loaded
 

@@ -1,7 +1,8 @@
 """Settings of a run as plain data: recorded in checkpoints, compared on resuming, checked stage by stage."""
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from pytorch_lightning import LightningDataModule, LightningModule
 from torch.optim import Optimizer
@@ -9,61 +10,84 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from bioprop.errors import UserError
 
-Number = TypeVar("Number", int, float)
-
 # Where files lie is not a setting of training: a data folder may move between two halves of a run.
 LOCATIONS = ("data_dir", "download")
 
 
-def per_stage(name: str, value: Number | Sequence[Number], stages: Sequence[str]) -> tuple[Number, ...]:
+def per_stage(name: str, value: float | Sequence[float], stages: Sequence[str], whole: bool = False) -> tuple[Any, ...]:
     """Spread a single value over all stages, or take exactly one value a stage.
 
     Args:
         name: name of the hyperparameter, for the message.
-        value: one value for all, or a sequence.
+        value: one number for all, or a sequence of numbers.
         stages: names of the stages that need a value, from the input to the output.
+        whole: whether the numbers must be whole ones.
+
+    Returns:
+        A plain int or float for each stage.
 
     Raises:
-        UserError: if a sequence is not exactly as long as there are stages.
+        UserError: if a sequence is not exactly as long as there are stages, or an entry is not such a number.
     """
-    if isinstance(value, int | float):
-        return (value,) * len(stages)
-    if len(value) != len(stages):
+    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * len(stages)
+    if len(values) != len(stages):
         raise UserError(
-            f"{name} has {len(value)} values {list(value)}, but {len(stages)} stages need one each "
+            f"{name} has {len(values)} values {values}, but {len(stages)} stages need one each "
             f"({', '.join(stages)}): give that many, or a single value for all"
         )
-    return tuple(value)
+    return tuple(number(name, item, whole) for item in values)
 
 
-def check_range(name: str, values: float | Sequence[float], low: float, low_allowed: bool = True) -> None:
-    """Refuse numbers below ``low`` (or at it, unless ``low_allowed``), and NaN.
+def number(name: str, value: Any, whole: bool = False) -> float:
+    """Return a finite plain number (numpy's and one-element tensors too).
+
+    Raises:
+        UserError: if the value is not a number, not finite, or not whole where it must be.
+    """
+    kind = "a whole number" if whole else "a finite number"
+    if isinstance(value, str | bool) or not hasattr(value, "__float__") or not math.isfinite(float(value)):
+        raise UserError(f"{name} holds {value!r}, but it must be {kind}")
+    if whole and float(value) != int(value):
+        raise UserError(f"{name} holds {value}, but it must be {kind}")
+    return int(value) if whole else float(value)
+
+
+def check_range(name: str, values: Sequence[float], low: float, low_allowed: bool = True) -> None:
+    """Refuse numbers below ``low``, or at it unless ``low_allowed``.
 
     Raises:
         UserError: naming the hyperparameter and the first value out of range.
     """
-    for value in [values] if isinstance(values, int | float) else values:
-        if not (value > low or (low_allowed and value == low)):
+    for value in values:
+        if value < low or (value == low and not low_allowed):
             raise UserError(f"{name} is {value}, but it must be {'at least' if low_allowed else 'above'} {low:g}")
 
 
 def plain(value: Any) -> Any:
-    """Turn tuples into lists, recursively, so that a value equals what a checkpoint or YAML file gives back."""
+    """Turn a value into what a checkpoint or YAML file would give back: tuples into lists, numbers into Python's.
+
+    Objects that are no data (functions, other objects) become the name of their class, so that they can be compared.
+    """
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return float(value) if hasattr(value, "__float__") else type(value).__name__
 
 
 def describe_optimization(optimizer: Optimizer, scheduler: LRScheduler | None) -> dict[str, Any]:
-    """Class and initial settings of a freshly made optimizer and its schedule, as plain data."""
-    made: dict[str, tuple[object, dict[str, Any]]] = {"optimizer": (optimizer, optimizer.defaults)}
+    """Class and initial settings of a freshly made optimizer, group by group, and of its schedule, as plain data."""
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    described = {"optimizer": {"class": type(optimizer).__name__, **_numbered(groups)}}
     if scheduler is not None:
-        made["scheduler"] = (scheduler, scheduler.state_dict())
-    return {
-        kind: {"class": type(part).__name__}
-        | {key: plain(value) for key, value in settings.items() if _is_plain(value)}
-        for kind, (part, settings) in made.items()
-    }
+        described["scheduler"] = {"class": type(scheduler).__name__, **scheduler.state_dict()}
+    return {kind: plain(settings) for kind, settings in described.items()}
+
+
+def _numbered(groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    return groups[0] if len(groups) == 1 else {f"group{number}": group for number, group in enumerate(groups)}
 
 
 def comparable_settings(
@@ -112,14 +136,13 @@ def refuse_changes(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
         )
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str)
-
-
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Spell nested settings out as dotted names; lists of settings (schedules in a sequence) by their places."""
+    if isinstance(settings, list) and any(isinstance(item, Mapping) for item in settings):
+        settings = {str(place): item for place, item in enumerate(settings)}
+    if not isinstance(settings, Mapping):
+        return {prefix: settings}
     flat: dict[str, Any] = {}
     for key, value in settings.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        flat |= _flatten(value, f"{prefix}.{key}" if prefix else key)
     return flat

@@ -11,7 +11,7 @@ from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from bioprop.algorithms.base import Algorithm, Gradients
-from bioprop.algorithms.settings import check_range, per_stage
+from bioprop.algorithms.settings import check_range, number, per_stage
 from bioprop.errors import UserError
 from bioprop.functional.activations import MirrorName
 from bioprop.functional.angles import angle_degrees
@@ -66,16 +66,19 @@ class TargetPropagation(Algorithm):
         super().__init__(network, optimizer, scheduler)
         mirrored = network.stages()[1:]  # G^1 would reach the input: nothing needs it
         names = [name for name, _ in mirrored]
-        self.beta = beta
+        self.beta = number("beta", beta)
+        self.feedback_momentum = number("feedback_momentum", feedback_momentum)
         self.noise = per_stage("noise", noise, names)
         self.feedback_lr = per_stage("feedback_lr", feedback_lr, names)
-        self.iterations = per_stage("iterations", iterations, names)
+        self.iterations = per_stage("iterations", iterations, names, whole=True)
         self.feedback_step = feedback_step
-        check_range("beta", beta, 0.0, low_allowed=False)
+        check_range("beta", [self.beta], 0.0, low_allowed=False)
         check_range("noise", self.noise, 0.0, low_allowed=False)
         check_range("feedback_lr", self.feedback_lr, 0.0, low_allowed=False)
         check_range("iterations", self.iterations, 0)
-        check_range("feedback_momentum", feedback_momentum, 0.0)
+        check_range("feedback_momentum", [self.feedback_momentum], 0.0)
+        if self.feedback_momentum >= 1.0:
+            raise UserError(f"feedback_momentum is {feedback_momentum}, but momentum at or above 1 never comes to rest")
         if feedback_step not in get_args(FeedbackStep):
             raise UserError(f"feedback_step {feedback_step!r} is not known: choose one of {get_args(FeedbackStep)}")
         if feedback_step == "normalized" and max(self.feedback_lr, default=0.0) > 1.0:
@@ -91,21 +94,15 @@ class TargetPropagation(Algorithm):
         self.noise_seed: Tensor
         self.feedback_batches: Tensor
         self._observers: list[Callable[[FeedbackIteration], None]] = []
-        self._feedback_optimizer: torch.optim.Optimizer | None = None
-        if feedback_step == "sgd" and mirrored:
-            groups = [
-                {"params": list(self.feedback[name].parameters()), "lr": lr}
-                for name, lr in zip(names, self.feedback_lr, strict=True)
-            ]
-            self._feedback_optimizer = torch.optim.SGD(groups, momentum=feedback_momentum)
+        self._feedback_optimizer = self._make_feedback_optimizer()
         self.remember(
-            beta=beta,
-            noise=list(self.noise),
-            feedback_lr=list(self.feedback_lr),
-            iterations=list(self.iterations),
+            beta=self.beta,
+            noise=self.noise,
+            feedback_lr=self.feedback_lr,
+            iterations=self.iterations,
             mirror=mirror,
             feedback_step=feedback_step,
-            feedback_momentum=feedback_momentum,
+            feedback_momentum=self.feedback_momentum,
             **settings,
         )
 
@@ -144,9 +141,9 @@ class TargetPropagation(Algorithm):
         settings = zip(self.mirrored_stages(), self.noise, self.feedback_lr, self.iterations, strict=True)
         with torch.no_grad():
             clean = self.network.stages()[0][1].run(images)
-            for number, ((name, stage, mirror), sigma, lr, iterations) in enumerate(settings):
+            for place, ((name, stage, mirror), sigma, lr, iterations) in enumerate(settings):
                 inputs, clean = clean.output, stage.run(clean.output)
-                generator = self._noise_generator(number, images.device)
+                generator = self._noise_generator(place, images.device)
                 course = []
                 for iteration in range(iterations):
                     gradient = self.feedback_gradient(stage, mirror, inputs, clean, sigma, generator)
@@ -199,11 +196,13 @@ class TargetPropagation(Algorithm):
         logits = inputs.detach()
         differences = self.target_differences(states, output_difference(logits, labels, self.beta))
         # d/ds of mean_batch 1/2 |s - t|^2 is (s - t)/batch; over beta, for the units of the BP gradient
-        parameters = dict(self.network.named_parameters())
+        # a stage whose parameters are all frozen has nothing to train
+        trained = [(s.output, d) for s, d in zip(states, differences, strict=True) if s.output.requires_grad]
+        parameters = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
         gradients = torch.autograd.grad(
-            [state.output for state in states],
+            [output for output, _ in trained],
             list(parameters.values()),
-            [difference / (-self.beta * len(images)) for difference in differences],
+            [difference / (-self.beta * len(images)) for _, difference in trained],
         )
         return Gradients(dict(zip(parameters, gradients, strict=True)), logits)
 
@@ -237,4 +236,15 @@ class TargetPropagation(Algorithm):
     def configure_optimizers(self) -> Any:
         """Add the feedback optimizer behind the forward one, so that checkpoints hold its momentum."""
         optimizers, schedulers = super().configure_optimizers()
+        self._feedback_optimizer = self._make_feedback_optimizer()  # a new fit starts without momentum
         return [*optimizers, *([self._feedback_optimizer] if self._feedback_optimizer else [])], schedulers
+
+    def _make_feedback_optimizer(self) -> torch.optim.Optimizer | None:
+        """Build the SGD of the feedback weights, one parameter group a stage; None where the step needs none."""
+        if self.feedback_step != "sgd" or not self.feedback:
+            return None
+        groups = [
+            {"params": list(mirror.parameters()), "lr": lr}
+            for mirror, lr in zip(self.feedback.values(), self.feedback_lr, strict=True)
+        ]
+        return torch.optim.SGD(groups, momentum=self.feedback_momentum)

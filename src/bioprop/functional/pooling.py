@@ -6,6 +6,7 @@ position (row * width + column) of a window's maximum in the map before pooling.
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -29,14 +30,21 @@ def max_pool(maps: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
     return pooled, switches
 
 
-def unpool_overwriting(pooled: Tensor, switches: Tensor, size: tuple[int, int], pool: Pool) -> Tensor:
+def unpool_overwriting(pooled: Tensor, switches: Tensor, size: tuple[int, int]) -> Tensor:
     """Put each value back where its switch points; where windows overlap, the last one stays (``paper``).
 
     The unpooling of Zeiler & Fergus (2014) as Ernoult et al. (2022) use it. Not the transpose of pooling when windows
     overlap, since a unit that won two windows gets one of the two values only.
+
+    torch's own ``max_unpool2d`` leaves it to the threads which window is the last; here it is the last in reading
+    order, on every device.
     """
-    kernel_size, stride, padding = ([side, side] for side in pool)
-    return F.max_unpool2d(pooled, switches, kernel_size, stride, padding, output_size=size)
+    values, places = pooled.flatten(2), switches.flatten(2)
+    windows = torch.arange(1, values.shape[2] + 1, device=places.device).expand_as(places)
+    none = torch.zeros(*values.shape[:2], size[0] * size[1], dtype=torch.int64, device=places.device)
+    owner = none.scatter_reduce(2, places, windows, "amax")  # 0: no window chose this position
+    maps = torch.where(owner > 0, values.gather(2, (owner - 1).clamp_min(0)), 0.0)
+    return maps.view(*pooled.shape[:2], *size)
 
 
 def unpool_adding(pooled: Tensor, switches: Tensor, size: tuple[int, int]) -> Tensor:

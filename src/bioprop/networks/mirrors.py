@@ -125,7 +125,7 @@ class ConvMirror(Mirror):
         if switches is None:
             raise ValueError("the mirror of a pooled stage needs the switches of the pass that made its input")
         if self.form == "paper":
-            return self.phi(unpool_overwriting(outputs, switches, self.map_size, self.pool))
+            return self.phi(unpool_overwriting(outputs, switches, self.map_size))
         return unpool_adding(self.phi(outputs), switches, self.map_size)
 
 

@@ -1,0 +1,327 @@
+"""What every algorithm promises, as a test suite to inherit: name the algorithm in `make` and its tests are there."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.plugins.precision import MixedPrecision
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from bioprop.algorithms import Algorithm
+from bioprop.errors import UserError
+from bioprop.functional.pooling import Pool
+from bioprop.networks import MLP, ConvStage, LeNet, LinearStage, Network, SimpleVGG
+
+Batch = tuple[Tensor, Tensor]
+Weights = dict[str, Tensor]
+SHAPE, CLASSES = (1, 16, 16), 10
+
+# Lightning's reminder that a fit has no validation set; a module that inherits a suite takes it as its `pytestmark`
+WITHOUT_VALIDATION = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+
+
+class Strided(Network):
+    """A user's own chain: a strided conv stage without pooling, a pooled one, and the output."""
+
+    def __init__(self) -> None:
+        stem = ConvStage(SHAPE, 3, 3, stride=2, padding=1, activation="tanh")
+        body = ConvStage(stem.output_shape, 4, 3, padding=1, activation="leaky_relu", pool=Pool(2, 2))
+        super().__init__({"stem": stem, "body": body, "out": LinearStage(body.output_shape, CLASSES, "identity")}, {})
+
+
+NETWORKS: dict[str, Callable[[], Network]] = {
+    "mlp": lambda: MLP(SHAPE, CLASSES, hidden=(12, 9)),
+    "mlp of one stage": lambda: MLP(SHAPE, CLASSES, hidden=()),
+    "mlp without bias": lambda: MLP(SHAPE, CLASSES, hidden=(12,), activation="relu", bias=False),
+    "lenet": lambda: LeNet(SHAPE, CLASSES, channels=(3, 4), hidden=12),
+    "vgg": lambda: SimpleVGG(SHAPE, CLASSES, channels=(3, 4, 5)),
+    "strided": Strided,
+}
+on_every_network = pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
+
+
+def small_lenet() -> Network:
+    return NETWORKS["lenet"]()
+
+
+def draw_batch(count: int = 8, seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(count, *SHAPE, generator=generator)
+    return images, torch.randint(CLASSES, (count,), generator=generator)
+
+
+def make_loader(batches: int = 3) -> DataLoader[Any]:
+    """Give batches of 8 in the same order every epoch."""
+    return DataLoader(TensorDataset(*draw_batch(8 * batches)), batch_size=8, shuffle=False)
+
+
+def make_trainer(folder: Path, **settings: Any) -> Trainer:
+    quiet: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "default_root_dir": folder,
+    }
+    return Trainer(**(quiet | settings))
+
+
+def copy_state(module: nn.Module) -> Weights:
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def changed(before: Weights, after: Weights) -> set[str]:
+    """Names of the tensors that are not bit for bit the same."""
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+@contextmanager
+def refused(*named: str) -> Iterator[None]:
+    """Expect a UserError of one sentence that contains all of ``named``."""
+    with pytest.raises(UserError) as caught:
+        yield
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [part for part in named if part not in message] == [], message
+
+
+def sgd(lr: float = 0.05, momentum: float = 0.9, weight_decay: float = 1e-4) -> Callable[..., torch.optim.Optimizer]:
+    return partial(torch.optim.SGD, lr=lr, momentum=momentum, weight_decay=weight_decay)
+
+
+def cosine(epochs: int) -> Callable[..., torch.optim.lr_scheduler.LRScheduler]:
+    return partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=epochs)
+
+
+class Phases(Callback):
+    """Records the names of the tensors that each phase of a step changed."""
+
+    def __init__(self, algorithm: Algorithm) -> None:
+        self.course: list[tuple[str, set[str]]] = []
+        for phase in ("train_feedback", "_gradients", "_step_forward_weights"):
+            setattr(algorithm, phase, self.recorded(algorithm, phase))
+
+    def recorded(self, algorithm: Algorithm, phase: str) -> Callable[..., Any]:
+        run = getattr(algorithm, phase)
+
+        def wrapped(*args: Any) -> Any:
+            before = copy_state(algorithm)
+            result = run(*args)
+            self.course.append((phase, changed(before, copy_state(algorithm))))
+            return result
+
+        return wrapped
+
+
+class AlgorithmContract(ABC):
+    """Promises of every algorithm. Override `make`; ``loss_falls_to`` is the share left of one batch's loss."""
+
+    loss_falls_to = 0.75
+
+    @abstractmethod
+    def make(self, network: Network, **settings: Any) -> Algorithm:
+        """Make the algorithm; ``settings`` go to its constructor and win over those of the suite."""
+
+    def expected_scale(self, algorithm: Algorithm) -> float:
+        """What the forward optimizer is to be handed, in units of `forward_gradients`."""
+        return 1.0
+
+    def fit(self, algorithm: Algorithm, folder: Path, epochs: int = 1, **settings: Any) -> Trainer:
+        trainer = make_trainer(folder, max_epochs=epochs)
+        trainer.fit(algorithm, make_loader(), **settings)
+        return trainer
+
+    def made_from_seed(self, seed: int, build: Callable[[], Network] = small_lenet, **settings: Any) -> Algorithm:
+        torch.manual_seed(seed)
+        return self.make(build(), **settings)
+
+    # -- the two phases ----------------------------------------------------------------------------------------------
+
+    @on_every_network
+    def test_it_runs_on_every_network(self, build: Callable[[], Network], tmp_path: Path) -> None:
+        algorithm = self.make(build())
+        before = copy_state(algorithm.network)
+        trainer = make_trainer(tmp_path, fast_dev_run=2)
+        trainer.fit(algorithm, make_loader(), make_loader(1))
+        trainer.test(algorithm, make_loader(1), verbose=False)
+        assert changed(before, copy_state(algorithm.network)) == set(before)
+        assert all(value.isfinite().all() for value in algorithm.state_dict().values())
+
+    @on_every_network
+    def test_forward_gradients_cover_every_parameter_and_change_nothing(self, build: Callable[[], Network]) -> None:
+        algorithm = self.make(build())
+        before, random_state = copy_state(algorithm), torch.get_rng_state()
+        gradients = algorithm.forward_gradients(*draw_batch())
+        assert {name: value.shape for name, value in gradients.items()} == {
+            name: value.shape for name, value in algorithm.network.named_parameters()
+        }
+        assert all(value.abs().max() > 0 and not value.requires_grad for value in gradients.values())
+        assert changed(before, copy_state(algorithm)) == set()
+        assert torch.equal(torch.get_rng_state(), random_state)
+        assert all(parameter.grad is None for parameter in algorithm.parameters())
+        again = algorithm.forward_gradients(*draw_batch())
+        assert changed(gradients, again) == set()
+
+    def test_phase_1_leaves_forward_weights_and_phase_2_feedback_weights(self, tmp_path: Path) -> None:
+        algorithm = self.make(small_lenet())
+        phases = Phases(algorithm)
+        self.fit(algorithm, tmp_path)
+        assert [phase for phase, _ in phases.course] == ["train_feedback", "_gradients", "_step_forward_weights"] * 3
+        for phase, names in phases.course:
+            if phase == "train_feedback":
+                assert all(name.startswith("feedback") for name in names)
+            elif phase == "_gradients":
+                assert names == set()
+            else:
+                assert names == {name for name in algorithm.state_dict() if name.startswith("network.")}
+
+    def test_the_forward_optimizer_is_handed_the_scaled_gradients(self, tmp_path: Path) -> None:
+        """One step of plain SGD: ``W <- W - lr * scale * forward_gradients``."""
+        algorithm = self.make(small_lenet(), optimizer=sgd(lr=0.5, momentum=0.0, weight_decay=0.0))
+        before, expected = copy_state(algorithm.network), {}
+        run = algorithm._step_forward_weights
+
+        def recorded(gradients: Weights) -> None:
+            expected.update(algorithm.forward_gradients(*draw_batch(8)))
+            run(gradients)
+
+        algorithm._step_forward_weights = recorded
+        make_trainer(tmp_path, max_epochs=1).fit(algorithm, make_loader(1))
+        for name, weight in algorithm.network.state_dict().items():
+            step = 0.5 * self.expected_scale(algorithm) * expected[name]
+            torch.testing.assert_close(weight, before[name] - step, rtol=1e-5, atol=1e-7)
+
+    def test_the_loss_of_one_batch_falls(self, tmp_path: Path) -> None:
+        algorithm = self.made_from_seed(0, optimizer=partial(torch.optim.Adam, lr=0.005))
+        images, labels = draw_batch(8)
+        before = F.cross_entropy(algorithm(images), labels)
+        make_trainer(tmp_path, max_epochs=30).fit(algorithm, make_loader(1))
+        assert F.cross_entropy(algorithm(images), labels) < self.loss_falls_to * before
+
+    # -- exactness ---------------------------------------------------------------------------------------------------
+
+    def test_the_same_seed_gives_the_same_weights(self, tmp_path: Path) -> None:
+        runs = [self.made_from_seed(seed) for seed in (1, 1, 2)]
+        for run in runs:
+            torch.rand(3)  # what the global generator does between construction and training plays no part
+            self.fit(run, tmp_path)
+        first, second, other = (copy_state(run) for run in runs)
+        assert changed(first, second) == set()
+        assert {name for name in first if "weight" in name} <= changed(first, other)
+
+    def test_global_step_counts_batches(self, tmp_path: Path) -> None:
+        assert self.fit(self.make(small_lenet()), tmp_path, epochs=2).global_step == 6
+
+    def test_a_resumed_run_equals_the_uninterrupted_one(self, tmp_path: Path) -> None:
+        settings = {"scheduler": cosine(2)}
+        whole, half = self.made_from_seed(1, **settings), self.made_from_seed(1, **settings)
+        self.fit(whole, tmp_path, epochs=2)
+        self.fit(half, tmp_path, epochs=1).save_checkpoint(tmp_path / "half.ckpt")
+        resumed = self.made_from_seed(7, **settings)
+        trainer = self.fit(resumed, tmp_path, epochs=2, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+        assert changed(copy_state(whole), copy_state(resumed)) == set()
+        assert changed(copy_state(half.network), copy_state(resumed.network)) == set(copy_state(half.network))
+        assert trainer.global_step == 6
+
+    @pytest.mark.parametrize(
+        ("settings", "named"),
+        [
+            ({"optimizer": sgd(lr=0.04)}, "optimizer.lr was 0.05 and is now 0.04"),
+            ({"optimizer": torch.optim.Adam}, "optimizer.class was SGD and is now Adam"),
+            ({"scheduler": cosine(5)}, "scheduler.T_max was 2 and is now 5"),
+            ({"scheduler": None}, "scheduler.class was CosineAnnealingLR and is now nothing"),
+        ],
+        ids=["lr", "optimizer", "T_max", "scheduler"],
+    )
+    def test_resuming_with_other_settings_is_refused(
+        self, settings: dict[str, Any], named: str, tmp_path: Path
+    ) -> None:
+        first = {"optimizer": sgd(), "scheduler": cosine(2)}
+        self.fit(self.make(small_lenet(), **first), tmp_path).save_checkpoint(tmp_path / "half.ckpt")
+        with refused(named):
+            self.fit(
+                self.make(small_lenet(), **(first | settings)), tmp_path, epochs=2, ckpt_path=tmp_path / "half.ckpt"
+            )
+
+    def test_resuming_with_another_network_is_refused(self, tmp_path: Path) -> None:
+        self.fit(self.make(small_lenet()), tmp_path).save_checkpoint(tmp_path / "half.ckpt")
+        other = self.make(LeNet(SHAPE, CLASSES, channels=(3, 4), hidden=13))
+        with refused("network.init_args.hidden was 12 and is now 13"):
+            self.fit(other, tmp_path, epochs=2, ckpt_path=tmp_path / "half.ckpt")
+
+    # -- checkpoints, evaluation, precision --------------------------------------------------------------------------
+
+    @on_every_network
+    def test_a_checkpoint_brings_everything_back(self, build: Callable[[], Network], tmp_path: Path) -> None:
+        algorithm = self.make(build(), scheduler=cosine(3))
+        path = tmp_path / "one.ckpt"
+        self.fit(algorithm, tmp_path).save_checkpoint(path)
+        assert torch.load(path, weights_only=True)["algorithm"] == type(algorithm).__name__
+        torch.manual_seed(77)
+        loaded = type(algorithm).load_from_checkpoint(path)
+        assert changed(copy_state(algorithm), copy_state(loaded)) == set()
+        assert loaded.hparams == algorithm.hparams
+        images, labels = draw_batch()
+        assert torch.equal(loaded(images), algorithm(images))
+        gradients = algorithm.forward_gradients(images, labels)
+        assert changed(gradients, loaded.forward_gradients(images, labels)) == set()
+
+    def test_a_checkpoint_loads_into_a_network_of_ones_own(self, tmp_path: Path) -> None:
+        algorithm, network = self.make(small_lenet()), small_lenet()
+        self.fit(algorithm, tmp_path).save_checkpoint(tmp_path / "one.ckpt")
+        loaded = type(algorithm).load_from_checkpoint(tmp_path / "one.ckpt", network=network)
+        assert loaded.network is network
+        assert changed(copy_state(algorithm), copy_state(loaded)) == set()
+
+    def test_evaluation_trains_nothing(self, tmp_path: Path) -> None:
+        algorithm, trainer = self.make(small_lenet()), make_trainer(tmp_path)
+        before = copy_state(algorithm)
+        (validated,) = trainer.validate(algorithm, make_loader(), verbose=False)
+        (tested,) = trainer.test(algorithm, make_loader(), verbose=False)
+        probabilities = torch.cat(trainer.predict(algorithm, make_loader()))
+        assert changed(before, copy_state(algorithm)) == set()
+        images, labels = draw_batch(24)
+        logits = algorithm(images)
+        torch.testing.assert_close(probabilities, logits.softmax(1))
+        for split, figures in (("val", validated), ("test", tested)):
+            assert figures[f"{split}/loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+            hits = (logits.argmax(1) == labels).float().mean().item()
+            assert figures[f"{split}/accuracy"] == pytest.approx(hits, abs=1e-6)
+            top5 = (logits.topk(5).indices == labels[:, None]).any(1).float().mean().item()
+            assert figures[f"{split}/accuracy_top5"] == pytest.approx(top5, abs=1e-6)
+
+    def test_a_checkpoint_evaluates_as_it_did(self, tmp_path: Path) -> None:
+        """Evaluation needs the weights alone: other settings of training do not stand in its way."""
+        algorithm, other = self.make(small_lenet()), self.make(small_lenet(), optimizer=sgd(lr=0.3))
+        self.fit(algorithm, tmp_path).save_checkpoint(tmp_path / "one.ckpt")
+        (expected,) = make_trainer(tmp_path).test(algorithm, make_loader(), verbose=False)
+        (found,) = make_trainer(tmp_path).test(
+            other, make_loader(), ckpt_path=tmp_path / "one.ckpt", weights_only=True, verbose=False
+        )
+        assert found == expected
+
+    def test_double_precision_works_throughout(self, tmp_path: Path) -> None:
+        algorithm = self.make(small_lenet()).double()
+        algorithm.train_feedback(draw_batch()[0].double())
+        make_trainer(tmp_path, max_epochs=1, precision="64-true").fit(algorithm, make_loader())
+        floating = [value for value in algorithm.state_dict().values() if value.is_floating_point()]
+        assert all(value.dtype == torch.float64 for value in floating)
+        gradients = algorithm.forward_gradients(draw_batch()[0].double(), draw_batch()[1])
+        assert all(value.dtype == torch.float64 for value in gradients.values())
+
+    def test_mixed_half_precision_is_refused(self, tmp_path: Path) -> None:
+        # as a plugin: on a CPU, Lightning turns the name "16-mixed" into another precision
+        plugin = MixedPrecision("16-mixed", "cpu")
+        with refused("precision 16-mixed is not supported", "32-true"):
+            make_trainer(tmp_path, max_epochs=1, plugins=[plugin]).fit(self.make(small_lenet()), make_loader())

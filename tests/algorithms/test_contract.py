@@ -1,0 +1,113 @@
+"""The contract suites notice what they are for: algorithms with one promise broken each."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bioprop.algorithms import LDRL
+from bioprop.networks import Network
+from tests.algorithms.contract import NETWORKS, WITHOUT_VALIDATION
+from tests.algorithms.target_propagation_contract import TargetPropagationContract
+
+pytestmark = WITHOUT_VALIDATION
+
+
+class MovesWeights(LDRL):
+    """Nudges a forward weight while it trains feedback."""
+
+    def train_feedback(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        with torch.no_grad():
+            self.network[0].weight.mul_(1.001)
+        return super().train_feedback(images, labels)
+
+
+class TrainsFeedbackTwice(LDRL):
+    """Moves feedback weights in phase 2."""
+
+    def _step_forward_weights(self, gradients: dict[str, Tensor]) -> None:
+        super()._step_forward_weights(gradients)
+        with torch.no_grad():
+            self.feedback["fc1"].weight.mul_(1.001)
+
+
+class DrawsFromTheGlobalGenerator(LDRL):
+    """Takes its noise from wherever the global generator happens to stand."""
+
+    def _noise_generator(self, stage: int, device: torch.device) -> torch.Generator:
+        return torch.default_generator
+
+
+class RepeatsItsNoise(LDRL):
+    """Draws the same noise for every batch."""
+
+    def _noise_generator(self, stage: int, device: torch.device) -> torch.Generator:
+        return torch.Generator(device).manual_seed(stage)
+
+
+class StepsRaw(LDRL):
+    """Steps the forward optimizer behind Lightning's back."""
+
+    def _step_forward_weights(self, gradients: dict[str, Tensor]) -> None:
+        for name, parameter in self.network.named_parameters():
+            parameter.grad = self.gradient_scale * gradients[name]
+        self.optimizers(use_pl_optimizer=False).step()
+
+
+class ForgetsBeta(LDRL):
+    """Hands the optimizer gradients in units of BP's instead of the local losses'."""
+
+    gradient_scale = 1.0
+
+
+class LosesFeedback(LDRL):
+    """Keeps its feedback weights out of the checkpoint, as plain attributes would be."""
+
+    def state_dict(self, *args: Any, **settings: Any) -> dict[str, Any]:
+        state = super().state_dict(*args, **settings)
+        return {name: value for name, value in state.items() if not name.startswith("feedback.")}
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+
+class SharesWeights(LDRL):
+    """Symmetric feedback that is the forward weight itself."""
+
+    def symmetrize_feedback(self) -> None:
+        for _, stage, mirror in self.mirrored_stages():
+            mirror.weight = stage.weight
+
+
+def suite_of(algorithm: type[LDRL]) -> TargetPropagationContract:
+    class Suite(TargetPropagationContract):
+        def make(self, network: Network, **settings: Any) -> LDRL:
+            return algorithm(network, **({"iterations": 2} | settings))
+
+    return Suite()
+
+
+Check = Callable[[TargetPropagationContract, Path], None]
+BROKEN: list[tuple[type[LDRL], Check]] = [
+    (MovesWeights, lambda suite, _: suite.test_phase_1_trains_every_feedback_weight()),
+    (MovesWeights, lambda suite, at: suite.test_phase_1_leaves_forward_weights_and_phase_2_feedback_weights(at)),
+    (TrainsFeedbackTwice, lambda suite, at: suite.test_phase_1_leaves_forward_weights_and_phase_2_feedback_weights(at)),
+    (DrawsFromTheGlobalGenerator, lambda suite, at: suite.test_the_same_seed_gives_the_same_weights(at)),
+    (DrawsFromTheGlobalGenerator, lambda suite, at: suite.test_a_resumed_run_equals_the_uninterrupted_one(at)),
+    (RepeatsItsNoise, lambda suite, _: suite.test_every_batch_draws_noise_of_its_own()),
+    (StepsRaw, lambda suite, at: suite.test_global_step_counts_batches(at)),
+    (ForgetsBeta, lambda suite, at: suite.test_the_forward_optimizer_is_handed_the_scaled_gradients(at)),
+    (LosesFeedback, lambda suite, at: suite.test_a_checkpoint_brings_everything_back(NETWORKS["lenet"], at)),
+    (LosesFeedback, lambda suite, at: suite.test_a_resumed_run_equals_the_uninterrupted_one(at)),
+    (SharesWeights, lambda suite, at: suite.test_symmetric_feedback_is_a_copy(NETWORKS["lenet"], at)),
+]
+
+
+@pytest.mark.parametrize(("algorithm", "check"), BROKEN, ids=[kind.__name__ for kind, _ in BROKEN])
+def test_a_broken_promise_is_noticed(algorithm: type[LDRL], check: Check, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError):
+        check(suite_of(algorithm), tmp_path)
+    check(suite_of(LDRL), tmp_path)

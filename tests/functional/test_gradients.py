@@ -1,0 +1,49 @@
+"""Gradients as values."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bioprop.functional.gradients import backprop_gradients, preserve_state
+
+
+def make_network() -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 4))
+
+
+def test_backprop_gradients_are_those_of_the_mean_loss() -> None:
+    network, images, labels = make_network(), torch.randn(6, 3, 2, 2), torch.randint(4, (6,))
+    gradients, logits = backprop_gradients(network, images, labels)
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert not logits.requires_grad
+    assert torch.equal(logits, network(images))
+    F.cross_entropy(network(images), labels).backward()
+    assert list(gradients) == [name for name, _ in network.named_parameters()]
+    for name, parameter in network.named_parameters():
+        assert torch.equal(gradients[name], parameter.grad)
+
+
+def test_frozen_parameters_have_no_gradient() -> None:
+    network = make_network()
+    network[1].weight.requires_grad_(False)
+    gradients, _ = backprop_gradients(network, torch.randn(6, 3, 2, 2), torch.randint(4, (6,)))
+    assert list(gradients) == ["1.bias", "3.weight", "3.bias"]
+
+
+def test_backprop_gradients_are_formed_without_grad_mode_too() -> None:
+    network, images, labels = make_network(), torch.randn(6, 3, 2, 2), torch.randint(4, (6,))
+    expected, _ = backprop_gradients(network, images, labels)
+    with torch.no_grad():
+        gradients, _ = backprop_gradients(network, images, labels)
+    assert all(torch.equal(gradients[name], expected[name]) for name in expected)
+
+
+def test_preserve_state_puts_buffers_and_random_state_back() -> None:
+    network = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.5))
+    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    random_state = torch.get_rng_state()
+    with preserve_state(network):
+        network(torch.randn(8, 4))
+        assert not torch.equal(network[0].running_mean, buffers["0.running_mean"])
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in network.named_buffers())
