@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks"),
 ]
 
-OPTIONS = {"batch_size": 16, "limit_train": 70, "limit_val": 20, "horizontal_flip": True, "crop_padding": 2}
+OPTIONS = {"batch_size": 16, "limit_train": 86, "limit_val": 20, "horizontal_flip": True, "crop_padding": 2}
 
 
 class Recorder(LightningModule):
@@ -66,9 +66,8 @@ def run(tmp_path, checkpoint=None, ckpt_path=None, **kwargs):
 def test_epochs_differ_and_runs_repeat(tmp_path):
     seen = run(tmp_path).seen
     assert [(epoch, batch) for epoch, batch, *_ in seen] == [(e, b) for e in range(3) for b in range(5)]
-    assert [len(labels) for *_, labels in seen[:5]] == [16, 16, 16, 16, 6]
+    assert [len(labels) for *_, labels in seen[:5]] == [16] * 5  # the other 6 images wait for another epoch
     assert len({pixels for _, _, pixels, _ in seen}) == 15
-    assert sorted(sum((s[3] for s in seen[:5]), ())) == sorted(sum((s[3] for s in seen[5:10]), ()))
     assert run(tmp_path, num_sanity_val_steps=2).seen == seen
 
 

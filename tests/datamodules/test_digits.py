@@ -107,7 +107,7 @@ def test_only_what_is_needed_is_decoded_and_only_once(monkeypatch):
 
 
 def test_normalised_training_images_have_mean_0_and_std_1():
-    data = ready(limit_train=200)
+    data = ready(limit_train=200, batch_size=50)
     images = torch.cat([data.on_after_batch_transfer(batch, 0)[0] for batch in data.train_dataloader()])
     assert images.dtype == torch.float32
     assert images.mean().abs() < 1e-5

@@ -27,12 +27,23 @@ def test_unshuffled_batches_keep_the_order_and_the_last_partial_batch():
     assert torch.equal(torch.cat([labels for _, labels in batches]), LABELS)
 
 
-def test_shuffled_epoch_has_every_image_once_with_its_label():
-    batches = list(shuffled())
+def test_shuffled_epoch_has_full_batches_of_distinct_images_with_their_labels():
+    loader = shuffled()
+    batches = list(loader)
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    assert [len(batch[1]) for batch in batches] == [5, 5, 5, 5, 3]
-    assert sorted(images[:, 0, 0, 0].tolist()) == list(range(23))
+    assert len(loader) == len(batches) == 4
+    assert [len(batch[1]) for batch in batches] == [5, 5, 5, 5]
+    assert len(set(images[:, 0, 0, 0].tolist())) == 20
     assert torch.equal(labels, images[:, 0, 0, 0].long() % 3)
+
+
+def test_images_left_out_of_one_epoch_are_in_others():
+    assert {image for epoch in range(5) for image in order(shuffled(), epoch)} == set(range(23))
+
+
+def test_fewer_images_than_a_batch_are_one_batch():
+    (batch,) = ResidentLoader(IMAGES, LABELS, 64, shuffle=True)
+    assert sorted(batch[0][:, 0, 0, 0].tolist()) == list(range(23))
 
 
 def test_order_is_a_function_of_seed_and_epoch():
@@ -100,11 +111,11 @@ def test_a_saved_position_is_resumed_once_and_in_its_own_epoch_only():
     resumed.load_state_dict(state)
     resumed.sampler.set_epoch(2)
     rest = list(resumed)
-    assert len(rest) == 3
+    assert len(rest) == 2
     for batch, expected in zip(rest, whole[2:], strict=True):
         assert all(torch.equal(*pair) for pair in zip(batch, expected, strict=True))
-    assert len(list(resumed)) == 5
+    assert len(list(resumed)) == 4
 
     resumed.load_state_dict(state)
     resumed.sampler.set_epoch(3)
-    assert len(list(resumed)) == 5
+    assert len(list(resumed)) == 4

@@ -45,7 +45,8 @@ class ImageDataModule(LightningDataModule, ABC):
     Args:
         image_shape: (channels, height, width).
         classes: Names of the classes, in the order of the labels.
-        batch_size: Images in a batch; the last batch of an epoch has what remains, in training too.
+        batch_size: Images in a batch. In training, an epoch's images that do not fill its last batch wait for another
+            epoch; evaluation has them all.
         val_fraction: Fraction of the training images set aside for validation, stratified by class.
         normalization: "train" for mean and standard deviation of each channel of the training images (those left by
             split and limit, not augmented), "cifar10" or "imagenet32" for the published ones, "none" for [0, 1] alone.

@@ -26,7 +26,8 @@ class CIFAR10(ImageDataModule):
     Args:
         data_dir: Folder that holds `cifar-10-batches-py/`, or into which it is downloaded (170 MB).
         download: Download the files if they are not there.
-        batch_size: Images in a batch; the last batch of an epoch has what remains, in training too.
+        batch_size: Images in a batch. In training, an epoch's images that do not fill its last batch wait for another
+            epoch; evaluation has them all.
         val_fraction: Fraction of the training images set aside for validation, stratified by class.
         normalization: "cifar10" for the published mean (0.4914, 0.4822, 0.4465) and standard deviation (0.2470, 0.2435,
             0.2616), "imagenet32" for those of ImageNet, "train" for those of the training images, "none" for [0, 1].

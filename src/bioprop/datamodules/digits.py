@@ -29,7 +29,8 @@ class Digits(ImageDataModule):
 
     Args:
         image_size: Height and width of the images in pixels, 16 or 32.
-        batch_size: Images in a batch; the last batch of an epoch has what remains, in training too.
+        batch_size: Images in a batch. In training, an epoch's images that do not fill its last batch wait for another
+            epoch; evaluation has them all.
         val_fraction: Fraction of the training images set aside for validation, stratified by class.
         normalization: "train" for mean and standard deviation of the training images, "none" for values in [0, 1].
             The published statistics ("cifar10", "imagenet32") are for three channels and refused.

@@ -31,7 +31,8 @@ class ImageFolder(ImageDataModule):
         image_size: Resize all images to a square of so many pixels (bilinear, antialiased, without keeping the aspect
             ratio); None for images that are all of one size.
         channels: 1 for grey, 3 for RGB: images are converted; None for what the first training image is.
-        batch_size: Images in a batch; the last batch of an epoch has what remains, in training too.
+        batch_size: Images in a batch. In training, an epoch's images that do not fill its last batch wait for another
+            epoch; evaluation has them all.
         val_fraction: Fraction of the training images set aside for validation, stratified by class.
         normalization: "train" for mean and standard deviation of each channel of the training images, "cifar10" or
             "imagenet32" for the published ones (3 channels), "none" for values in [0, 1].
