@@ -6,7 +6,7 @@ from PIL import Image
 
 from bioprop.errors import UserError
 from bioprop.experiments import demo
-from bioprop.experiments.figures import draw_comparison
+from bioprop.experiments.figures import draw_comparison, draw_feedback_training
 from bioprop.experiments.runs import Run, read_run
 from bioprop.experiments.tables import write_table
 
@@ -55,6 +55,19 @@ def test_table_and_picture_are_written(metrics: Path, tmp_path: Path) -> None:
         ]
     with Image.open(tmp_path / "out" / "picture.png") as picture:
         assert picture.width > 1000
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
+
+
+def test_course_of_feedback_training_is_drawn(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"feedback_training\.csv holds no feedback training"):
+        draw_feedback_training(tmp_path / "feedback_training.csv", tmp_path / "course.png")
+    rows = [
+        (0, batch, stage, k, -1.0 / (k + 1), 90 - k) for batch in (0, 5) for stage in ("fc1", "fc2") for k in range(3)
+    ]
+    lines = [",".join(map(str, row)) for row in (("epoch", "batch", "stage", "iteration", "loss", "angle"), *rows)]
+    (tmp_path / "feedback_training.csv").write_text("\n".join(lines))
+    draw_feedback_training(tmp_path / "feedback_training.csv", tmp_path / "course.png")
+    with Image.open(tmp_path / "course.png") as picture:
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
 
 

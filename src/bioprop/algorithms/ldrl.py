@@ -51,7 +51,7 @@ class LDRL(TargetPropagation):
         network: Network,
         beta: float = 0.5,
         noise: float | tuple[float, ...] = 0.1,
-        feedback_lr: float | tuple[float, ...] = 0.1,
+        feedback_lr: float | tuple[float, ...] = 0.05,
         iterations: int | tuple[int, ...] = 20,
         switches: SwitchesOf = "clean",
         mirror: MirrorName = "exact",

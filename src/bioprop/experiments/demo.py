@@ -50,4 +50,5 @@ if __name__ == "__main__":
     try:
         run_demo()
     except UserError as error:
-        sys.exit(f"bioprop: error: {error}")
+        sys.stderr.write(f"bioprop: error: {error}\n")
+        sys.exit(2)

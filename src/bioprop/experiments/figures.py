@@ -1,11 +1,14 @@
 """Pictures of runs, drawn by matplotlib without a screen or a browser."""
 
+import csv
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
 from matplotlib.figure import Figure
 
+from bioprop.errors import UserError
 from bioprop.experiments.runs import Run
 
 # Okabe & Ito's palette, told apart by colour-blind readers too; markers differ for print
@@ -57,5 +60,42 @@ def draw_comparison(runs: Sequence[Run], path: Path, title: str) -> None:
     for axes in (accuracy, angle):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def draw_feedback_training(record: Path, path: Path) -> None:
+    """Draw how feedback training went: loss and weight angle of each stage by iteration, as a PNG.
+
+    Args:
+        record: ``feedback_training.csv`` as `bioprop.callbacks.FeedbackRecord` writes it; the recorded batches are put
+            one after the other, with a gap between them.
+        path: where the picture goes.
+
+    Raises:
+        UserError: if the record is missing or empty.
+    """
+    rows = []
+    if record.is_file():
+        with record.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    if not rows:
+        raise UserError(f"{record} holds no feedback training: train with --trainer.callbacks+=FeedbackRecord")
+    figure = Figure(figsize=(10, 4.2), layout="constrained", dpi=150)
+    panels = figure.subplots(1, 2)
+    for number, stage in enumerate(dict.fromkeys(row["stage"] for row in rows)):
+        own = [row for row in rows if row["stage"] == stage]
+        color, _ = STYLES[number % len(STYLES)]
+        for axes, column in zip(panels, ("loss", "angle"), strict=True):
+            values: list[float] = []
+            for row in own:
+                # a gap before each new batch: the ones between were not recorded
+                values += [math.nan] * (row["iteration"] == "0" and bool(values)) + [float(row[column])]
+            axes.plot(range(len(values)), values, color=color, marker=".", markersize=4, linewidth=1, label=stage)
+    for axes, label in zip(panels, ("feedback loss", "angle between forward and feedback weight (°)"), strict=True):
+        axes.set(xlabel="iteration (a gap: the next recorded batch)", ylabel=label)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
