@@ -180,7 +180,7 @@ class AlgorithmContract(ABC):
         assert [phase for phase, _ in phases.course] == ["train_feedback", "_gradients", "_step_forward_weights"] * 3
         for phase, names in phases.course:
             if phase == "train_feedback":
-                assert all(name.startswith("feedback") for name in names)
+                assert all(name.startswith(("feedback.", "backward_weights.", "streams.")) for name in names)
             elif phase == "_gradients":
                 assert names == set()
             else:

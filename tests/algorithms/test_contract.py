@@ -37,15 +37,17 @@ class TrainsFeedbackTwice(LDRL):
 class DrawsFromTheGlobalGenerator(LDRL):
     """Takes its noise from wherever the global generator happens to stand."""
 
-    def _noise_generator(self, stage: int, device: torch.device) -> torch.Generator:
-        return torch.default_generator
+    def __init__(self, network: Network, **settings: Any) -> None:
+        super().__init__(network, **settings)
+        self.streams.generator = lambda place, device: torch.default_generator
 
 
 class RepeatsItsNoise(LDRL):
     """Draws the same noise for every batch."""
 
-    def _noise_generator(self, stage: int, device: torch.device) -> torch.Generator:
-        return torch.Generator(device).manual_seed(stage)
+    def __init__(self, network: Network, **settings: Any) -> None:
+        super().__init__(network, **settings)
+        self.streams.generator = lambda place, device: torch.Generator(device).manual_seed(place)
 
 
 class StepsRaw(LDRL):

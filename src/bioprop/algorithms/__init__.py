@@ -2,8 +2,10 @@
 
 from bioprop.algorithms.backprop import Backprop
 from bioprop.algorithms.base import Algorithm
+from bioprop.algorithms.direct_feedback_alignment import DirectFeedbackAlignment
 from bioprop.algorithms.dtp import DTP
+from bioprop.algorithms.feedback_alignment import FeedbackAlignment
 from bioprop.algorithms.ldrl import LDRL
 from bioprop.algorithms.target_propagation import TargetPropagation
 
-__all__ = ["DTP", "LDRL", "Algorithm", "Backprop", "TargetPropagation"]
+__all__ = ["DTP", "LDRL", "Algorithm", "Backprop", "DirectFeedbackAlignment", "FeedbackAlignment", "TargetPropagation"]

@@ -16,7 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from bioprop.algorithms.settings import comparable_settings, describe_optimization, plain, refuse_changes
 from bioprop.errors import UserError
 from bioprop.functional.gradients import preserve_state
-from bioprop.networks.network import Network, build_network
+from bioprop.networks.network import build_network, count_classes, describe_network
 
 Batch = tuple[Tensor, Tensor]
 SPLITS = ("train", "val", "test")
@@ -45,7 +45,7 @@ class Algorithm(LightningModule, ABC):
     #: Lightning precisions under which the algorithm's arithmetic keeps its meaning.
     precisions: tuple[str, ...] = ("32-true", "64-true")
 
-    def __init__(self, network: Network, optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None) -> None:
+    def __init__(self, network: nn.Module, optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.network = network
@@ -53,7 +53,7 @@ class Algorithm(LightningModule, ABC):
         self._make_scheduler = scheduler
         self._optimization: dict[str, Any] = {}
         self._resumed_optimization: dict[str, Any] | None = None
-        classes = network.stages()[-1][1].output_shape[0]
+        classes = count_classes(network)
         self.accuracies = nn.ModuleDict({f"{split}_set": _accuracies(split, classes) for split in SPLITS})
 
     # -- the algorithm -------------------------------------------------------------------------------------------
@@ -163,16 +163,17 @@ class Algorithm(LightningModule, ABC):
         optimizer = self._make_optimizer(self.network.parameters())
         scheduler = None if self._make_scheduler is None else self._make_scheduler(optimizer)
         self._optimization = describe_optimization(optimizer, scheduler)
-        if self._resumed_optimization is not None:
-            refuse_changes(self._resumed_optimization, self._optimization)
         return [optimizer], [] if scheduler is None else [scheduler]
 
     def on_fit_start(self) -> None:
         """Refuse at start-up what would train something else than the algorithm.
 
         Raises:
-            UserError: for a precision or a number of processes the algorithm does not support.
+            UserError: for a precision or a number of processes the algorithm does not support, and for settings of
+                optimizers or schedules that are not those of the checkpoint to resume from.
         """
+        if self._resumed_optimization is not None:
+            refuse_changes(self._resumed_optimization, self._optimization)
         if self.trainer.precision not in self.precisions:
             raise UserError(
                 f"precision {self.trainer.precision} is not supported by {type(self).__name__}: choose one of "
@@ -206,7 +207,7 @@ class Algorithm(LightningModule, ABC):
     def remember(self, **settings: Any) -> None:
         """Record constructor arguments as plain data, which every checkpoint can hold and load again."""
         self._log_hyperparams = True
-        self._set_hparams(plain({"network": self.network.description(), **settings}))
+        self._set_hparams(plain({"network": describe_network(self.network), **settings}))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the hyperparameters leave out: the class, and the settings of the optimizer."""
@@ -228,7 +229,7 @@ class Algorithm(LightningModule, ABC):
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
-        cls, checkpoint_path: str | Path, network: Network | None = None, **kwargs: Any
+        cls, checkpoint_path: str | Path, network: nn.Module | None = None, **kwargs: Any
     ) -> Self:
         """Rebuild the algorithm, and its network unless one is given, with the weights of a checkpoint.
 

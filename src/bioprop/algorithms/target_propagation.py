@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, cast, get_args
 
-import numpy as np
 import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from bioprop.algorithms.base import Algorithm, Gradients
+from bioprop.algorithms.random_streams import RandomStreams
 from bioprop.algorithms.settings import check_range, number, per_stage
 from bioprop.errors import UserError
 from bioprop.functional.activations import MirrorName
@@ -20,7 +20,7 @@ from bioprop.functional.feedback_steps import normalized_step
 from bioprop.functional.targets import output_difference
 from bioprop.networks.mirrors import Mirror, build_mirror
 from bioprop.networks.network import Network
-from bioprop.networks.stages import Stage, StageOutput
+from bioprop.networks.stages import LayerStage, Stage, StageOutput
 
 FeedbackStep = Literal["sgd", "normalized"]
 
@@ -64,6 +64,12 @@ class TargetPropagation(Algorithm):
         **settings: str,
     ) -> None:
         super().__init__(network, optimizer, scheduler)
+        if not isinstance(network, Network):
+            raise UserError(
+                f"target propagation needs a chain of stages, and {type(network).__name__} is none: make it a "
+                "bioprop.networks.Network"
+            )
+        self.network: Network
         mirrored = network.stages()[1:]  # G^1 would reach the input: nothing needs it
         names = [name for name, _ in mirrored]
         self.beta = number("beta", beta)
@@ -87,12 +93,7 @@ class TargetPropagation(Algorithm):
                 "overshoots: use a value in (0, 1], such as 0.1"
             )
         self.feedback = nn.ModuleDict({name: build_mirror(stage, mirror) for name, stage in mirrored})
-        # Noise is a function of this seed (drawn from the global generator, so from the run's seed), the number of
-        # batches seen and the stage: a resumed run draws what the uninterrupted one would have drawn.
-        self.register_buffer("noise_seed", torch.randint(2**31, (1,)))
-        self.register_buffer("feedback_batches", torch.zeros(1, dtype=torch.int64))
-        self.noise_seed: Tensor
-        self.feedback_batches: Tensor
+        self.streams = RandomStreams()
         self._observers: list[Callable[[FeedbackIteration], None]] = []
         self._feedback_optimizer = self._make_feedback_optimizer()
         self.remember(
@@ -106,9 +107,10 @@ class TargetPropagation(Algorithm):
             **settings,
         )
 
-    def mirrored_stages(self) -> list[tuple[str, Stage, Mirror]]:
+    def mirrored_stages(self) -> list[tuple[str, LayerStage, Mirror]]:
         """Return name, stage and feedback operator of every stage that has one, from the input to the output."""
-        return [(name, stage, cast(Mirror, self.feedback[name])) for name, stage in self.network.stages()[1:]]
+        stages = self.network.stages()[1:]
+        return [(name, cast(LayerStage, stage), cast(Mirror, self.feedback[name])) for name, stage in stages]
 
     # -- phase 1: the feedback weights ---------------------------------------------------------------------------
 
@@ -143,7 +145,7 @@ class TargetPropagation(Algorithm):
             clean = self.network.stages()[0][1].run(images)
             for place, ((name, stage, mirror), sigma, lr, iterations) in enumerate(settings):
                 inputs, clean = clean.output, stage.run(clean.output)
-                generator = self._noise_generator(place, images.device)
+                generator = self.streams.generator(place, images.device)
                 course = []
                 for iteration in range(iterations):
                     gradient = self.feedback_gradient(stage, mirror, inputs, clean, sigma, generator)
@@ -154,12 +156,8 @@ class TargetPropagation(Algorithm):
                         observe(FeedbackIteration(name, iteration, gradient.loss, angle))
                 if course:
                     losses[name] = torch.stack(course).mean()
-        self.feedback_batches += 1
+        self.streams.next_batch()
         return losses
-
-    def _noise_generator(self, stage: int, device: torch.device) -> torch.Generator:
-        sequence = np.random.SeedSequence([int(self.noise_seed), int(self.feedback_batches), stage])
-        return torch.Generator(device).manual_seed(int(sequence.generate_state(1)[0]))
 
     def _step_feedback_weights(self, mirror: Mirror, gradient: FeedbackGradient, lr: float) -> None:
         if self._feedback_optimizer is None:

@@ -11,6 +11,7 @@ from bioprop.algorithms.base import Algorithm, Batch
 from bioprop.errors import UserError
 from bioprop.functional.angles import angle_degrees, flatten_all, norm_ratio
 from bioprop.functional.gradients import backprop_gradients, preserve_state
+from bioprop.networks.network import named_stages
 
 
 class Alignment(NamedTuple):
@@ -34,7 +35,7 @@ def alignment_to_backprop(algorithm: Algorithm, images: Tensor, labels: Tensor) 
     updates = algorithm.forward_gradients(images, labels)
     with preserve_state(algorithm):
         gradients, _ = backprop_gradients(algorithm.network, images, labels)
-    return {stage: _align(updates, gradients, f"{stage}.") for stage, _ in algorithm.network.stages()} | {
+    return {stage: _align(updates, gradients, f"{stage}.") for stage, _ in named_stages(algorithm.network)} | {
         "overall": _align(updates, gradients, "")
     }
 

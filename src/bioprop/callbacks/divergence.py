@@ -11,6 +11,7 @@ from torch.nn.utils import get_total_norm
 from bioprop.algorithms.base import Algorithm
 from bioprop.algorithms.target_propagation import TargetPropagation
 from bioprop.errors import UserError
+from bioprop.networks.network import named_stages
 
 #: Feedback weights this many times larger than the forward weights are the cause, even if still finite.
 RUNAWAY = 1e4
@@ -42,7 +43,7 @@ class DivergenceGuard(Callback):
         losses: Mapping[str, Tensor] = outputs["feedback_losses"]
         watched = torch.stack([norm.float(), outputs["loss"].float(), *(loss.float() for loss in losses.values())])
         if not torch.isfinite(watched).all():
-            output, _ = pl_module.network.stages()[-1]
+            output, _ = named_stages(pl_module.network)[-1]
             overflow = (
                 f"the output of stage {output} became infinite or NaN: lower the learning rate of model.optimizer"
             )
@@ -61,7 +62,7 @@ def _causes(algorithm: Algorithm, feedback_losses: Mapping[str, Tensor]) -> Iter
         ran_away = bool(mirror.weight.norm() > RUNAWAY * stage.weight.norm())
         if broken_loss or ran_away or not _finite(mirror.parameters()):
             yield f"the feedback weights of stage {name} grew beyond all bounds: lower model.feedback_lr for it"
-    broken = [name for name, stage in algorithm.network.stages() if not _finite(stage.parameters())]
+    broken = [name for name, stage in named_stages(algorithm.network) if not _finite(stage.parameters())]
     if broken:  # one step spreads it to every stage below, or above
         stages = ", ".join(broken)
         yield f"the weights of stage {stages} became infinite or NaN: lower the learning rate of model.optimizer"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bioprop.errors import UserError
 from bioprop.functional.activations import MirrorName, feedback_activation
 from bioprop.functional.pooling import unpool_adding, unpool_overwriting
-from bioprop.networks.stages import ConvStage, LinearStage, Stage
+from bioprop.networks.stages import ConvStage, LayerStage, LinearStage, Stage
 
 
 class Mirror(nn.Module, ABC):
@@ -33,7 +33,7 @@ class Mirror(nn.Module, ABC):
         is_linear: whether ``phi`` is the identity.
     """
 
-    def __init__(self, stage: Stage, form: MirrorName) -> None:
+    def __init__(self, stage: LayerStage, form: MirrorName) -> None:
         super().__init__()
         self.form = form
         self.input_shape = stage.input_shape

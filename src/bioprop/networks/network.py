@@ -60,12 +60,43 @@ def build_network(description: Mapping[str, Any]) -> Network:
         UserError: if the class is not an imported subclass of `Network`.
     """
     path = str(description["class_path"])
+    if description["init_args"] is None:
+        raise UserError(f"the network of this checkpoint is a {path}, which only you can build: pass network=")
     known: list[type[Network]] = [Network]
     for cls in known:
         known.extend(cls.__subclasses__())
         if f"{cls.__module__}.{cls.__qualname__}" == path:
             return cls(**description["init_args"])
     raise UserError(f"the network class {path} of this checkpoint is not imported: import it or pass network=")
+
+
+def named_stages(network: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the units that angles are measured by: a network's stages, or a plain module's children with weights."""
+    if isinstance(network, Network):
+        return list(network.stages())
+    return [(name, child) for name, child in network.named_children() if any(True for _ in child.parameters())]
+
+
+def count_classes(network: nn.Module) -> int:
+    """Return the number of logits: units of the last stage, or of a plain module's last linear or conv layer.
+
+    Raises:
+        UserError: if a plain module has no such layer.
+    """
+    if isinstance(network, Network):
+        return network.stages()[-1][1].output_shape[0]
+    layers = [layer for layer in network.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    if not layers:
+        raise UserError(f"{type(network).__name__} has no Linear or Conv2d layer, so there is nothing to train")
+    last = layers[-1]
+    return last.out_features if isinstance(last, nn.Linear) else last.out_channels
+
+
+def describe_network(network: nn.Module) -> dict[str, Any]:
+    """Return plain data that says which network this is; only a `Network` can be built again from it."""
+    if isinstance(network, Network):
+        return network.description()
+    return {"class_path": f"{type(network).__module__}.{type(network).__qualname__}", "init_args": None}
 
 
 def check_sizes(network: str, image_shape: Sequence[int], num_classes: int, **widths: Sequence[int]) -> None:

@@ -25,11 +25,27 @@ class Stage(nn.Module, ABC):
     Attributes:
         input_shape: shape of one sample of ``s^{n-1}``, without the batch.
         output_shape: shape of one sample of ``s^n``, without the batch.
-        activation: name of the activation ``rho``.
     """
 
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
+
+    @abstractmethod
+    def run(self, inputs: Tensor) -> StageOutput:
+        """Compute ``F^n(inputs)`` together with the switches of this pass."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Compute ``F^n(inputs)`` for inputs ``[batch, *input_shape]``; returns ``[batch, *output_shape]``."""
+        return self.run(inputs).output
+
+
+class LayerStage(Stage):
+    """A stage of one linear or convolutional layer and its activation: what a feedback mirror can be built for.
+
+    Attributes:
+        activation: name of the activation ``rho``.
+    """
+
     activation: str
 
     @property
@@ -42,16 +58,8 @@ class Stage(nn.Module, ABC):
     def bias(self) -> Tensor | None:
         """The bias of the same layer, if it has one."""
 
-    @abstractmethod
-    def run(self, inputs: Tensor) -> StageOutput:
-        """Compute ``F^n(inputs)`` together with the switches of this pass."""
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Compute ``F^n(inputs)`` for inputs ``[batch, *input_shape]``; returns ``[batch, *output_shape]``."""
-        return self.run(inputs).output
-
-
-class LinearStage(Stage):
+class LinearStage(LayerStage):
     """Flatten -> linear -> activation.
 
     Args:
@@ -84,7 +92,7 @@ class LinearStage(Stage):
         return StageOutput(self._rho(self.linear(inputs.flatten(1))), None)
 
 
-class ConvStage(Stage):
+class ConvStage(LayerStage):
     """Convolution -> activation -> max-pool (if any).
 
     Args:

@@ -1,0 +1,79 @@
+"""Direct feedback alignment: the output error reaches every stage at once."""
+
+import torch
+from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from bioprop.algorithms.base import Algorithm, Gradients
+from bioprop.algorithms.remedies import Remedies
+from bioprop.errors import UserError
+from bioprop.functional.targets import output_difference
+from bioprop.networks.network import Network
+
+
+class DirectFeedbackAlignment(Algorithm):
+    """Fixed random matrices from the output error straight to every stage (Nokland, NeurIPS 2016).
+
+    The error of stage n is ``e B^n`` with ``e = softmax(s^N) - onehot(y)``, in the shape of the stage's output; the
+    stage turns it into gradients of its own weights. No error flows between stages. On a conv stage ``B^n`` is dense,
+    one entry for each class and each unit of the (pooled) map, as Nokland has it for all kinds of layers.
+
+    Args:
+        network: the forward network: a chain of stages.
+        constrain_norm: hold the norm of every forward weight at its initial value (Moskovitz et al., 2018).
+        batch_manhattan: update by the sign of the gradient (Liao et al., 2016).
+        optimizer: makes the optimizer of the forward weights.
+        scheduler: makes its learning-rate schedule, stepped once an epoch; None for a constant rate.
+
+    Raises:
+        UserError: if the network is not a chain of stages.
+    """
+
+    precisions = ("32-true", "64-true", "bf16-mixed", "bf16-true")
+
+    def __init__(
+        self,
+        network: Network,
+        constrain_norm: bool = False,
+        batch_manhattan: bool = False,
+        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.02, momentum=0.9, weight_decay=1e-4),
+        scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__(network, optimizer, scheduler)
+        if not isinstance(network, Network):
+            raise UserError(
+                f"direct feedback alignment sends errors to stages, and {type(network).__name__} has none: make it a "
+                "bioprop.networks.Network"
+            )
+        self.network: Network
+        self.remedies = Remedies(network, constrain_norm, batch_manhattan)
+        *hidden, (_, output) = network.stages()
+        self.backward_weights = nn.ParameterDict()
+        for name, stage in hidden:
+            units = torch.Size(stage.output_shape).numel()
+            # entries of size 1/sqrt(units): the error of every stage is as long as the output's, whatever its size
+            matrix = torch.randn(output.output_shape[0], units) * units**-0.5
+            self.backward_weights[name] = nn.Parameter(matrix, requires_grad=False)
+        self.remember(constrain_norm=constrain_norm, batch_manhattan=batch_manhattan)
+
+    def _gradients(self, images: Tensor, labels: Tensor) -> Gradients:
+        outputs, inputs = [], images
+        with torch.enable_grad():
+            for _, stage in self.network.stages():
+                outputs.append(stage(inputs.detach()))  # no graph leads from one stage to another
+                inputs = outputs[-1]
+        logits = inputs.detach()
+        error = output_difference(logits.float() if logits.dtype is torch.bfloat16 else logits, labels, -1.0)
+        error = error / len(images)  # of the mean loss
+        errors = [
+            (error @ self.backward_weights[name].to(error.dtype)).view_as(output).to(output.dtype)
+            for (name, _), output in zip(self.network.stages()[:-1], outputs[:-1], strict=True)
+        ]
+        trained = [(o, e) for o, e in zip(outputs, [*errors, error.to(logits.dtype)], strict=True) if o.requires_grad]
+        parameters = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+        gradients = torch.autograd.grad([o for o, _ in trained], list(parameters.values()), [e for _, e in trained])
+        return Gradients(self.remedies.direction(dict(zip(parameters, gradients, strict=True))), logits)
+
+    def _step_forward_weights(self, gradients: dict[str, Tensor]) -> None:
+        super()._step_forward_weights(gradients)
+        self.remedies.hold_norms(self.network)

@@ -1,0 +1,230 @@
+"""Feedback alignment: one backward pass, in which other matrices carry the error."""
+
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from bioprop.algorithms.base import Algorithm, Gradients
+from bioprop.algorithms.random_streams import RandomStreams
+from bioprop.algorithms.remedies import Remedies
+from bioprop.algorithms.settings import check_range, describe_optimization, number
+from bioprop.errors import UserError
+from bioprop.functional.angles import angle_degrees
+from bioprop.functional.asymmetric import asymmetric_backward
+from bioprop.functional.backward_matrices import (
+    draw_like,
+    mirror_estimate,
+    root_mean_square,
+    sign_concordant,
+    with_norm_of,
+)
+from bioprop.functional.gradients import backprop_gradients
+from bioprop.networks.network import Network
+from bioprop.networks.stages import LayerStage
+
+Rule = Literal["fa", "usf", "frsf", "brsf", "kolen_pollack", "weight_mirror", "transpose"]
+
+
+class FeedbackAlignment(Algorithm):
+    """Backpropagation with a backward matrix ``B`` in place of each forward weight ``W``, for the error only.
+
+    ``dW`` is formed with the altered error; the last layer's own error is exact. Works on any torch module: every
+    Linear and Conv2d below the output has a ``B``, all else is left to autograd. ``B``, in the layout of ``W``, is
+    by ``rule``:
+
+    - ``fa``: fixed and random (Lillicrap et al., 2016).
+    - ``usf``: ``s sign(W)``, ``s`` the size of W's entries at the start (Liao et al., 2016; Moskovitz et al., 2018).
+    - ``frsf``: ``|M| o sign(W)``, M drawn once (Moskovitz et al., 2018).
+    - ``brsf``: the same, M drawn again for every batch (ibid.).
+    - ``kolen_pollack``: learned by the increments of W and the decay of W (Kolen & Pollack, 1994; Akrout et al., 2019).
+    - ``weight_mirror``: learned from responses to noise (Akrout et al., 2019).
+    - ``transpose``: W itself, which is backpropagation: the control.
+
+    Args:
+        network: the forward network; from Python, any torch module.
+        rule: which ``B``.
+        feedback_scale: size of the entries drawn for ``B`` or ``M``, and of ``usf``'s: that of W's at the start
+            (``initialisation``), or 1 (``unit``).
+        normalize_feedback: scale ``B`` to the norm of ``W`` in every batch (Moskovitz et al., 2018).
+        constrain_norm: hold the norm of every ``W`` at its initial value (ibid.).
+        batch_manhattan: update by the sign of the gradient (Liao et al., 2016).
+        feedback_optimizer: of ``kolen_pollack``'s ``B``; as ``optimizer`` if None, which gives it equal increments.
+        decay: of ``kolen_pollack``: fraction by which ``W`` and ``B`` both shrink in every batch, in [0, 1), so that
+            ``W - B`` shrinks by it.
+        mirror_rate: of ``weight_mirror``: fraction by which ``B`` moves to its new estimate in every batch, in (0, 1].
+        mirror_samples: of ``weight_mirror``: noise vectors in a batch.
+        optimizer: makes the optimizer of the forward weights.
+        scheduler: makes its learning-rate schedule, stepped once an epoch; None for a constant rate.
+
+    Raises:
+        UserError: if a hyperparameter is out of its range or the network has no layer with a weight.
+    """
+
+    precisions = ("32-true", "64-true", "bf16-mixed", "bf16-true")
+
+    def __init__(
+        self,
+        network: Network,
+        rule: Rule = "fa",
+        feedback_scale: Literal["initialisation", "unit"] = "initialisation",
+        normalize_feedback: bool = False,
+        constrain_norm: bool = False,
+        batch_manhattan: bool = False,
+        feedback_optimizer: OptimizerCallable | None = None,
+        decay: float = 1e-3,
+        mirror_rate: float = 0.1,
+        mirror_samples: int = 256,
+        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.02, momentum=0.9, weight_decay=1e-4),
+        scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__(network, optimizer, scheduler)
+        for name, value, known in (
+            ("rule", rule, get_args(Rule)),
+            ("feedback_scale", feedback_scale, ("initialisation", "unit")),
+        ):
+            if value not in known:
+                raise UserError(f"{name} {value!r} is not known: choose one of {', '.join(known)}")
+        self.rule = rule
+        self.normalize_feedback = normalize_feedback
+        self.decay = number("decay", decay)
+        self.mirror_rate = number("mirror_rate", mirror_rate)
+        self.mirror_samples = int(number("mirror_samples", mirror_samples, whole=True))
+        check_range("decay", [self.decay], 0.0)
+        check_range("mirror_rate", [self.mirror_rate], 0.0, low_allowed=False)
+        check_range("mirror_samples", [self.mirror_samples], 1)
+        if self.decay >= 1.0 or self.mirror_rate > 1.0:
+            raise UserError(
+                f"decay is {self.decay:g} and mirror_rate {self.mirror_rate:g}, but these are fractions: decay must be "
+                "below 1 and mirror_rate at most 1"
+            )
+        self._make_feedback_optimizer: OptimizerCallable = feedback_optimizer or optimizer
+        self._feedback_optimizer: torch.optim.Optimizer | None = None
+        self.remedies = Remedies(network, constrain_norm, batch_manhattan)
+        self.streams = RandomStreams()
+        # parameters without gradient, not buffers: they keep their identity when they move, as an optimizer needs
+        self.backward_weights = nn.ParameterDict()
+        for name, layer in self.layers():
+            scale = root_mean_square(layer.weight) if feedback_scale == "initialisation" else torch.tensor(1.0)
+            self.backward_weights[_key(name)] = nn.Parameter(self._initial(layer.weight, scale), requires_grad=False)
+        self.remember(
+            rule=rule,
+            feedback_scale=feedback_scale,
+            normalize_feedback=normalize_feedback,
+            constrain_norm=constrain_norm,
+            batch_manhattan=batch_manhattan,
+            decay=self.decay,
+            mirror_rate=self.mirror_rate,
+            mirror_samples=self.mirror_samples,
+        )
+
+    def _initial(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """What is stored for a layer: ``B``, the magnitudes ``M``, or ``usf``'s one magnitude ``s``."""
+        if self.rule in ("usf", "transpose"):
+            return scale.to(weight.dtype)
+        return draw_like(weight.detach(), scale)
+
+    def layers(self) -> list[tuple[str, nn.Linear | nn.Conv2d]]:
+        """Return name and layer of everything that has a backward matrix: all but a first stage, which needs none."""
+        first = self.network.stages()[0][0] + "." if isinstance(self.network, Network) else "\0"
+        found = [
+            (name, module)
+            for name, module in self.network.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv2d) and not name.startswith(first)
+        ]
+        if not found and not isinstance(self.network, Network):
+            raise UserError(f"{type(self.network).__name__} has no Linear or Conv2d layer to align")
+        return found
+
+    def backward_matrix(self, name: str, weight: Tensor) -> Tensor:
+        """Compute the ``B`` that stands in for a layer's ``W`` in this batch, in its shape."""
+        stored, weight = self.backward_weights[_key(name)].detach(), weight.detach()
+        if self.rule == "transpose":
+            return weight
+        matrix = sign_concordant(weight, stored) if self.rule in ("usf", "frsf", "brsf") else stored
+        return with_norm_of(matrix, weight.norm()) if self.normalize_feedback else matrix
+
+    def _gradients(self, images: Tensor, labels: Tensor) -> Gradients:
+        matrices = {layer.weight: self.backward_matrix(name, layer.weight) for name, layer in self.layers()}
+        with asymmetric_backward(matrices):
+            gradients, logits = backprop_gradients(self.network, images, labels)
+        return Gradients(self.remedies.direction(gradients), logits)
+
+    @torch.no_grad()
+    def train_feedback(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Phase 1: ``weight_mirror`` learns from fresh noise, ``brsf`` draws its magnitudes; the others do nothing.
+
+        What is stored keeps the norm it was first drawn with: the norm control of the weight mirror.
+
+        Args:
+            images: not used: noise takes their place.
+            labels: not used.
+        """
+        if self.rule in ("brsf", "weight_mirror"):
+            for place, (name, layer) in enumerate(self.layers()):
+                stored = self.backward_weights[_key(name)]
+                generator = self.streams.generator(place, stored.device)
+                norm = stored.norm()
+                if self.rule == "brsf":
+                    learned = draw_like(stored, 1.0, generator)
+                else:
+                    estimate = mirror_estimate(layer.weight, self.mirror_samples, F.relu, generator)
+                    learned = stored.lerp(with_norm_of(estimate, norm), self.mirror_rate)
+                stored.copy_(with_norm_of(learned, norm))
+            self.streams.next_batch()
+        return {}
+
+    def _step_forward_weights(self, gradients: dict[str, Tensor]) -> None:
+        super()._step_forward_weights(gradients)
+        self.remedies.hold_norms(self.network)
+        if self.rule == "kolen_pollack":
+            self._step_kolen_pollack(gradients)
+
+    @torch.no_grad()
+    def _step_kolen_pollack(self, gradients: dict[str, Tensor]) -> None:
+        """Give every ``B`` the increment of its ``W``, then let both decay alike."""
+        assert self._feedback_optimizer is not None
+        for name, _ in self.layers():
+            self.backward_weights[_key(name)].grad = gradients.get(f"{name}.weight")
+        self._feedback_optimizer.step()
+        self._feedback_optimizer.zero_grad()
+        for name, layer in self.layers():
+            for weight in (layer.weight, self.backward_weights[_key(name)]):
+                weight.mul_(1.0 - self.decay)
+
+    def configure_optimizers(self) -> Any:
+        """Add ``kolen_pollack``'s optimizer, and a schedule like the forward one's, behind those of the network."""
+        optimizers, schedulers = super().configure_optimizers()
+        self._feedback_optimizer = None
+        if self.rule == "kolen_pollack" and len(self.backward_weights):
+            self._feedback_optimizer = self._make_feedback_optimizer(self.backward_weights.values())
+            optimizers = [*optimizers, self._feedback_optimizer]
+            self._optimization["feedback_optimizer"] = describe_optimization(self._feedback_optimizer, None)
+            if self._make_scheduler is not None:
+                schedulers = [*schedulers, self._make_scheduler(self._feedback_optimizer)]
+        return optimizers, schedulers
+
+    @torch.no_grad()
+    def symmetrize_feedback(self) -> None:
+        """Copy ``W`` into every ``B`` (``|W|`` into the magnitudes); ``usf`` and ``transpose`` have none to set."""
+        if self.rule not in ("usf", "transpose"):
+            for name, layer in self.layers():
+                self.backward_weights[_key(name)].copy_(layer.weight)
+
+    def feedback_angles(self) -> dict[str, float]:
+        """Return degrees between each ``W`` and its ``B``, by name of stage, or of layer where a stage has several."""
+        names = {name: name for name, _ in self.layers()}
+        if isinstance(self.network, Network):
+            single = [stage for stage, module in self.network.stages() if isinstance(module, LayerStage)]
+            names |= {name: name.split(".")[0] for name in names if name.split(".")[0] in single}
+        return {
+            names[name]: float(angle_degrees(layer.weight, self.backward_matrix(name, layer.weight)))
+            for name, layer in self.layers()
+        }
+
+
+def _key(name: str) -> str:
+    """Name of a layer as a key that registration allows."""
+    return name.replace(".", "/")
