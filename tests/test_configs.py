@@ -15,6 +15,7 @@ from bioprop.cli import main
 
 CONFIGS = Path(__file__).parents[1] / "lightning_configs"
 LAYERS = {"smoke.yaml", "wandb.yaml"}
+ALGORITHMS = {"backprop": "Backprop", "dtp": "DTP", "ldrl": "LDRL", "dfa": "DirectFeedbackAlignment"}
 RUNS = sorted(path.name for path in CONFIGS.glob("*.yaml") if path.name not in LAYERS)
 
 
@@ -58,10 +59,13 @@ def test_config_runs_a_few_batches_under_smoke(config: str, data_folder: Path, m
     assert cli.trainer.global_step == 2
     assert torch.isfinite(cli.trainer.callback_metrics["train/loss"])
     algorithm, network, data = config.removesuffix(".yaml").split("_")
-    assert type(cli.model).__name__.lower() == algorithm
+    rule = getattr(cli.model, "rule", None)
+    assert type(cli.model).__name__ == ALGORITHMS.get(algorithm, "FeedbackAlignment")
+    assert algorithm in ALGORITHMS or rule.replace("_", "") == algorithm
     assert type(cli.model.network).__name__.lower() == network
     assert type(cli.datamodule).__name__.lower() == data
-    runs = data_folder / "runs" / f"{algorithm}_{network}_{data}" / "version_0"
+    name = type(cli.model).__name__.lower() + (f"_{rule}" if rule else "")
+    runs = data_folder / "runs" / f"{name}_{network}_{data}" / "version_0"
     saved = yaml.safe_load((runs / "config.yaml").read_text())
     assert saved["data"]["init_args"]["limit_train"] == 16
     assert {path.name for path in (runs / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}

@@ -82,11 +82,13 @@ class BiopropCLI(LightningCLI):
         """
 
     def before_instantiate_classes(self) -> None:
-        """Log to ``runs/<algorithm>_<network>_<data>/version_<n>`` unless a logger was named."""
+        """Log to ``runs/<algorithm>[_<rule>]_<network>_<data>/version_<n>`` unless a logger was named."""
         config = self.config[self.subcommand]
         if config.trainer.logger in (None, True):
             parts = (config.model, config.model.init_args.network, config.data)
-            name = "_".join(part.class_path.rpartition(".")[2].lower() for part in parts)
+            algorithm, *rest = (part.class_path.rpartition(".")[2].lower() for part in parts)
+            rule = config.model.init_args.get("rule")  # an algorithm that is several by this choice
+            name = "_".join([algorithm, *([rule] if rule else []), *rest])
             arguments = Namespace(save_dir="runs", name=name)  # type: ignore[no-untyped-call]
             config.trainer.logger = Namespace(  # type: ignore[no-untyped-call]
                 class_path="pytorch_lightning.loggers.CSVLogger", init_args=arguments

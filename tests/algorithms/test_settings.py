@@ -115,3 +115,14 @@ def test_a_schedule_may_follow_a_metric(tmp_path: Path) -> None:
     )
     make_trainer(tmp_path, max_epochs=4).fit(algorithm, make_loader())
     assert algorithm.optimizers().param_groups[0]["lr"] < 0.05
+
+
+def test_a_checkpoint_with_other_tensors_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_epochs=1)
+    trainer.fit(Backprop(small_lenet()), make_loader())
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    checkpoint = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    checkpoint["state_dict"]["network.fc3.weight"] = checkpoint["state_dict"].pop("network.fc2.linear.weight")
+    torch.save(checkpoint, tmp_path / "edited.ckpt")
+    with refused("network.fc2.linear.weight, network.fc3.weight differ"):
+        make_trainer(tmp_path).validate(Backprop(small_lenet()), make_loader(), tmp_path / "edited.ckpt", verbose=False)

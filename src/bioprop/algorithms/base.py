@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from bioprop.algorithms.settings import comparable_settings, describe_optimization, plain, refuse_changes
+from bioprop.algorithms.settings import (
+    comparable_settings,
+    describe_optimization,
+    plain,
+    refuse_changes,
+    refuse_other_tensors,
+)
 from bioprop.errors import UserError
 from bioprop.functional.gradients import preserve_state
 from bioprop.networks.network import build_network, count_classes, describe_network
@@ -224,6 +230,7 @@ class Algorithm(LightningModule, ABC):
             return
         resuming = self.trainer.state.fn == TrainerFn.FITTING
         refuse_changes(*comparable_settings(checkpoint, self, getattr(self.trainer, "datamodule", None), resuming))
+        refuse_other_tensors(checkpoint["state_dict"], self.state_dict())
         if resuming:  # the optimizers are made, and compared, after this hook
             self._resumed_optimization = checkpoint["optimization"]
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pytorch_lightning import LightningDataModule, LightningModule
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -133,6 +134,22 @@ def refuse_changes(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
         raise UserError(
             f"the checkpoint was made with other settings ({'; '.join(changes)}): give the same, or start a new run "
             "without --ckpt_path"
+        )
+
+
+def refuse_other_tensors(saved: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Compare names and shapes of a checkpoint's tensors with those they are to be loaded into.
+
+    Raises:
+        UserError: naming some that differ: the checkpoint comes from another version, or was edited.
+    """
+    before = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    now = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+    differing = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    if differing:
+        raise UserError(
+            f"the checkpoint does not hold the tensors wanted here ({', '.join(differing[:4])} differ): it comes from "
+            "another version of the code or of the network"
         )
 
 
