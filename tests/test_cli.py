@@ -100,6 +100,38 @@ def test_resuming_under_other_settings_is_refused(changed: str, named: str) -> N
         main(["fit", *LDRL_TINY, "--trainer.max_epochs=2", "--ckpt_path=last", changed])
 
 
+@pytest.mark.parametrize(
+    ("command", "changed", "named"),
+    [
+        ("fit", "--seed_everything=7", "seed_everything 0 and now it is 7"),
+        ("validate", "--data.seed=5", "data.seed was 0 and is now 5"),
+        ("test", "--data.normalization=none", "data.normalization was train and is now none"),
+    ],
+)
+def test_what_would_falsify_a_command_is_refused(command: str, changed: str, named: str) -> None:
+    main(["fit", *LDRL_TINY, "--trainer.max_epochs=1"])
+
+    with pytest.raises(UserError, match=named.replace(".", r"\.")):
+        main([command, *LDRL_TINY, "--ckpt_path=last", changed])
+
+
+def test_evaluation_uses_the_statistics_and_classes_of_training() -> None:
+    for split, classes in (("train", "ab"), ("test", "ab"), ("other/train", "bc"), ("other/test", "bc")):
+        for label in classes:
+            folder = Path(f"images/{split}" if "/" not in split else split, label)
+            folder.mkdir(parents=True)
+            for number in range(6):
+                Image.new("L", (16, 16), 20 * number + 5 * ord(label) - 400).save(folder / f"{number}.png")
+    folder = ["--model=Backprop", "--data=ImageFolder", *[word for word in TINY if not word.startswith("--data")]]
+    trained = main(["fit", *folder, "--data.data_dir=images", "--trainer.max_epochs=1"])
+    tested = main(["test", *folder, "--data.data_dir=images", "--data.limit_train=2", "--ckpt_path=last"])
+
+    device = torch.device("cpu")
+    assert torch.equal(trained.datamodule.statistics(device)[0], tested.datamodule.statistics(device)[0])
+    with pytest.raises(UserError, match="trained on the classes a, b, but these images have b, c"):
+        main(["test", *folder, "--data.data_dir=other", "--ckpt_path=last"])
+
+
 def test_another_algorithms_checkpoint_is_refused() -> None:
     main(["fit", *LDRL_TINY, "--trainer.max_epochs=1"])
 
@@ -144,7 +176,7 @@ def test_diverging_run_stops_names_the_culprit_and_keeps_the_checkpoint() -> Non
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--model=Foo", "--data=Digits"], "Foo, which is not a known class: choose one of "),
+        (["--model=Foo", "--data=Digits"], "Foo, which is not a class that can be used here: choose one of "),
         (["--model=LDRL", "--model.network=Foo", "--data=Digits"], "choose one of LeNet, MLP, "),
         ([*LDRL_TINY, "--model.noize=1"], "did you mean noise?"),
         ([*LDRL_TINY, "--model.noise=loud"], "noise is loud, but it must be a number or a list"),
@@ -158,6 +190,24 @@ def test_diverging_run_stops_names_the_culprit_and_keeps_the_checkpoint() -> Non
         (["--model=LDRL", "--model.network=LeNet", "--data=ImageFolder", "--data.data_dir=empty"], "cat"),
         ([*LDRL_TINY, "--trainer.gradient_clip_val=1"], "gradient clipping is not supported"),
         ([*LDRL_TINY, "--trainer.accelerator=foo"], "accelerator"),
+        (
+            [*LDRL_TINY, "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=/proc/nowhere"],
+            "/proc/nowhere: No such",
+        ),
+        ([*LDRL_TINY, "--ckpt_path=noise.ckpt"], "noise.ckpt cannot be read as a checkpoint"),
+        ([*LDRL_TINY, "--model.optimizer.lr=-1"], "Invalid learning rate: -1.0"),
+        ([*LDRL_TINY, "--model.optimizer=LBFGS"], "LBFGS needs the loss several times"),
+        ([*LDRL_TINY, "--model.scheduler=StepLR"], "step_size must be given"),
+        ([*LDRL_TINY, "--model.scheduler=ReduceLROnPlateau"], "pytorch_lightning.cli.ReduceLROnPlateau"),
+        ([*LDRL_TINY, "--seed_everything=-1"], "seed_everything is -1"),
+        ([*LDRL_TINY, "--model.network.num_classes=7"], "num_classes of the network is decided by the data"),
+        (
+            ["--model=Algorithm", "--data=Digits"],
+            "Algorithm, which is not a class that can be used here: choose one of",
+        ),
+        (["--model=mine.Algorithm", "--data=Digits"], "no module mine is found from here"),
+        (["--config=empty.yaml"], "a --config file is empty"),
+        (["--config=tab.yaml"], "not valid YAML, at line 2"),
         ([*LDRL_TINY, "--trainer.precision=bf16-mixed"], "precision bf16-mixed is not supported by LDRL"),
     ],
 )
@@ -167,6 +217,9 @@ def test_mistakes_end_in_one_sentence_and_status_2(
     for label in ("cat", "dog"):
         Path("empty/train", label).mkdir(parents=True)
     Image.new("RGB", (32, 32)).save("empty/train/dog/0.png")
+    Path("noise.ckpt").write_bytes(b"hello")
+    Path("empty.yaml").write_text("")
+    Path("tab.yaml").write_text("model:\n\tclass_path: LDRL\n")
 
     with pytest.raises((SystemExit, UserError)) as caught:
         main(["fit", *arguments, "--trainer.max_epochs=1"])

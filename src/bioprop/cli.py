@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import LightningModule, Trainer
@@ -15,11 +16,15 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from bioprop.algorithms import Algorithm
+from bioprop.algorithms.settings import read_checkpoint
 from bioprop.callbacks import AlignmentToBackprop, DivergenceGuard, EpochSeconds, PredictionsFile
 from bioprop.callbacks.run_folder import experiment_folder, run_folder
 from bioprop.cli_messages import OneSentenceParser
 from bioprop.datamodules import ImageDataModule
 from bioprop.errors import UserError
+
+#: Arguments of a network that flow from the data.
+DECIDED_BY_DATA = ("image_shape", "num_classes")
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -58,9 +63,20 @@ class BiopropCLI(LightningCLI):
         )
         return parser
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, and refuse a seed that no generator takes.
+
+        Raises:
+            UserError: if the seed is negative or too large.
+        """
+        super().parse_arguments(parser, args)
+        seed = self.config[self.config.subcommand].get("seed_everything")
+        if seed is not None and not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise UserError(f"seed_everything is {seed}, but it must be from 0 to {2**32 - 1}")
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Let image shape and number of classes flow from the data to the network, and name the standing callbacks."""
-        for name in ("image_shape", "num_classes"):
+        for name in DECIDED_BY_DATA:
             parser.link_arguments(f"data.{name}", f"model.init_args.network.init_args.{name}", apply_on="instantiate")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults(
@@ -69,6 +85,7 @@ class BiopropCLI(LightningCLI):
                 "checkpoint.mode": "max",
                 "checkpoint.filename": "best",
                 "checkpoint.save_last": True,
+                "checkpoint.enable_version_counter": False,
                 # after the epoch's schedule step, so that a resumed run has the learning rate of an unbroken one
                 "checkpoint.save_on_train_epoch_end": True,
             }
@@ -84,12 +101,19 @@ class BiopropCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Log to ``runs/<algorithm>[_<rule>]_<network>_<data>/version_<n>`` unless a logger was named."""
         config = self.config[self.subcommand]
+        typed = [key for key in DECIDED_BY_DATA if config.model.init_args.network.init_args.get(key) is not None]
+        if typed:
+            raise UserError(f"{typed[0]} of the network is decided by the data: leave it out")
+        root = config.trainer.default_root_dir or "runs"
+        if getattr(config.trainer.logger, "class_path", "").endswith("WandbLogger"):
+            arguments = config.trainer.logger.init_args
+            arguments.save_dir = root if arguments.save_dir in (None, ".") else arguments.save_dir
         if config.trainer.logger in (None, True):
             parts = (config.model, config.model.init_args.network, config.data)
             algorithm, *rest = (part.class_path.rpartition(".")[2].lower() for part in parts)
             rule = config.model.init_args.get("rule")  # an algorithm that is several by this choice
             name = "_".join([algorithm, *([rule] if rule else []), *rest])
-            arguments = Namespace(save_dir="runs", name=name)  # type: ignore[no-untyped-call]
+            arguments = Namespace(save_dir=str(root), name=name)  # type: ignore[no-untyped-call]
             config.trainer.logger = Namespace(  # type: ignore[no-untyped-call]
                 class_path="pytorch_lightning.loggers.CSVLogger", init_args=arguments
             )
@@ -116,11 +140,29 @@ class BiopropCLI(LightningCLI):
             config.ckpt_path = str(newest_checkpoint(experiment_folder(self.trainer), config.ckpt_path))
         elif config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
             raise UserError(f"--ckpt_path {config.ckpt_path}: there is no such file; 'last' and 'best' work too")
-        elif config.ckpt_path is None and self.subcommand != "fit":
+        if config.ckpt_path is not None:
+            read_checkpoint(config.ckpt_path)
+            if self.subcommand == "fit":
+                self._refuse_another_seed(Path(config.ckpt_path))
+        elif self.subcommand != "fit":
             raise UserError(
                 f"bioprop {self.subcommand} needs --ckpt_path, or it would judge untrained weights: "
                 "give a file, 'best' or 'last'"
             )
+
+    def _refuse_another_seed(self, checkpoint: Path) -> None:
+        """Compare the seed with that of the run the checkpoint belongs to: its random streams come from the latter."""
+        saved = checkpoint.parents[1] / "config.yaml"
+        if saved.is_file():
+            before, now = (
+                yaml.safe_load(saved.read_text()).get("seed_everything"),
+                self._get(self.config, "seed_everything"),
+            )
+            if before != now:
+                raise UserError(
+                    f"the checkpoint's run has seed_everything {before} and now it is {now}: give the same, or start a "
+                    "new run without --ckpt_path"
+                )
 
 
 def newest_checkpoint(folder: Path, kind: str) -> Path:
@@ -160,6 +202,7 @@ def main(args: ArgsType = None) -> BiopropCLI:
 
 def run() -> None:
     """Run the command that the process was called with; exit with 2 and one sentence on a user's mistake."""
+    sys.path.insert(0, "")  # a user's own classes, named by dotted path, as with `python -m bioprop`
     try:
         main()
     except UserError as error:
@@ -176,6 +219,8 @@ def _plain_user_errors() -> Iterator[None]:
         raise
     except MisconfigurationException as error:
         raise UserError(" ".join(str(error).split())) from error
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}: check the path, or choose another") from error
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, UserError):

@@ -35,15 +35,25 @@ def explain(message: str) -> str:
     if match := re.search(r"Option '([\w.]+)' is not accepted", message):
         return _unknown_argument(match[1])
     if match := re.search(r"arguments are required: (.+)", message):
-        return _missing([name.strip().rpartition(".")[2] for name in match[1].split(",")])
+        return _missing([name.strip().removeprefix("fit.") for name in match[1].split(",")], message)
+    if match := re.search(r"No module named '([\w.]+)'", message):
+        return f"no module {match[1]} is found from here: run in the folder that holds it, or install it"
+    if "ReduceLROnPlateau" in message:
+        return "ReduceLROnPlateau must be named in full here: pytorch_lightning.cli.ReduceLROnPlateau"
+    if message.strip().startswith("Unexpected config"):
+        return "a --config file is empty: give it options, or leave it out"
+    if "Problems parsing config" in message:
+        where = re.findall(r"line (\d+)", message)
+        hint = " (tabs are not allowed in YAML)" if "\\t" in message else ""
+        return f"a --config file is not valid YAML{f', at line {where[-1]}' if where else ''}{hint}"
     if match := re.search(r"File does not exist: '?([^'\n]+)'?", message):
         return f"{match[1]}: there is no such file"
     keys = re.findall(r'Parser key "([\w.]+)"', message)
     given = _given_value(message)
     if keys and given is not None:
         key = keys[-1].rpartition(".")[2]
-        if "dot import path string" in message:
-            return f"{key} is {given}, which is not a known class: {_known_classes(key)}"
+        if key in KINDS or ("dot import path string" in message and not _is_number(given)):
+            return f"{key} is {given}, which is not a class that can be used here: {_known_classes(key)}"
         return f"{key} is {given}, but it must be {_expected(message)}"
     return " ".join(message.split())
 
@@ -55,7 +65,12 @@ def _unknown_argument(name: str) -> str:
     return f"there is no argument {name} in this place: {hint}? --model.help CLASS and --data.help CLASS list them"
 
 
-def _missing(names: list[str]) -> str:
+def _missing(names: list[str], message: str) -> str:
+    owner = re.search(r"class_path '[\w.]*?(\w+)'", message)
+    if owner and not set(names) <= set(EXAMPLES):
+        return f"{owner[1]} needs {' and '.join(names)}: give it as .{names[0]} behind the option that names the class"
+    if not set(names) <= set(EXAMPLES):
+        return f"{' and '.join(names)} must be given, as .{names[0]} behind the option that names the class"
     examples = " ".join(EXAMPLES.get(name, f"--{name} VALUE") for name in names)
     return f"{' and '.join(names)} must be given: use a --config file, or for example {examples}"
 
@@ -88,6 +103,14 @@ def _expected(message: str) -> str:
         "bool": "true or false",
     }
     return " or ".join(names.get(name, f"a {name}") for name in wanted) or "of another type (see --help)"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _subclasses(kind: type) -> Iterator[type]:

@@ -203,3 +203,11 @@ def test_a_stage_hands_out_the_switches_of_its_own_pass() -> None:
     assert not stage.state_dict().keys() - {"conv.weight", "conv.bias"}
     assert ConvStage((1, 8, 8), 2, 3).run(first).switches is None
     assert LinearStage((1, 8, 8), 2, "elu").run(first).switches is None
+
+
+def test_a_chain_refuses_what_is_no_stage_and_what_does_not_fit() -> None:
+    first, last = LinearStage((3, 8, 8), 16, "tanh"), LinearStage((16,), 10, "identity")
+    with pytest.raises(UserError, match="squash is a Softsign, but a Network is a chain of stages"):
+        Network({"fc1": first, "squash": nn.Softsign(), "fc2": last}, {})
+    with pytest.raises(UserError, match=r"stage fc2 takes inputs of shape \(17,\), but fc1 hands out \(16,\)"):
+        Network({"fc1": first, "fc2": LinearStage((17,), 10, "identity")}, {})

@@ -17,6 +17,7 @@ from bioprop.algorithms.settings import (
     comparable_settings,
     describe_optimization,
     plain,
+    read_checkpoint,
     refuse_changes,
     refuse_other_tensors,
 )
@@ -95,7 +96,7 @@ class Algorithm(LightningModule, ABC):
             labels: ``[batch]``.
 
         Returns:
-            A tensor for each name of ``network.named_parameters()``, in the parameter's shape.
+            A tensor for each name of ``network.named_parameters()`` that is not frozen, in the parameter's shape.
         """
         with preserve_state(self):
             return self._gradients(images, labels).forward
@@ -165,9 +166,20 @@ class Algorithm(LightningModule, ABC):
     # -- Lightning -----------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        """Build the forward optimizer and its schedule."""
-        optimizer = self._make_optimizer(self.network.parameters())
-        scheduler = None if self._make_scheduler is None else self._make_scheduler(optimizer)
+        """Build the forward optimizer and its schedule.
+
+        Raises:
+            UserError: if one of them refuses its arguments, or the optimizer needs to evaluate the loss again.
+        """
+        try:
+            optimizer = self._make_optimizer(self.network.parameters())
+            scheduler = None if self._make_scheduler is None else self._make_scheduler(optimizer)
+        except (ValueError, TypeError, ZeroDivisionError) as error:
+            raise UserError(f"the optimizer or its schedule refuses its arguments: {error}") from error
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise UserError(
+                "LBFGS needs the loss several times a step, which no algorithm here offers: choose SGD or Adam"
+            )
         self._optimization = describe_optimization(optimizer, scheduler)
         return [optimizer], [] if scheduler is None else [scheduler]
 
@@ -228,10 +240,10 @@ class Algorithm(LightningModule, ABC):
         """
         if self._trainer is None:  # `load_from_checkpoint` builds from the checkpoint's own settings
             return
-        resuming = self.trainer.state.fn == TrainerFn.FITTING
-        refuse_changes(*comparable_settings(checkpoint, self, getattr(self.trainer, "datamodule", None), resuming))
+        purpose = self.trainer.state.fn
+        refuse_changes(*comparable_settings(checkpoint, self, getattr(self.trainer, "datamodule", None), purpose))
         refuse_other_tensors(checkpoint["state_dict"], self.state_dict())
-        if resuming:  # the optimizers are made, and compared, after this hook
+        if purpose == TrainerFn.FITTING:  # the optimizers are made, and compared, after this hook
             self._resumed_optimization = checkpoint["optimization"]
 
     @classmethod
@@ -241,9 +253,9 @@ class Algorithm(LightningModule, ABC):
         """Rebuild the algorithm, and its network unless one is given, with the weights of a checkpoint.
 
         Raises:
-            UserError: if the checkpoint belongs to another algorithm.
+            UserError: if the file is no checkpoint, or belongs to another algorithm.
         """
-        checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+        checkpoint = read_checkpoint(checkpoint_path)
         written_by = checkpoint.get("algorithm", "another program")
         if written_by != cls.__name__:
             raise UserError(f"{checkpoint_path} was written by {written_by}: {cls.__name__} cannot load it")

@@ -185,7 +185,8 @@ class FeedbackAlignment(Algorithm):
     @torch.no_grad()
     def _step_kolen_pollack(self, gradients: dict[str, Tensor]) -> None:
         """Give every ``B`` the increment of its ``W``, then let both decay alike."""
-        assert self._feedback_optimizer is not None
+        if self._feedback_optimizer is None:  # a network of one layer has no backward matrix
+            return
         for name, _ in self.layers():
             self.backward_weights[_key(name)].grad = gradients.get(f"{name}.weight")
         self._feedback_optimizer.step()

@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from pytorch_lightning import LightningDataModule, LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
@@ -13,6 +15,10 @@ from bioprop.errors import UserError
 
 # Where files lie is not a setting of training: a data folder may move between two halves of a run.
 LOCATIONS = ("data_dir", "download")
+# What makes the same image another input, and what decides which training images are held out for validation.
+PREPARATION = ("normalization", "image_size", "channels")
+HELD_OUT = ("seed", "val_fraction", "limit_train")
+MISSING = "nothing"
 
 
 def per_stage(name: str, value: float | Sequence[float], stages: Sequence[str], whole: bool = False) -> tuple[Any, ...]:
@@ -30,7 +36,8 @@ def per_stage(name: str, value: float | Sequence[float], stages: Sequence[str], 
     Raises:
         UserError: if a sequence is not exactly as long as there are stages, or an entry is not such a number.
     """
-    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * len(stages)
+    listed = value.tolist() if hasattr(value, "tolist") else value  # numpy's and torch's numbers and vectors
+    values = list(listed) if isinstance(listed, Sequence) and not isinstance(listed, str) else [listed] * len(stages)
     if len(values) != len(stages):
         raise UserError(
             f"{name} has {len(values)} values {values}, but {len(stages)} stages need one each "
@@ -91,12 +98,28 @@ def _numbered(groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     return groups[0] if len(groups) == 1 else {f"group{number}": group for number, group in enumerate(groups)}
 
 
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint as plain data and tensors, on the CPU.
+
+    Raises:
+        UserError: if the file cannot be read as one.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling bytes that are no checkpoint raises nearly anything
+        raise UserError(f"{path} cannot be read as a checkpoint: it is damaged, or another kind of file") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise UserError(f"{path} cannot be read as a checkpoint: it holds no state_dict")
+    return checkpoint
+
+
 def comparable_settings(
-    checkpoint: Mapping[str, Any], algorithm: LightningModule, data: LightningDataModule | None, resuming: bool
+    checkpoint: Mapping[str, Any], algorithm: LightningModule, data: LightningDataModule | None, purpose: str | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what must agree between a checkpoint and the objects it is loaded into, as (saved, asked for).
 
-    For evaluation that is the algorithm's class and the network, for resuming every hyperparameter of both.
+    For resuming that is every hyperparameter of algorithm and data; for evaluation the algorithm's class, the network
+    and how images are prepared; for validation also which images were held out.
 
     Raises:
         UserError: if the checkpoint holds no settings of ours.
@@ -105,15 +128,15 @@ def comparable_settings(
         raise UserError("the checkpoint was not written by bioprop: it does not say which algorithm it belongs to")
     saved = {"algorithm": checkpoint["algorithm"], "network": checkpoint["hyper_parameters"]["network"]}
     asked = {"algorithm": type(algorithm).__name__, "network": algorithm.hparams["network"]}
-    if resuming:
+    if purpose == "fit":
         saved |= checkpoint["hyper_parameters"]
         asked |= algorithm.hparams
-        for side, settings in ((saved, checkpoint.get("datamodule_hyper_parameters")), (asked, data and data.hparams)):
-            side["data"] = {
-                key: value
-                for key, value in (settings or {}).items()
-                if key not in LOCATIONS and not key.startswith("_")  # Lightning's own marks
-            }
+    before, now = checkpoint.get("datamodule_hyper_parameters") or {}, dict(data.hparams) if data else {}
+    for key in before.keys() | now.keys():
+        always = purpose == "fit" and key not in LOCATIONS and not key.startswith("_")  # Lightning's own marks
+        preparation = key in PREPARATION or (purpose == "validate" and key in HELD_OUT)
+        if always or (preparation and key in before and key in now):
+            saved[f"data.{key}"], asked[f"data.{key}"] = before.get(key, MISSING), now.get(key, MISSING)
     return saved, asked
 
 
@@ -124,11 +147,10 @@ def refuse_changes(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
         UserError: naming every setting that differs, with both values.
     """
     before, now = _flatten(plain(saved)), _flatten(plain(asked))
-    missing = "nothing"
     changes = [
-        f"{key} was {before.get(key, missing)} and is now {now.get(key, missing)}"
+        f"{key} was {before.get(key, MISSING)} and is now {now.get(key, MISSING)}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key, missing) != now.get(key, missing)
+        if before.get(key, MISSING) != now.get(key, MISSING)
     ]
     if changes:
         raise UserError(

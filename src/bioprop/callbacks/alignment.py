@@ -30,12 +30,16 @@ def alignment_to_backprop(algorithm: Algorithm, images: Tensor, labels: Tensor) 
         labels: ``[batch]``.
 
     Returns:
-        The alignment of each stage, all of its parameters taken as one vector, and that of all stages as ``overall``.
+        The alignment of each stage that is not frozen, all of its parameters taken as one vector, and that of all
+        stages as ``overall``.
     """
     updates = algorithm.forward_gradients(images, labels)
     with preserve_state(algorithm):
         gradients, _ = backprop_gradients(algorithm.network, images, labels)
-    return {stage: _align(updates, gradients, f"{stage}.") for stage, _ in named_stages(algorithm.network)} | {
+    trained = [
+        stage for stage, _ in named_stages(algorithm.network) if any(n.startswith(f"{stage}.") for n in gradients)
+    ]
+    return {stage: _align(updates, gradients, f"{stage}.") for stage in trained} | {
         "overall": _align(updates, gradients, "")
     }
 

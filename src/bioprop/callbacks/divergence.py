@@ -25,7 +25,7 @@ class DivergenceGuard(Callback):
     """Stop as soon as a loss or a weight is infinite or NaN, naming the stage and what to lower.
 
     Looks once a batch at every loss and at the norm of the forward and of the feedback weights, read together in one
-    transfer from the device. Checkpoints are written at the end of an epoch only, so the last one written is good.
+    transfer from the device. By default checkpoints are written at the end of an epoch, so the last one is good.
     """
 
     def on_train_batch_end(
@@ -55,13 +55,19 @@ class DivergenceGuard(Callback):
 
 
 def _causes(algorithm: Algorithm, feedback_losses: Mapping[str, Tensor]) -> Iterator[str]:
-    """Say what went wrong, in the order of cause and effect: feedback first, then the forward weights it steers."""
+    """Say what went wrong: feedback weights first, since they steer the forward weights.
+
+    Activations that exploded break the feedback loss too, so both learning rates are named then.
+    """
     feedback = algorithm.mirrored_stages() if isinstance(algorithm, TargetPropagation) else []
     for name, stage, mirror in feedback:
         broken_loss = name in feedback_losses and not torch.isfinite(feedback_losses[name])
         ran_away = bool(mirror.weight.norm() > RUNAWAY * stage.weight.norm())
         if broken_loss or ran_away or not _finite(mirror.parameters()):
-            yield f"the feedback weights of stage {name} grew beyond all bounds: lower model.feedback_lr for it"
+            yield (
+                f"the feedback weights of stage {name} grew beyond all bounds: lower model.feedback_lr for it, or the "
+                "learning rate of model.optimizer"
+            )
     broken = [name for name, stage in named_stages(algorithm.network) if not _finite(stage.parameters())]
     if broken:  # one step spreads it to every stage below, or above
         stages = ", ".join(broken)

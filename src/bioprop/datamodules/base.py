@@ -1,6 +1,7 @@
 """What every image data module shares: splits, limits, resident images, loaders, augmentation, normalisation."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -111,6 +112,7 @@ class ImageDataModule(LightningDataModule, ABC):
         self.limits = limits
         self.resident: dict[Split, Resident] = {}
         self._statistics: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._loaded_statistics: tuple[Sequence[float], Sequence[float]] | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -206,7 +208,9 @@ class ImageDataModule(LightningDataModule, ABC):
     def statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Returns mean and standard deviation, each float32 [channels], of images in [0, 1]; "train" needs `setup`."""
         if device not in self._statistics:
-            if self.normalization == "train":
+            if self._loaded_statistics is not None:
+                mean, std = self._loaded_statistics
+            elif self.normalization == "train":
                 mean, std = channel_statistics(self.resident["train"].images)
             elif self.normalization == "none":
                 mean, std = (0.0,) * self.image_shape[0], (1.0,) * self.image_shape[0]
@@ -214,6 +218,25 @@ class ImageDataModule(LightningDataModule, ABC):
                 mean, std = PUBLISHED[self.normalization]
             self._statistics[device] = torch.tensor(mean, device=device), torch.tensor(std, device=device)
         return self._statistics[device]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps besides the arguments: the classes, and the statistics of normalisation."""
+        mean, std = self.statistics(torch.device("cpu"))
+        return {"classes": list(self.classes), "mean": mean.tolist(), "std": std.tolist()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over the statistics of a checkpoint, whatever training images are here now.
+
+        Raises:
+            UserError: The classes are not those the weights were trained on.
+        """
+        if state_dict["classes"] != list(self.classes):
+            raise UserError(
+                f"the checkpoint was trained on the classes {', '.join(state_dict['classes'])}, but these images have "
+                f"{', '.join(self.classes)}: give images of the same classes"
+            )
+        self._loaded_statistics = state_dict["mean"], state_dict["std"]
+        self._statistics.clear()
 
     def _source(self, split: Split) -> Split:
         """The stored split that the images of a split come from."""

@@ -21,9 +21,25 @@ class Network(nn.Sequential):
     Args:
         stages: the stages by name, from the input to the logits.
         settings: constructor arguments as plain data (numbers, strings, lists).
+
+    Raises:
+        UserError: if a stage is none, or does not take what the one below it hands out.
     """
 
     def __init__(self, stages: Mapping[str, Stage], settings: Mapping[str, Any]) -> None:
+        below: tuple[str, Stage] | None = None
+        for name, stage in stages.items():
+            if not isinstance(stage, Stage):
+                raise UserError(
+                    f"{name} is a {type(stage).__name__}, but a Network is a chain of stages: make it part of one, or "
+                    "subclass bioprop.networks.Stage"
+                )
+            if below and tuple(below[1].output_shape) != tuple(stage.input_shape):
+                raise UserError(
+                    f"stage {name} takes inputs of shape {tuple(stage.input_shape)}, but {below[0]} hands out "
+                    f"{tuple(below[1].output_shape)}"
+                )
+            below = (name, stage)
         super().__init__(OrderedDict(stages))
         self.settings = dict(settings)
 
@@ -115,7 +131,7 @@ def check_sizes(network: str, image_shape: Sequence[int], num_classes: int, **wi
         raise UserError(f"{network}: image_shape is {tuple(image_shape)}, but needs (channels, height, width)")
     for name, values in {"image_shape": image_shape, **widths}.items():
         for value in values:
-            if value < 1:
-                raise UserError(f"{network}: {name} holds {value}, but every size must be at least 1")
+            if value < 1 or value != int(value):
+                raise UserError(f"{network}: {name} holds {value}, but every size must be a whole number, at least 1")
     if num_classes < 2:
         raise UserError(f"{network}: num_classes is {num_classes}, but a classifier needs at least 2 classes")
