@@ -23,7 +23,7 @@ from bioprop.algorithms.settings import (
 )
 from bioprop.errors import UserError
 from bioprop.functional.gradients import preserve_state
-from bioprop.networks.network import build_network, count_classes, describe_network
+from bioprop.networks.network import build_network, describe_network
 
 Batch = tuple[Tensor, Tensor]
 SPLITS = ("train", "val", "test")
@@ -60,8 +60,7 @@ class Algorithm(LightningModule, ABC):
         self._make_scheduler = scheduler
         self._optimization: dict[str, Any] = {}
         self._resumed_optimization: dict[str, Any] | None = None
-        classes = count_classes(network)
-        self.accuracies = nn.ModuleDict({f"{split}_set": _accuracies(split, classes) for split in SPLITS})
+        self.accuracies = nn.ModuleDict()  # filled by the first batch, which shows the number of classes
 
     # -- the algorithm -------------------------------------------------------------------------------------------
 
@@ -152,6 +151,9 @@ class Algorithm(LightningModule, ABC):
         self._log_batch(split, logits, labels, F.cross_entropy(logits, labels))
 
     def _log_batch(self, split: str, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
+        if not self.accuracies:
+            for name in SPLITS:
+                self.accuracies[f"{name}_set"] = _accuracies(name, logits.shape[1]).to(logits.device)
         metrics = cast(MetricCollection, self.accuracies[f"{split}_set"])
         metrics.update(logits, labels)
         self.log(f"{split}/loss", loss, batch_size=len(labels), prog_bar=split == "train", **PER_EPOCH)

@@ -127,14 +127,25 @@ class FeedbackAlignment(Algorithm):
         return draw_like(weight.detach(), scale)
 
     def layers(self) -> list[tuple[str, nn.Linear | nn.Conv2d]]:
-        """Return name and layer of everything that has a backward matrix: all but a first stage, which needs none."""
-        first = self.network.stages()[0][0] + "." if isinstance(self.network, Network) else "\0"
-        found = [
-            (name, module)
-            for name, module in self.network.named_modules()
-            if isinstance(module, nn.Linear | nn.Conv2d) and not name.startswith(first)
-        ]
-        if not found and not isinstance(self.network, Network):
+        """Return name and layer of everything that has a backward matrix.
+
+        That is every Linear and Conv2d, but for a first stage of one layer: no error goes below it.
+
+        Raises:
+            UserError: if a layer's weight is not what its forward pass multiplies by, or there is no layer.
+        """
+        found = [(name, m) for name, m in self.network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        for name, layer in found:
+            if "weight" not in layer._parameters or type(layer).__name__ == "NonDynamicallyQuantizableLinear":
+                raise UserError(
+                    f"layer {name} ({type(layer).__name__}) does not multiply by a weight of its own (parametrization, "
+                    "spectral norm, attention), so that none can stand in for it in the backward pass: take it out"
+                )
+        if isinstance(self.network, Network):
+            first, _ = self.network.stages()[0]
+            in_first = [name for name, _ in found if name.startswith(f"{first}.")]
+            return found[1:] if len(in_first) == 1 else found
+        if not found:
             raise UserError(f"{type(self.network).__name__} has no Linear or Conv2d layer to align")
         return found
 
@@ -178,9 +189,9 @@ class FeedbackAlignment(Algorithm):
 
     def _step_forward_weights(self, gradients: dict[str, Tensor]) -> None:
         super()._step_forward_weights(gradients)
-        self.remedies.hold_norms(self.network)
         if self.rule == "kolen_pollack":
             self._step_kolen_pollack(gradients)
+        self.remedies.hold_norms(self.network)
 
     @torch.no_grad()
     def _step_kolen_pollack(self, gradients: dict[str, Tensor]) -> None:
@@ -192,8 +203,9 @@ class FeedbackAlignment(Algorithm):
         self._feedback_optimizer.step()
         self._feedback_optimizer.zero_grad()
         for name, layer in self.layers():
-            for weight in (layer.weight, self.backward_weights[_key(name)]):
-                weight.mul_(1.0 - self.decay)
+            if layer.weight.requires_grad:
+                for weight in (layer.weight, self.backward_weights[_key(name)]):
+                    weight.mul_(1.0 - self.decay)
 
     def configure_optimizers(self) -> Any:
         """Add ``kolen_pollack``'s optimizer, and a schedule like the forward one's, behind those of the network."""
@@ -202,7 +214,9 @@ class FeedbackAlignment(Algorithm):
         if self.rule == "kolen_pollack" and len(self.backward_weights):
             self._feedback_optimizer = self._make_feedback_optimizer(self.backward_weights.values())
             optimizers = [*optimizers, self._feedback_optimizer]
-            self._optimization["feedback_optimizer"] = describe_optimization(self._feedback_optimizer, None)
+            self._optimization["feedback_optimizer"] = describe_optimization(self._feedback_optimizer, None)[
+                "optimizer"
+            ]
             if self._make_scheduler is not None:
                 schedulers = [*schedulers, self._make_scheduler(self._feedback_optimizer)]
         return optimizers, schedulers

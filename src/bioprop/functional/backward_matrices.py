@@ -46,6 +46,7 @@ def mirror_estimate(
         activation: ``f``.
         generator: where the noise comes from.
     """
-    rows = weight.flatten(1)
+    rows = weight.detach().flatten(1)
     noise = torch.randn(samples, rows.shape[1], dtype=rows.dtype, device=rows.device, generator=generator)
-    return (activation(noise @ rows.t()).t() @ noise / samples).view_as(weight)
+    with torch.autocast(rows.device.type, enabled=False):  # learned in the weight's own precision
+        return (activation(noise @ rows.t()).t() @ noise / samples).view_as(weight)

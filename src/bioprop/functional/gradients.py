@@ -17,14 +17,15 @@ def backprop_gradients(network: nn.Module, images: Tensor, labels: Tensor) -> tu
         labels: ``[batch]``.
 
     Returns:
-        The gradient by parameter name, and the logits ``[batch, classes]``.
+        The gradient by parameter name, of those the forward pass uses, and the logits ``[batch, classes]``.
     """
     parameters = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
     with torch.enable_grad():
         logits: Tensor = network(images)
         loss = F.cross_entropy(logits, labels)
-    gradients = torch.autograd.grad(loss, list(parameters.values()))
-    return dict(zip(parameters, gradients, strict=True)), logits.detach()
+    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    used = {name: gradient for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+    return used, logits.detach()
 
 
 @contextmanager

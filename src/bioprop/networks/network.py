@@ -93,21 +93,6 @@ def named_stages(network: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, child) for name, child in network.named_children() if any(True for _ in child.parameters())]
 
 
-def count_classes(network: nn.Module) -> int:
-    """Return the number of logits: units of the last stage, or of a plain module's last linear or conv layer.
-
-    Raises:
-        UserError: if a plain module has no such layer.
-    """
-    if isinstance(network, Network):
-        return network.stages()[-1][1].output_shape[0]
-    layers = [layer for layer in network.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
-    if not layers:
-        raise UserError(f"{type(network).__name__} has no Linear or Conv2d layer, so there is nothing to train")
-    last = layers[-1]
-    return last.out_features if isinstance(last, nn.Linear) else last.out_channels
-
-
 def describe_network(network: nn.Module) -> dict[str, Any]:
     """Return plain data that says which network this is; only a `Network` can be built again from it."""
     if isinstance(network, Network):
