@@ -16,7 +16,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from bioprop.algorithms import Algorithm
-from bioprop.algorithms.settings import read_checkpoint
+from bioprop.algorithms.checkpoints import read_checkpoint
 from bioprop.callbacks import AlignmentToBackprop, DivergenceGuard, EpochSeconds, PredictionsFile
 from bioprop.callbacks.run_folder import experiment_folder, run_folder
 from bioprop.cli_messages import OneSentenceParser
@@ -57,6 +57,7 @@ class BiopropCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make the parser whose errors are one sentence each."""
+        kwargs["description"] = "Train deep networks without backpropagation's implausible parts, and compare."
         parser = OneSentenceParser(**kwargs)
         parser.add_argument(
             "-c", "--config", action=ActionConfigFile, help="YAML file of options; of several, the later ones win."

@@ -1,29 +1,18 @@
-"""What all algorithms share: the skeleton of a training step, metrics, optimizers, checkpoints."""
+"""What all algorithms share: the skeleton of a training step, metrics, optimizers."""
 
 from abc import ABC, abstractmethod
-from pathlib import Path
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from pytorch_lightning import LightningModule
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
-from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from bioprop.algorithms.settings import (
-    comparable_settings,
-    describe_optimization,
-    plain,
-    read_checkpoint,
-    refuse_changes,
-    refuse_other_tensors,
-)
+from bioprop.algorithms.checkpoints import Checkpointed, describe_optimization
 from bioprop.errors import UserError
 from bioprop.functional.gradients import preserve_state
-from bioprop.networks.network import build_network, describe_network
 
 Batch = tuple[Tensor, Tensor]
 SPLITS = ("train", "val", "test")
@@ -37,7 +26,7 @@ class Gradients(NamedTuple):
     logits: Tensor
 
 
-class Algorithm(LightningModule, ABC):
+class Algorithm(Checkpointed, ABC):
     """A way to train a network; `training_step` is the whole of it.
 
     Args:
@@ -53,13 +42,10 @@ class Algorithm(LightningModule, ABC):
     precisions: tuple[str, ...] = ("32-true", "64-true")
 
     def __init__(self, network: nn.Module, optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None) -> None:
-        super().__init__()
+        super().__init__(network)
         self.automatic_optimization = False
-        self.network = network
         self._make_optimizer = optimizer
         self._make_scheduler = scheduler
-        self._optimization: dict[str, Any] = {}
-        self._resumed_optimization: dict[str, Any] | None = None
         self.accuracies = nn.ModuleDict()  # filled by the first batch, which shows the number of classes
 
     # -- the algorithm -------------------------------------------------------------------------------------------
@@ -192,8 +178,7 @@ class Algorithm(LightningModule, ABC):
             UserError: for a precision or a number of processes the algorithm does not support, and for settings of
                 optimizers or schedules that are not those of the checkpoint to resume from.
         """
-        if self._resumed_optimization is not None:
-            refuse_changes(self._resumed_optimization, self._optimization)
+        self.refuse_other_optimization()
         if self.trainer.precision not in self.precisions:
             raise UserError(
                 f"precision {self.trainer.precision} is not supported by {type(self).__name__}: choose one of "
@@ -223,47 +208,6 @@ class Algorithm(LightningModule, ABC):
                 scheduler.step(metrics[scheduler.monitor])
             else:
                 scheduler.step()
-
-    def remember(self, **settings: Any) -> None:
-        """Record constructor arguments as plain data, which every checkpoint can hold and load again."""
-        self._log_hyperparams = True
-        self._set_hparams(plain({"network": describe_network(self.network), **settings}))
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what the hyperparameters leave out: the class, and the settings of the optimizer."""
-        checkpoint["algorithm"] = type(self).__name__
-        checkpoint["optimization"] = self._optimization
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to resume under other settings than the checkpoint's, where one of the two would silently lose.
-
-        Raises:
-            UserError: naming each setting that differs.
-        """
-        if self._trainer is None:  # `load_from_checkpoint` builds from the checkpoint's own settings
-            return
-        purpose = self.trainer.state.fn
-        refuse_changes(*comparable_settings(checkpoint, self, getattr(self.trainer, "datamodule", None), purpose))
-        refuse_other_tensors(checkpoint["state_dict"], self.state_dict())
-        if purpose == TrainerFn.FITTING:  # the optimizers are made, and compared, after this hook
-            self._resumed_optimization = checkpoint["optimization"]
-
-    @classmethod
-    def load_from_checkpoint(  # type: ignore[override]
-        cls, checkpoint_path: str | Path, network: nn.Module | None = None, **kwargs: Any
-    ) -> Self:
-        """Rebuild the algorithm, and its network unless one is given, with the weights of a checkpoint.
-
-        Raises:
-            UserError: if the file is no checkpoint, or belongs to another algorithm.
-        """
-        checkpoint = read_checkpoint(checkpoint_path)
-        written_by = checkpoint.get("algorithm", "another program")
-        if written_by != cls.__name__:
-            raise UserError(f"{checkpoint_path} was written by {written_by}: {cls.__name__} cannot load it")
-        network = network or build_network(checkpoint["hyper_parameters"]["network"])
-        loaded: Self = super().load_from_checkpoint(checkpoint_path, weights_only=True, network=network, **kwargs)
-        return loaded
 
 
 def _accuracies(split: str, classes: int) -> MetricCollection:

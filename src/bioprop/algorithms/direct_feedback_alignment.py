@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from bioprop.algorithms.base import Algorithm, Gradients
 from bioprop.algorithms.remedies import Remedies
 from bioprop.errors import UserError
+from bioprop.functional.gradients import stage_gradients
 from bioprop.functional.targets import output_difference
 from bioprop.networks.network import Network
 
@@ -69,10 +70,8 @@ class DirectFeedbackAlignment(Algorithm):
             (error @ self.backward_weights[name].to(error.dtype)).view_as(output).to(output.dtype)
             for (name, _), output in zip(self.network.stages()[:-1], outputs[:-1], strict=True)
         ]
-        trained = [(o, e) for o, e in zip(outputs, [*errors, error.to(logits.dtype)], strict=True) if o.requires_grad]
-        parameters = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
-        gradients = torch.autograd.grad([o for o, _ in trained], list(parameters.values()), [e for _, e in trained])
-        return Gradients(self.remedies.direction(dict(zip(parameters, gradients, strict=True))), logits)
+        gradients = stage_gradients(self.network, outputs, [*errors, error.to(logits.dtype)])
+        return Gradients(self.remedies.direction(gradients), logits)
 
     def _step_forward_weights(self, gradients: dict[str, Tensor]) -> None:
         super()._step_forward_weights(gradients)

@@ -8,9 +8,10 @@ from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from bioprop.algorithms.base import Algorithm, Gradients
+from bioprop.algorithms.checkpoints import describe_optimization
 from bioprop.algorithms.random_streams import RandomStreams
 from bioprop.algorithms.remedies import Remedies
-from bioprop.algorithms.settings import check_range, describe_optimization, number
+from bioprop.algorithms.settings import check_range, number
 from bioprop.errors import UserError
 from bioprop.functional.angles import angle_degrees
 from bioprop.functional.asymmetric import asymmetric_backward

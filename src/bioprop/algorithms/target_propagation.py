@@ -17,6 +17,7 @@ from bioprop.functional.activations import MirrorName
 from bioprop.functional.angles import angle_degrees
 from bioprop.functional.feedback_losses import FeedbackGradient
 from bioprop.functional.feedback_steps import normalized_step
+from bioprop.functional.gradients import stage_gradients
 from bioprop.functional.targets import output_difference
 from bioprop.networks.mirrors import Mirror, build_mirror
 from bioprop.networks.network import Network
@@ -194,15 +195,9 @@ class TargetPropagation(Algorithm):
         logits = inputs.detach()
         differences = self.target_differences(states, output_difference(logits, labels, self.beta))
         # d/ds of mean_batch 1/2 |s - t|^2 is (s - t)/batch; over beta, for the units of the BP gradient
-        # a stage whose parameters are all frozen has nothing to train
-        trained = [(s.output, d) for s, d in zip(states, differences, strict=True) if s.output.requires_grad]
-        parameters = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
-        gradients = torch.autograd.grad(
-            [output for output, _ in trained],
-            list(parameters.values()),
-            [difference / (-self.beta * len(images)) for _, difference in trained],
-        )
-        return Gradients(dict(zip(parameters, gradients, strict=True)), logits)
+        errors = [difference / (-self.beta * len(images)) for difference in differences]
+        outputs = [state.output for state in states]
+        return Gradients(stage_gradients(self.network, outputs, errors), logits)
 
     @torch.no_grad()
     def target_differences(self, states: Sequence[StageOutput], output: Tensor) -> list[Tensor]:

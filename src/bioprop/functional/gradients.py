@@ -1,6 +1,6 @@
 """Gradients as values: nothing here touches ``.grad``."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -26,6 +26,25 @@ def backprop_gradients(network: nn.Module, images: Tensor, labels: Tensor) -> tu
     gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     used = {name: gradient for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
     return used, logits.detach()
+
+
+def stage_gradients(module: nn.Module, outputs: Sequence[Tensor], errors: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Gradients that stay within their stage: each stage's error reaches its own parameters only.
+
+    Args:
+        module: whose trainable parameters get a gradient.
+        outputs: of every stage, each computed from inputs that are cut off from the stage below.
+        errors: the derivative of the loss with respect to each output, in its shape.
+
+    Returns:
+        The gradient by parameter name; frozen parameters have none.
+    """
+    trained = [(output, error) for output, error in zip(outputs, errors, strict=True) if output.requires_grad]
+    parameters = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    gradients = torch.autograd.grad(
+        [output for output, _ in trained], list(parameters.values()), [error for _, error in trained]
+    )
+    return dict(zip(parameters, gradients, strict=True))
 
 
 @contextmanager

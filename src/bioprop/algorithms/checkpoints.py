@@ -1,0 +1,202 @@
+"""Checkpoints: what they hold besides weights, and the refusal to load them where a setting would silently lose."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from pytorch_lightning import LightningDataModule, LightningModule
+from pytorch_lightning.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from bioprop.errors import UserError
+from bioprop.networks.network import build_network, describe_network
+
+# Where files lie is not a setting of training: a data folder may move between two halves of a run.
+LOCATIONS = ("data_dir", "download")
+# What makes the same image another input, and what decides which training images are held out for validation.
+PREPARATION = ("normalization", "image_size", "channels")
+HELD_OUT = ("seed", "val_fraction", "limit_train")
+MISSING = "nothing"
+
+
+class Checkpointed(LightningModule):
+    """A module whose checkpoints say which algorithm, network, hyperparameters and optimizer they belong to.
+
+    Args:
+        network: the forward network.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self._optimization: dict[str, Any] = {}
+        self._resumed_optimization: dict[str, Any] | None = None
+
+    def remember(self, **settings: Any) -> None:
+        """Record constructor arguments as plain data, which every checkpoint can hold and load again."""
+        self._log_hyperparams = True
+        self._set_hparams(plain({"network": describe_network(self.network), **settings}))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what the hyperparameters leave out: the class, and the settings of the optimizer."""
+        checkpoint["algorithm"] = type(self).__name__
+        checkpoint["optimization"] = self._optimization
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to resume under other settings than the checkpoint's, where one of the two would silently lose.
+
+        Raises:
+            UserError: naming each setting that differs.
+        """
+        if self._trainer is None:  # `load_from_checkpoint` builds from the checkpoint's own settings
+            return
+        purpose = self.trainer.state.fn
+        refuse_changes(*comparable_settings(checkpoint, self, getattr(self.trainer, "datamodule", None), purpose))
+        refuse_other_tensors(checkpoint["state_dict"], self.state_dict())
+        if purpose == TrainerFn.FITTING:  # the optimizers are made, and compared, after this hook
+            self._resumed_optimization = checkpoint["optimization"]
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, network: nn.Module | None = None, **kwargs: Any
+    ) -> Self:
+        """Rebuild the algorithm, and its network unless one is given, with the weights of a checkpoint.
+
+        Raises:
+            UserError: if the file is no checkpoint, or belongs to another algorithm.
+        """
+        checkpoint = read_checkpoint(checkpoint_path)
+        written_by = checkpoint.get("algorithm", "another program")
+        if written_by != cls.__name__:
+            raise UserError(f"{checkpoint_path} was written by {written_by}: {cls.__name__} cannot load it")
+        network = network or build_network(checkpoint["hyper_parameters"]["network"])
+        loaded: Self = super().load_from_checkpoint(checkpoint_path, weights_only=True, network=network, **kwargs)
+        return loaded
+
+    def refuse_other_optimization(self) -> None:
+        """Compare the optimizers just made with those of the checkpoint to resume from, if there is one.
+
+        Raises:
+            UserError: naming each setting that differs.
+        """
+        if self._resumed_optimization is not None:
+            refuse_changes(self._resumed_optimization, self._optimization)
+
+
+def plain(value: Any) -> Any:
+    """Turn a value into what a checkpoint or YAML file would give back: tuples into lists, numbers into Python's.
+
+    Objects that are no data (functions, other objects) become the name of their class, so that they can be compared.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return float(value) if hasattr(value, "__float__") else type(value).__name__
+
+
+def describe_optimization(optimizer: Optimizer, scheduler: LRScheduler | None) -> dict[str, Any]:
+    """Class and initial settings of a freshly made optimizer, group by group, and of its schedule, as plain data."""
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    described = {"optimizer": {"class": type(optimizer).__name__, **_numbered(groups)}}
+    if scheduler is not None:
+        described["scheduler"] = {"class": type(scheduler).__name__, **scheduler.state_dict()}
+    return {kind: plain(settings) for kind, settings in described.items()}
+
+
+def _numbered(groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    return groups[0] if len(groups) == 1 else {f"group{number}": group for number, group in enumerate(groups)}
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint as plain data and tensors, on the CPU.
+
+    Raises:
+        UserError: if the file cannot be read as one.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling bytes that are no checkpoint raises nearly anything
+        raise UserError(f"{path} cannot be read as a checkpoint: it is damaged, or another kind of file") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise UserError(f"{path} cannot be read as a checkpoint: it holds no state_dict")
+    return checkpoint
+
+
+def comparable_settings(
+    checkpoint: Mapping[str, Any], algorithm: LightningModule, data: LightningDataModule | None, purpose: str | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what must agree between a checkpoint and the objects it is loaded into, as (saved, asked for).
+
+    For resuming that is every hyperparameter of algorithm and data; for evaluation the algorithm's class, the network
+    and how images are prepared; for validation also which images were held out.
+
+    Raises:
+        UserError: if the checkpoint holds no settings of ours.
+    """
+    if "algorithm" not in checkpoint:
+        raise UserError("the checkpoint was not written by bioprop: it does not say which algorithm it belongs to")
+    saved = {"algorithm": checkpoint["algorithm"], "network": checkpoint["hyper_parameters"]["network"]}
+    asked = {"algorithm": type(algorithm).__name__, "network": algorithm.hparams["network"]}
+    if purpose == "fit":
+        saved |= checkpoint["hyper_parameters"]
+        asked |= algorithm.hparams
+    before, now = checkpoint.get("datamodule_hyper_parameters") or {}, dict(data.hparams) if data else {}
+    for key in before.keys() | now.keys():
+        always = purpose == "fit" and key not in LOCATIONS and not key.startswith("_")  # Lightning's own marks
+        preparation = key in PREPARATION or (purpose == "validate" and key in HELD_OUT)
+        if always or (preparation and key in before and key in now):
+            saved[f"data.{key}"], asked[f"data.{key}"] = before.get(key, MISSING), now.get(key, MISSING)
+    return saved, asked
+
+
+def refuse_changes(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Compare two sets of settings.
+
+    Raises:
+        UserError: naming every setting that differs, with both values.
+    """
+    before, now = _flatten(plain(saved)), _flatten(plain(asked))
+    changes = [
+        f"{key} was {before.get(key, MISSING)} and is now {now.get(key, MISSING)}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key, MISSING) != now.get(key, MISSING)
+    ]
+    if changes:
+        raise UserError(
+            f"the checkpoint was made with other settings ({'; '.join(changes)}): give the same, or start a new run "
+            "without --ckpt_path"
+        )
+
+
+def refuse_other_tensors(saved: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Compare names and shapes of a checkpoint's tensors with those they are to be loaded into.
+
+    Raises:
+        UserError: naming some that differ: the checkpoint comes from another version, or was edited.
+    """
+    before = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    now = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+    differing = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    if differing:
+        raise UserError(
+            f"the checkpoint does not hold the tensors wanted here ({', '.join(differing[:4])} differ): it comes from "
+            "another version of the code or of the network"
+        )
+
+
+def _flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Spell nested settings out as dotted names; lists of settings (schedules in a sequence) by their places."""
+    if isinstance(settings, list) and any(isinstance(item, Mapping) for item in settings):
+        settings = {str(place): item for place, item in enumerate(settings)}
+    if not isinstance(settings, Mapping):
+        return {prefix: settings}
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flatten(value, f"{prefix}.{key}" if prefix else key)
+    return flat
