@@ -57,7 +57,9 @@ class BiopropCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make the parser whose errors are one sentence each."""
-        kwargs["description"] = "Train deep networks without backpropagation's implausible parts, and compare."
+        kwargs.setdefault(
+            "description", "Train deep networks without backpropagation's implausible parts, and compare."
+        )
         parser = OneSentenceParser(**kwargs)
         parser.add_argument(
             "-c", "--config", action=ActionConfigFile, help="YAML file of options; of several, the later ones win."
