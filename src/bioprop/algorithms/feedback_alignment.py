@@ -77,7 +77,7 @@ class FeedbackAlignment(Algorithm):
         feedback_optimizer: OptimizerCallable | None = None,
         decay: float = 1e-3,
         mirror_rate: float = 0.1,
-        mirror_samples: int = 256,
+        mirror_samples: int = 128,
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.02, momentum=0.9, weight_decay=1e-4),
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -180,11 +180,11 @@ class FeedbackAlignment(Algorithm):
                 generator = self.streams.generator(place, stored.device)
                 norm = stored.norm()
                 if self.rule == "brsf":
-                    learned = draw_like(stored, 1.0, generator)
+                    stored.normal_(generator=generator)
                 else:
                     estimate = mirror_estimate(layer.weight, self.mirror_samples, F.relu, generator)
-                    learned = stored.lerp(with_norm_of(estimate, norm), self.mirror_rate)
-                stored.copy_(with_norm_of(learned, norm))
+                    stored.lerp_(estimate.mul_(norm / estimate.norm()), self.mirror_rate)
+                stored.mul_(norm / stored.norm())
             self.streams.next_batch()
         return {}
 

@@ -6,6 +6,7 @@
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -49,4 +50,6 @@ def mirror_estimate(
     rows = weight.detach().flatten(1)
     noise = torch.randn(samples, rows.shape[1], dtype=rows.dtype, device=rows.device, generator=generator)
     with torch.autocast(rows.device.type, enabled=False):  # learned in the weight's own precision
-        return (activation(noise @ rows.t()).t() @ noise / samples).view_as(weight)
+        # `linear` runs through a faster library than `@` on some processors
+        responses = activation(F.linear(noise, rows))
+        return F.linear(responses.t(), noise.t()).div_(samples).view_as(weight)
