@@ -132,6 +132,18 @@ def test_evaluation_uses_the_statistics_and_classes_of_training() -> None:
         main(["test", *folder, "--data.data_dir=other", "--ckpt_path=last"])
 
 
+def test_a_checkpoint_copied_elsewhere_resumes_whatever_lies_around_it() -> None:
+    trained = main(["fit", *LDRL_TINY, "--trainer.max_epochs=1"])
+    Path("copies").mkdir()
+    for copy in ("mine.ckpt", "copies/mine.ckpt"):
+        Path(copy).write_bytes(Path(trained.trainer.checkpoint_callback.last_model_path).read_bytes())
+    Path("config.yaml").write_text("something: else")  # another program's
+
+    for copy in ("mine.ckpt", "copies/mine.ckpt"):
+        resumed = main(["fit", *LDRL_TINY, "--trainer.max_epochs=2", f"--ckpt_path={copy}"])
+        assert resumed.trainer.global_step == 2 * trained.trainer.global_step
+
+
 def test_another_algorithms_checkpoint_is_refused() -> None:
     main(["fit", *LDRL_TINY, "--trainer.max_epochs=1"])
 

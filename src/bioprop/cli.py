@@ -155,12 +155,11 @@ class BiopropCLI(LightningCLI):
 
     def _refuse_another_seed(self, checkpoint: Path) -> None:
         """Compare the seed with that of the run the checkpoint belongs to: its random streams come from the latter."""
-        saved = checkpoint.parents[1] / "config.yaml"
-        if saved.is_file():
-            before, now = (
-                yaml.safe_load(saved.read_text()).get("seed_everything"),
-                self._get(self.config, "seed_everything"),
-            )
+        folder = checkpoint.resolve().parent
+        saved = folder.parent / "config.yaml"
+        if folder.name == "checkpoints" and saved.is_file():  # a checkpoint that still lies in its run's folder
+            before = yaml.safe_load(saved.read_text())["seed_everything"]
+            now = self._get(self.config, "seed_everything")
             if before != now:
                 raise UserError(
                     f"the checkpoint's run has seed_everything {before} and now it is {now}: give the same, or start a "

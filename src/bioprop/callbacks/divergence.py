@@ -38,7 +38,7 @@ class DivergenceGuard(Callback):
         """
         if not isinstance(pl_module, Algorithm):
             return
-        # get_total_norm would take the norms of float32 weights in float32: overflow is divergence too
+        # taken in the weights' own precision: a norm that overflows there is divergence too
         norm = get_total_norm([parameter.detach() for parameter in pl_module.parameters()])
         losses: Mapping[str, Tensor] = outputs["feedback_losses"]
         watched = torch.stack([norm.float(), outputs["loss"].float(), *(loss.float() for loss in losses.values())])
