@@ -107,9 +107,9 @@ def cosine(epochs: int) -> Callable[..., torch.optim.lr_scheduler.LRScheduler]:
 class Phases(Callback):
     """Records the names of the tensors that each phase of a step changed."""
 
-    def __init__(self, algorithm: Algorithm) -> None:
+    def __init__(self, algorithm: Algorithm, phases: tuple[str, str, str]) -> None:
         self.course: list[tuple[str, set[str]]] = []
-        for phase in ("train_feedback", "_gradients", "_step_forward_weights"):
+        for phase in phases:
             setattr(algorithm, phase, self.recorded(algorithm, phase))
 
     def recorded(self, algorithm: Algorithm, phase: str) -> Callable[..., Any]:
@@ -127,6 +127,8 @@ class Phases(Callback):
 class AlgorithmContract(ABC):
     """Promises of every algorithm. Override `make`; ``loss_falls_to`` is the share left of one batch's loss."""
 
+    #: The methods that train feedback weights, form the forward gradients, and step the forward weights.
+    phases = ("train_feedback", "_gradients", "_step_forward_weights")
     loss_falls_to = 0.75
 
     @abstractmethod
@@ -175,13 +177,13 @@ class AlgorithmContract(ABC):
 
     def test_phase_1_leaves_forward_weights_and_phase_2_feedback_weights(self, tmp_path: Path) -> None:
         algorithm = self.make(small_lenet())
-        phases = Phases(algorithm)
+        phases = Phases(algorithm, self.phases)
         self.fit(algorithm, tmp_path)
-        assert [phase for phase, _ in phases.course] == ["train_feedback", "_gradients", "_step_forward_weights"] * 3
+        assert [phase for phase, _ in phases.course] == [*self.phases] * 3
         for phase, names in phases.course:
-            if phase == "train_feedback":
+            if phase == self.phases[0]:
                 assert all(name.startswith(("feedback.", "backward_weights.", "streams.")) for name in names)
-            elif phase == "_gradients":
+            elif phase == self.phases[1]:
                 assert names == set()
             else:
                 assert names == {name for name in algorithm.state_dict() if name.startswith("network.")}

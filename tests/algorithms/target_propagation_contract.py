@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bioprop.algorithms import Algorithm, TargetPropagation
+from bioprop.algorithms import Algorithm, LayerwiseFeedback
 from bioprop.networks import Network
 from tests.algorithms.contract import (
     AlgorithmContract,
@@ -25,8 +25,10 @@ from tests.algorithms.contract import (
 class TargetPropagationContract(AlgorithmContract):
     """Promises of the methods with trained feedback weights."""
 
+    phases = ("_train_feedback", "_local_gradients", "_step_forward_weights")
+
     @abstractmethod
-    def make(self, network: Network, **settings: Any) -> TargetPropagation:
+    def make(self, network: Network, **settings: Any) -> LayerwiseFeedback:
         """Make the algorithm."""
 
     def expected_scale(self, algorithm: Algorithm) -> float:
@@ -181,7 +183,7 @@ class TargetPropagationContract(AlgorithmContract):
             self.fit(second, tmp_path, epochs=2, ckpt_path=tmp_path / "half.ckpt")
 
 
-def assert_not_aliased(algorithm: TargetPropagation) -> None:
+def assert_not_aliased(algorithm: LayerwiseFeedback) -> None:
     """Forward and feedback weights are equal, in other memory, and an optimizer step on one leaves the other."""
     pairs = [(stage.weight, mirror.weight) for _, stage, mirror in algorithm.mirrored_stages()]
     for forward, feedback in pairs:

@@ -1,6 +1,6 @@
 """The contract suites notice what they are for: algorithms with one promise broken each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bioprop.algorithms import LDRL
-from bioprop.networks import Network
+from bioprop.networks import Network, StagePass
 from tests.algorithms.contract import NETWORKS, WITHOUT_VALIDATION
 from tests.algorithms.target_propagation_contract import TargetPropagationContract
 
@@ -19,10 +19,9 @@ pytestmark = WITHOUT_VALIDATION
 class MovesWeights(LDRL):
     """Nudges a forward weight while it trains feedback."""
 
-    def train_feedback(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        with torch.no_grad():
-            self.network[0].weight.mul_(1.001)
-        return super().train_feedback(images, labels)
+    def _train_feedback(self, passes: Sequence[StagePass]) -> dict[str, Tensor]:
+        self.network[0].weight.data.mul_(1.001)
+        return super()._train_feedback(passes)
 
 
 class TrainsFeedbackTwice(LDRL):

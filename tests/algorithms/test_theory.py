@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bioprop.algorithms import DTP, LDRL, TargetPropagation
+from bioprop.algorithms import DTP, LDRL, LayerwiseFeedback
 from bioprop.functional.angles import angle_degrees, flatten_all
+from bioprop.functional.feedback_losses import FeedbackGradient
 from bioprop.functional.gradients import backprop_gradients
-from bioprop.networks import MLP, LeNet, Network, SimpleVGG, StageOutput
+from bioprop.networks import MLP, LeNet, Network, SimpleVGG, StagePass
 from tests.algorithms.contract import Batch, small_lenet
 from tests.algorithms.target_propagation_contract import assert_not_aliased
 
@@ -20,41 +21,41 @@ NETWORKS: dict[str, Callable[..., Network]] = {
     "vgg": lambda **settings: SimpleVGG(SMALL, CLASSES, channels=(5, 6, 7), **settings),
 }
 on_every_network = pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
-Make = Callable[..., TargetPropagation]
+Make = Callable[..., LayerwiseFeedback]
 
 
 class FlippedDifference(LDRL):
     """Mutation: every hidden target lies on the other side of the activation."""
 
-    def target_differences(self, states: Sequence[StageOutput], output: Tensor) -> list[Tensor]:
-        *hidden, last = super().target_differences(states, output)
+    def target_differences(self, passes: Sequence[StagePass], output: Tensor) -> list[Tensor]:
+        *hidden, last = super().target_differences(passes, output)
         return [*(-difference for difference in hidden), last]
 
 
 class FlippedFeedback(LDRL):
     """Mutation: the sign is flipped on every way back, so every second stage's target is right again."""
 
-    def target_differences(self, states: Sequence[StageOutput], output: Tensor) -> list[Tensor]:
-        differences = super().target_differences(states, output)
+    def target_differences(self, passes: Sequence[StagePass], output: Tensor) -> list[Tensor]:
+        differences = super().target_differences(passes, output)
         return [(-1) ** number * difference for number, difference in enumerate(differences[::-1])][::-1]
 
 
 class DroppedTargets(LDRL):
     """Mutation: hidden stages have no target but their own activation."""
 
-    def target_differences(self, states: Sequence[StageOutput], output: Tensor) -> list[Tensor]:
-        *hidden, last = super().target_differences(states, output)
+    def target_differences(self, passes: Sequence[StagePass], output: Tensor) -> list[Tensor]:
+        *hidden, last = super().target_differences(passes, output)
         return [*(torch.zeros_like(difference) for difference in hidden), last]
 
 
 class UncorrectedTargets(LDRL):
     """Mutation: plain target propagation, ``t^{n-1} = G(t^n)``, without the difference correction."""
 
-    def target_differences(self, states: Sequence[StageOutput], output: Tensor) -> list[Tensor]:
+    def target_differences(self, passes: Sequence[StagePass], output: Tensor) -> list[Tensor]:
         differences = [output]
         with torch.no_grad():
             for (_, _, mirror), below, above in zip(
-                self.mirrored_stages()[::-1], states[-2::-1], states[:0:-1], strict=True
+                self.mirrored_stages()[::-1], passes[-2::-1], passes[:0:-1], strict=True
             ):
                 differences.append(mirror(above.output + differences[-1], above.switches) - below.output)
         return differences[::-1]
@@ -71,9 +72,14 @@ class AliasedFeedback(LDRL):
 class FlippedLearning(LDRL):
     """Mutation: feedback weights climb their loss."""
 
-    def feedback_gradient(self, *args, **settings):  # type: ignore[no-untyped-def]
-        gradient = super().feedback_gradient(*args, **settings)
-        return gradient._replace(weight=-gradient.weight)
+    def feedback_objective(self, *args):  # type: ignore[no-untyped-def]
+        gradient_at = super().feedback_objective(*args)
+
+        def climbing(iteration: int) -> FeedbackGradient:
+            gradient = gradient_at(iteration)
+            return gradient._replace(parameters={"weight": -gradient.weight})
+
+        return climbing
 
 
 def with_other_weights(network: Network, **settings: object) -> LDRL:
@@ -86,7 +92,7 @@ def with_other_weights(network: Network, **settings: object) -> LDRL:
 TARGET_MUTATIONS = [FlippedDifference, FlippedFeedback, DroppedTargets, UncorrectedTargets, with_other_weights]
 
 
-def angles_to_backprop(algorithm: TargetPropagation, batch: Batch) -> dict[str, float]:
+def angles_to_backprop(algorithm: LayerwiseFeedback, batch: Batch) -> dict[str, float]:
     """Degrees between update and BP gradient for each weight, by name of stage."""
     gradients = algorithm.forward_gradients(*batch)
     expected, _ = backprop_gradients(algorithm.network, *batch)

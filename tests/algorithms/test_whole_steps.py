@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bioprop.algorithms import DTP, LDRL, TargetPropagation
+from bioprop.algorithms import DTP, LDRL, LayerwiseFeedback
 from bioprop.networks import MLP, LeNet, Network
 from tests.algorithms.contract import CLASSES, SHAPE, WITHOUT_VALIDATION, make_loader, make_trainer, sgd
 from tests.algorithms.plain import PlainLearner, PlainStage, TargetRule, difference_target
@@ -25,7 +25,7 @@ NETWORKS: dict[str, Callable[[], Network]] = {
 class Method(NamedTuple):
     """An algorithm and what the plain implementation calls it."""
 
-    make: Callable[..., TargetPropagation]
+    make: Callable[..., LayerwiseFeedback]
     name: str
     mirror: str
     feedback_lr: float
@@ -33,7 +33,7 @@ class Method(NamedTuple):
     clean_switches: bool = False
 
 
-def make_ldrl(**ours: str) -> Callable[..., TargetPropagation]:
+def make_ldrl(**ours: str) -> Callable[..., LayerwiseFeedback]:
     return lambda network, **settings: LDRL(network, **ours, **settings)
 
 
@@ -50,7 +50,7 @@ def per_stage(network: Network, *values: float) -> list[float]:
     return list(values[: len(network.stages()) - 1])
 
 
-def make_pair(method: Method, build: Callable[[], Network]) -> tuple[TargetPropagation, PlainLearner]:
+def make_pair(method: Method, build: Callable[[], Network]) -> tuple[LayerwiseFeedback, PlainLearner]:
     network = build()
     iterations = [int(number) for number in per_stage(network, 2, 3, 1)]
     lr = per_stage(network, method.feedback_lr, 2 * method.feedback_lr, 3 * method.feedback_lr)
@@ -91,7 +91,7 @@ def double_batches() -> Iterator[tuple[Tensor, Tensor]]:
     return ((images.double(), labels) for images, labels in make_loader(BATCHES))
 
 
-def train_both(algorithm: TargetPropagation, plain: PlainLearner, draws: list[Tensor], folder: Path) -> None:
+def train_both(algorithm: LayerwiseFeedback, plain: PlainLearner, draws: list[Tensor], folder: Path) -> None:
     batches, loader = list(double_batches()), make_loader(BATCHES)
     draws.clear()  # of what the images were drawn from
     make_trainer(folder, max_epochs=1, precision="64-true").fit(algorithm, loader)
@@ -101,7 +101,7 @@ def train_both(algorithm: TargetPropagation, plain: PlainLearner, draws: list[Te
     assert next(noise, None) is None  # both drew as often
 
 
-def assert_same_weights(algorithm: TargetPropagation, plain: PlainLearner) -> None:
+def assert_same_weights(algorithm: LayerwiseFeedback, plain: PlainLearner) -> None:
     """Relative difference below 1e-10, of every forward and feedback weight as a whole."""
     mirrors = [None, *(mirror for _, _, mirror in algorithm.mirrored_stages())]
     for (_, stage), mirror, expected in zip(algorithm.network.stages(), mirrors, plain.stages, strict=True):

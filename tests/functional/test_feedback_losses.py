@@ -254,7 +254,7 @@ def with_flipped_noise(stage, mirror, inputs, output, switches, eps, eta, sigma)
     """Flip the sign of the first term alone: the gradient of the second is twice what both signs average to."""
     right = ldrl_gradient(stage, mirror, inputs, output, switches, eps, eta, sigma)
     second = ldrl_gradient(stage, mirror, inputs, output, switches, 0 * eps, eta, sigma)
-    return right._replace(weight=2 * second.weight - right.weight, loss=2 * second.loss - right.loss)
+    return right._replace(parameters={"weight": 2 * second.weight - right.weight}, loss=2 * second.loss - right.loss)
 
 
 def without_output_noise(stage, mirror, inputs, output, switches, eps, eta, sigma):  # type: ignore[no-untyped-def]
@@ -269,7 +269,7 @@ def with_detached_clean_pass(stage, mirror, inputs, output, switches, eps, eta, 
     second = (mirror(output + eta, switches) - clean).square()
     loss = (second - 2 * eps * (mirror(noisy, noisy_switches) - clean)).flatten(1).sum(1).mean()
     (weight,) = torch.autograd.grad(loss, mirror.weight)
-    return FeedbackGradient(weight, None, loss.detach(), None)
+    return FeedbackGradient({"weight": weight}, loss.detach(), None)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ def test_each_units_weights_step_by_their_own_curvature(shape: tuple[int, ...]) 
     weight = torch.randn(shape, dtype=torch.float64)
     gradient, curvature = torch.randn_like(weight), torch.tensor([0.0, 1.0, 8.0], dtype=torch.float64)
     expected = torch.stack([weight[unit] - 0.25 * gradient[unit] / (curvature[unit] + 0.03 * 3.0) for unit in range(3)])
-    normalized_step(weight, FeedbackGradient(gradient, None, torch.tensor(0.0), curvature), eta=0.25)
+    normalized_step(weight, FeedbackGradient({"weight": gradient}, torch.tensor(0.0), curvature), eta=0.25)
     torch.testing.assert_close(weight, expected, rtol=1e-13, atol=0)
 
 
@@ -21,13 +21,15 @@ def test_a_full_step_on_a_quadratic_lands_near_its_minimum() -> None:
     target, curvature = torch.randn(4, 6, dtype=torch.float64), torch.full((4,), 5.0, dtype=torch.float64)
     weight = torch.zeros_like(target)
     gradient = curvature[:, None] * (weight - target)
-    normalized_step(weight, FeedbackGradient(gradient, None, torch.tensor(0.0), curvature), eta=1.0)
+    normalized_step(weight, FeedbackGradient({"weight": gradient}, torch.tensor(0.0), curvature), eta=1.0)
     torch.testing.assert_close(weight, target / 1.03, rtol=1e-12, atol=0)
 
 
 def test_a_parameter_is_stepped_in_place() -> None:
     parameter = torch.nn.Parameter(torch.ones(2, 2))
-    normalized_step(parameter, FeedbackGradient(torch.ones(2, 2), None, torch.tensor(0.0), torch.ones(2)), eta=0.5)
+    normalized_step(
+        parameter, FeedbackGradient({"weight": torch.ones(2, 2)}, torch.tensor(0.0), torch.ones(2)), eta=0.5
+    )
     torch.testing.assert_close(parameter.detach(), torch.full((2, 2), 1 - 0.5 / 1.03))
     assert parameter.requires_grad
     assert parameter.grad is None
@@ -35,4 +37,4 @@ def test_a_parameter_is_stepped_in_place() -> None:
 
 def test_a_loss_without_curvature_is_refused() -> None:
     with pytest.raises(ValueError, match="curvature"):
-        normalized_step(torch.ones(2, 2), FeedbackGradient(torch.ones(2, 2), None, torch.tensor(0.0), None), 0.1)
+        normalized_step(torch.ones(2, 2), FeedbackGradient({"weight": torch.ones(2, 2)}, torch.tensor(0.0), None), 0.1)

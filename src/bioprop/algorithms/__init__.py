@@ -5,7 +5,17 @@ from bioprop.algorithms.base import Algorithm
 from bioprop.algorithms.direct_feedback_alignment import DirectFeedbackAlignment
 from bioprop.algorithms.dtp import DTP
 from bioprop.algorithms.feedback_alignment import FeedbackAlignment
+from bioprop.algorithms.layerwise_feedback import LayerwiseFeedback
 from bioprop.algorithms.ldrl import LDRL
-from bioprop.algorithms.target_propagation import TargetPropagation
+from bioprop.algorithms.target_algorithm import TargetAlgorithm
 
-__all__ = ["DTP", "LDRL", "Algorithm", "Backprop", "DirectFeedbackAlignment", "FeedbackAlignment", "TargetPropagation"]
+__all__ = [
+    "DTP",
+    "LDRL",
+    "Algorithm",
+    "Backprop",
+    "DirectFeedbackAlignment",
+    "FeedbackAlignment",
+    "LayerwiseFeedback",
+    "TargetAlgorithm",
+]

@@ -53,14 +53,17 @@ class Algorithm(Checkpointed, ABC):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Phase 1 trains the feedback weights, phase 2 the forward weights, on the same batch."""
         images, labels = self._as_network(batch)
-        feedback_losses = self.train_feedback(images, labels)
-        gradients = self._gradients(images, labels)
+        feedback_losses, gradients = self._learn(images, labels)
         self._step_forward_weights(gradients.forward)
         loss = F.cross_entropy(gradients.logits, labels)
         self._log_batch("train", gradients.logits, labels, loss)
         if feedback_losses:
             self.log("train/feedback_loss", torch.stack(list(feedback_losses.values())).sum(), **PER_EPOCH)
         return {"loss": loss, "feedback_losses": feedback_losses}
+
+    def _learn(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Gradients]:
+        """Phase 1, then the gradients of phase 2: feedback losses by stage, and what the forward weights step by."""
+        return self.train_feedback(images, labels), self._gradients(images, labels)
 
     @abstractmethod
     def _gradients(self, images: Tensor, labels: Tensor) -> Gradients:

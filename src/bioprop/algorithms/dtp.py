@@ -2,17 +2,17 @@
 
 import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor
 
-from bioprop.algorithms.target_propagation import TargetPropagation
+from bioprop.algorithms.layerwise_feedback import LayerwiseFeedback
+from bioprop.algorithms.random_streams import NoiseStream
 from bioprop.functional.activations import MirrorName
-from bioprop.functional.feedback_losses import FeedbackGradient, reconstruction_gradient
+from bioprop.functional.feedback_losses import FeedbackGradient, FeedbackObjective, reconstruction_gradient
 from bioprop.networks.mirrors import Mirror
 from bioprop.networks.network import Network
-from bioprop.networks.stages import Stage, StageOutput
+from bioprop.networks.stages import Stage, StagePass
 
 
-class DTP(TargetPropagation):
+class DTP(LayerwiseFeedback):
     """Difference target propagation (Lee, Zhang, Fischer & Bengio, ECML 2015).
 
     For each stage n >= 2 and some iterations a batch: draw noise ``eps``, then descend the reconstruction loss
@@ -61,9 +61,13 @@ class DTP(TargetPropagation):
             scheduler=scheduler,
         )
 
-    def feedback_gradient(
-        self, stage: Stage, mirror: Mirror, inputs: Tensor, clean: StageOutput, sigma: float, generator: torch.Generator
-    ) -> FeedbackGradient:
-        """Gradient of the reconstruction loss around the stage's input."""
-        noise = sigma * torch.randn(inputs.shape, dtype=inputs.dtype, device=inputs.device, generator=generator)
-        return reconstruction_gradient(stage, mirror, inputs, noise)
+    def feedback_objective(
+        self, stage: Stage, mirror: Mirror, clean: StagePass, sigma: float, noise: NoiseStream
+    ) -> FeedbackObjective:
+        """The reconstruction loss, on fresh noise at the stage's input."""
+
+        def gradient_at(iteration: int) -> FeedbackGradient:
+            (draw,) = noise.draw(iteration, sigma, clean.inputs.shape)
+            return reconstruction_gradient(stage, mirror, clean.inputs, draw)
+
+        return gradient_at

@@ -4,20 +4,20 @@ from typing import Literal, get_args
 
 import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor
 
-from bioprop.algorithms.target_propagation import FeedbackStep, TargetPropagation
+from bioprop.algorithms.layerwise_feedback import FeedbackStep, LayerwiseFeedback
+from bioprop.algorithms.random_streams import NoiseStream
 from bioprop.errors import UserError
 from bioprop.functional.activations import MirrorName
-from bioprop.functional.feedback_losses import FeedbackGradient, ldrl_gradient
+from bioprop.functional.feedback_losses import FeedbackGradient, FeedbackObjective, ldrl_gradient
 from bioprop.networks.mirrors import Mirror
 from bioprop.networks.network import Network
-from bioprop.networks.stages import Stage, StageOutput
+from bioprop.networks.stages import Stage, StagePass
 
 SwitchesOf = Literal["noisy", "clean"]
 
 
-class LDRL(TargetPropagation):
+class LDRL(LayerwiseFeedback):
     """Layer-wise feedback training towards the transposed Jacobian (Ernoult et al., ICML 2022).
 
     For each stage n >= 2 and some iterations a batch: draw noise ``eps``, ``eta`` of standard deviation ``sigma``, then
@@ -77,13 +77,16 @@ class LDRL(TargetPropagation):
             raise UserError(f"switches {switches!r} is not known: choose one of {', '.join(get_args(SwitchesOf))}")
         self._clean_switches = switches == "clean"
 
-    def feedback_gradient(
-        self, stage: Stage, mirror: Mirror, inputs: Tensor, clean: StageOutput, sigma: float, generator: torch.Generator
-    ) -> FeedbackGradient:
-        """Gradient of the L-DRL loss on fresh noise at the stage's input and output."""
-        input_noise = sigma * torch.randn(inputs.shape, dtype=inputs.dtype, device=inputs.device, generator=generator)
-        output = clean.output
-        output_noise = sigma * torch.randn(output.shape, dtype=output.dtype, device=output.device, generator=generator)
-        return ldrl_gradient(
-            stage, mirror, inputs, output, clean.switches, input_noise, output_noise, sigma, self._clean_switches
-        )
+    def feedback_objective(
+        self, stage: Stage, mirror: Mirror, clean: StagePass, sigma: float, noise: NoiseStream
+    ) -> FeedbackObjective:
+        """The L-DRL loss, on fresh noise at the stage's input and output."""
+        output = clean.output.detach()
+
+        def gradient_at(iteration: int) -> FeedbackGradient:
+            eps, eta = noise.draw(iteration, sigma, clean.inputs.shape, output.shape)
+            return ldrl_gradient(
+                stage, mirror, clean.inputs, output, clean.switches, eps, eta, sigma, self._clean_switches
+            )
+
+        return gradient_at

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from bioprop.algorithms.base import Algorithm
-from bioprop.algorithms.target_propagation import TargetPropagation
+from bioprop.algorithms.layerwise_feedback import LayerwiseFeedback
 from bioprop.errors import UserError
 from bioprop.networks.network import named_stages
 
@@ -59,10 +59,10 @@ def _causes(algorithm: Algorithm, feedback_losses: Mapping[str, Tensor]) -> Iter
 
     Activations that exploded break the feedback loss too, so both learning rates are named then.
     """
-    feedback = algorithm.mirrored_stages() if isinstance(algorithm, TargetPropagation) else []
+    feedback = algorithm.mirrored_stages() if isinstance(algorithm, LayerwiseFeedback) else []
     for name, stage, mirror in feedback:
         broken_loss = name in feedback_losses and not torch.isfinite(feedback_losses[name])
-        ran_away = bool(mirror.weight.norm() > RUNAWAY * stage.weight.norm())
+        ran_away = any(bool(back.norm() > RUNAWAY * forward.norm()) for forward, back in mirror.pairs(stage))
         if broken_loss or ran_away or not _finite(mirror.parameters()):
             yield (
                 f"the feedback weights of stage {name} grew beyond all bounds: lower model.feedback_lr for it, or the "

@@ -6,7 +6,7 @@ from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from bioprop.algorithms.target_propagation import FeedbackIteration, TargetPropagation
+from bioprop.algorithms.layerwise_feedback import FeedbackIteration, LayerwiseFeedback
 from bioprop.callbacks.run_folder import run_folder
 from bioprop.errors import UserError
 
@@ -36,7 +36,7 @@ class FeedbackRecord(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin to observe a batch that is to be recorded."""
-        if isinstance(pl_module, TargetPropagation) and batch_idx % self.every_n_batches == 0:
+        if isinstance(pl_module, LayerwiseFeedback) and batch_idx % self.every_n_batches == 0:
             self._observing.enter_context(pl_module.observe_feedback(self._seen.append))
 
     def on_train_batch_end(

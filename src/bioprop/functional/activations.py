@@ -57,6 +57,9 @@ ACTIVATIONS: dict[str, Activation] = {
     "identity": Activation(identity, identity),
 }
 
+#: Activations that map a whole range of values to one. They are their own `rho(rho(a)) = rho(a)`.
+FLAT = ("relu",)
+
 
 def forward_activation(name: str) -> Callable[[Tensor], Tensor]:
     """Return ``rho`` by its name.

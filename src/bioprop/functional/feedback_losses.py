@@ -42,20 +42,32 @@ class MapsBack(Protocol):
 
 
 class FeedbackGradient(NamedTuple):
-    """Gradient of a feedback loss with respect to the weights of ``G^n``, the loss, and a scale for the step.
+    """Gradient of a feedback loss with respect to the parameters of ``G^n``, the loss, and a scale for the step.
 
     Attributes:
-        weight: gradient of ``V``, in its shape.
-        bias: gradient of the bias, or None where it is exactly zero.
+        parameters: gradient by name of the parameter, in its shape; those whose gradient is exactly zero are left out.
         loss: the loss, a scalar.
         curvature: ``D_o >= 0``, one value for each unit or channel of the stage's output (``[units]``): the
             curvature of the loss along the weights that leave it. None where the loss offers no cheap estimate.
     """
 
-    weight: Tensor
-    bias: Tensor | None
+    parameters: dict[str, Tensor]
     loss: Tensor
     curvature: Tensor | None
+
+    @property
+    def weight(self) -> Tensor:
+        """Gradient of the feedback weight ``V`` of a mirror that has one."""
+        return self.parameters["weight"]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Gradient of its bias; None where it is exactly zero."""
+        return self.parameters.get("bias")
+
+
+#: From the number of an iteration to the gradient of a stage's feedback loss on fresh noise.
+FeedbackObjective = Callable[[int], FeedbackGradient]
 
 
 def unit_square_sums(values: Tensor) -> Tensor:
@@ -109,7 +121,7 @@ def ldrl_gradient(
         second = (mirror(output + output_noise, switches) - clean).square()
         loss = (second - 2.0 * first).flatten(1).sum(1).mean()
     (weight,) = torch.autograd.grad(loss, (mirror.weight,))
-    return FeedbackGradient(weight, None, loss.detach(), curvature)
+    return FeedbackGradient({"weight": weight}, loss.detach(), curvature)
 
 
 def reconstruction_gradient(
@@ -132,8 +144,8 @@ def reconstruction_gradient(
     noisy = inputs + input_noise
     with torch.no_grad():
         output, switches = stage.run(noisy)
-    parameters = [parameter for parameter in (mirror.weight, mirror.bias) if parameter is not None]
+    parameters = {"weight": mirror.weight} | ({} if mirror.bias is None else {"bias": mirror.bias})
     with torch.enable_grad():
         loss = (noisy - mirror(output, switches)).flatten(1).square().sum(1).mean()
-    weight, *bias = torch.autograd.grad(loss, parameters)
-    return FeedbackGradient(weight, bias[0] if bias else None, loss.detach(), None)
+    gradients = torch.autograd.grad(loss, list(parameters.values()))
+    return FeedbackGradient(dict(zip(parameters, gradients, strict=True)), loss.detach(), None)

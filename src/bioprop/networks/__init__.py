@@ -6,7 +6,7 @@ from bioprop.networks.mlp import MLP
 from bioprop.networks.network import Network, build_network
 from bioprop.networks.resnet import ResNet
 from bioprop.networks.simple_vgg import SimpleVGG
-from bioprop.networks.stages import ConvStage, LayerStage, LinearStage, Stage, StageOutput
+from bioprop.networks.stages import ConvStage, LayerStage, LinearStage, Stage, StageOutput, StagePass
 
 __all__ = [
     "MLP",
@@ -20,6 +20,7 @@ __all__ = [
     "SimpleVGG",
     "Stage",
     "StageOutput",
+    "StagePass",
     "build_mirror",
     "build_network",
 ]

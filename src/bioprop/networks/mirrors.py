@@ -12,6 +12,7 @@ stage.weight`` is the symmetric case (``G = F^T`` on a linear stage). Two forms:
 from abc import ABC, abstractmethod
 from functools import singledispatch
 from math import prod
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,10 @@ class Mirror(nn.Module, ABC):
         bound = (paper_fan_in if self.form == "paper" else forward_fan_in) ** -0.5
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
+
+    def pairs(self, stage: Stage) -> list[tuple[Tensor, Tensor]]:
+        """Return each forward weight of the stage with the feedback weight that is its counterpart."""
+        return [(cast(LayerStage, stage).weight, self.weight)]
 
     @abstractmethod
     def features(self, outputs: Tensor, switches: Tensor | None) -> Tensor:

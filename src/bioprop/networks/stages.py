@@ -8,13 +8,29 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from bioprop.errors import UserError
-from bioprop.functional.activations import ActivationName, forward_activation
+from bioprop.functional.activations import FLAT, ActivationName, forward_activation
 from bioprop.functional.pooling import Pool, max_pool
 
 
 class StageOutput(NamedTuple):
     """What a stage hands to the next one, and the max-pool switches of that very pass (None without pooling)."""
 
+    output: Tensor
+    switches: Tensor | None
+
+
+class StagePass(NamedTuple):
+    """One pass through a stage, with all that learning on the same batch needs again.
+
+    Attributes:
+        inputs: ``s^{n-1}``, ``[batch, *input_shape]``.
+        affine: what the activation and the pooling are applied to, for the stages that consist of one layer.
+        output: ``s^n``, ``[batch, *output_shape]``; for other stages it carries the graph of this very pass.
+        switches: max-pool switches of this pass, None without pooling.
+    """
+
+    inputs: Tensor
+    affine: Tensor | None
     output: Tensor
     switches: Tensor | None
 
@@ -58,6 +74,18 @@ class LayerStage(Stage):
     def bias(self) -> Tensor | None:
         """The bias of the same layer, if it has one."""
 
+    @abstractmethod
+    def affine(self, inputs: Tensor) -> Tensor:
+        """Compute ``W x + b``, ``[batch, *input_shape]`` to what `activate` takes."""
+
+    @abstractmethod
+    def activate(self, affine: Tensor) -> StageOutput:
+        """Apply activation and pooling (if any)."""
+
+    def run(self, inputs: Tensor) -> StageOutput:
+        """Compute ``F^n(inputs)`` together with the switches of this pass."""
+        return self.activate(self.affine(inputs))
+
 
 class LinearStage(LayerStage):
     """Flatten -> linear -> activation.
@@ -87,9 +115,14 @@ class LinearStage(LayerStage):
         """``[out_features]``."""
         return self.linear.bias
 
-    def run(self, inputs: Tensor) -> StageOutput:
-        """Compute ``rho(W x + b)``; there are no switches."""
-        return StageOutput(self._rho(self.linear(inputs.flatten(1))), None)
+    def affine(self, inputs: Tensor) -> Tensor:
+        """Compute ``W x + b``, ``[batch, *input_shape]`` to ``[batch, out_features]``."""
+        affine: Tensor = self.linear(inputs.flatten(1))
+        return affine
+
+    def activate(self, affine: Tensor) -> StageOutput:
+        """Compute ``rho(affine)``; there are no switches."""
+        return StageOutput(self._rho(affine), None)
 
 
 class ConvStage(LayerStage):
@@ -148,10 +181,21 @@ class ConvStage(LayerStage):
         """``[out_channels]``."""
         return self.conv.bias
 
-    def run(self, inputs: Tensor) -> StageOutput:
-        """Compute ``pool(rho(conv(x)))`` and the switches of this pass."""
-        maps = self._rho(self.conv(inputs))
-        return StageOutput(maps, None) if self.pool is None else StageOutput(*max_pool(maps, self.pool))
+    def affine(self, inputs: Tensor) -> Tensor:
+        """Compute ``conv(x)``, ``[batch, *input_shape]`` to ``[batch, out_channels, *map_size]``."""
+        affine: Tensor = self.conv(inputs)
+        return affine
+
+    def activate(self, affine: Tensor) -> StageOutput:
+        """Compute ``pool(rho(affine))`` and its switches.
+
+        The activations never decrease, so the maximum may be taken first, which leaves them fewer values to work on.
+        """
+        if self.pool is None:
+            return StageOutput(self._rho(affine), None)
+        # where the activation maps many values to one, the switch must be that of the first of its maxima
+        pooled, switches = max_pool(self._rho(affine) if self.activation in FLAT else affine, self.pool)
+        return StageOutput(self._rho(pooled), switches)
 
 
 def conv_chain(

@@ -1,4 +1,4 @@
-"""What the methods of target propagation share: feedback weights, the loop that trains them, the forward phase."""
+"""What methods with a feedback operator at every stage share: the operators, and the loop that trains them."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -9,19 +9,17 @@ import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from bioprop.algorithms.base import Algorithm, Gradients
-from bioprop.algorithms.random_streams import RandomStreams
+from bioprop.algorithms.random_streams import NoiseStream, RandomStreams
 from bioprop.algorithms.settings import check_range, number, per_stage
+from bioprop.algorithms.target_algorithm import TargetAlgorithm
 from bioprop.errors import UserError
 from bioprop.functional.activations import MirrorName
-from bioprop.functional.angles import angle_degrees
-from bioprop.functional.feedback_losses import FeedbackGradient
+from bioprop.functional.angles import angle_degrees, flatten_all
+from bioprop.functional.feedback_losses import FeedbackGradient, FeedbackObjective
 from bioprop.functional.feedback_steps import normalized_step
-from bioprop.functional.gradients import stage_gradients
-from bioprop.functional.targets import output_difference
 from bioprop.networks.mirrors import Mirror, build_mirror
 from bioprop.networks.network import Network
-from bioprop.networks.stages import LayerStage, Stage, StageOutput
+from bioprop.networks.stages import Stage, StagePass
 
 FeedbackStep = Literal["sgd", "normalized"]
 
@@ -42,12 +40,11 @@ class FeedbackIteration(NamedTuple):
     angle: Tensor
 
 
-class TargetPropagation(Algorithm):
-    """Difference target propagation: subclasses say how feedback weights are trained.
+class LayerwiseFeedback(TargetAlgorithm):
+    """Difference targets through a feedback operator ``G^n`` a stage; subclasses say how its weights are trained.
 
-    A training step is: phase 1, `train_feedback`; phase 2, targets from the output down and one local gradient a
-    stage. The gradient of the local loss ``mean_batch 1/2 |F^n(s^{n-1}) - t^n|^2`` carries a factor ``beta``, so the
-    effective forward learning rate is the optimizer's times ``beta``.
+    Hidden targets are ``t^{n-1} = s^{n-1} + G^n(t^n) - G^n(s^n)`` (Lee et al., 2015). Feedback training is layer-wise:
+    some iterations for each stage on every batch, independently of the others.
     """
 
     def __init__(
@@ -62,24 +59,16 @@ class TargetPropagation(Algorithm):
         mirror: MirrorName,
         optimizer: OptimizerCallable,
         scheduler: LRSchedulerCallable | None,
-        **settings: str,
+        **settings: Any,
     ) -> None:
-        super().__init__(network, optimizer, scheduler)
-        if not isinstance(network, Network):
-            raise UserError(
-                f"target propagation needs a chain of stages, and {type(network).__name__} is none: make it a "
-                "bioprop.networks.Network"
-            )
-        self.network: Network
+        super().__init__(network, beta, optimizer, scheduler)
         mirrored = network.stages()[1:]  # G^1 would reach the input: nothing needs it
         names = [name for name, _ in mirrored]
-        self.beta = number("beta", beta)
         self.feedback_momentum = number("feedback_momentum", feedback_momentum)
         self.noise = per_stage("noise", noise, names)
         self.feedback_lr = per_stage("feedback_lr", feedback_lr, names)
         self.iterations = per_stage("iterations", iterations, names, whole=True)
         self.feedback_step = feedback_step
-        check_range("beta", [self.beta], 0.0, low_allowed=False)
         check_range("noise", self.noise, 0.0, low_allowed=False)
         check_range("feedback_lr", self.feedback_lr, 0.0, low_allowed=False)
         check_range("iterations", self.iterations, 0)
@@ -108,55 +97,47 @@ class TargetPropagation(Algorithm):
             **settings,
         )
 
-    def mirrored_stages(self) -> list[tuple[str, LayerStage, Mirror]]:
+    def mirrored_stages(self) -> list[tuple[str, Stage, Mirror]]:
         """Return name, stage and feedback operator of every stage that has one, from the input to the output."""
-        stages = self.network.stages()[1:]
-        return [(name, cast(LayerStage, stage), cast(Mirror, self.feedback[name])) for name, stage in stages]
+        return [(name, stage, cast(Mirror, self.feedback[name])) for name, stage in self.network.stages()[1:]]
 
     # -- phase 1: the feedback weights ---------------------------------------------------------------------------
 
     @abstractmethod
-    def feedback_gradient(
-        self, stage: Stage, mirror: Mirror, inputs: Tensor, clean: StageOutput, sigma: float, generator: torch.Generator
-    ) -> FeedbackGradient:
-        """Gradient of the method's feedback loss on fresh noise, for one stage.
+    def feedback_objective(
+        self, stage: Stage, mirror: Mirror, clean: StagePass, sigma: float, noise: NoiseStream
+    ) -> FeedbackObjective:
+        """Prepare the method's feedback loss for one stage and batch.
 
         Args:
             stage: ``F^n``.
             mirror: ``G^n``.
-            inputs: ``s^{n-1}``, ``[batch, *stage.input_shape]``.
-            clean: ``s^n`` and the switches of its pass.
+            clean: the clean pass of the stage: ``s^{n-1}``, ``s^n``, switches.
             sigma: standard deviation of the noise.
-            generator: where the noise comes from, on the device of the inputs.
-        """
-
-    def train_feedback(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """Phase 1 on one batch: some iterations for each stage, independently of the others.
-
-        Args:
-            images: ``[batch, channels, height, width]``.
-            labels: not used; feedback training is unsupervised.
+            noise: where it is drawn from.
 
         Returns:
-            The mean feedback loss over the iterations, by name of stage, for those that have any.
+            A function from the number of the iteration to the gradient of the loss on fresh noise.
         """
+
+    def _train_feedback(self, passes: Sequence[StagePass]) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = {}
-        settings = zip(self.mirrored_stages(), self.noise, self.feedback_lr, self.iterations, strict=True)
+        settings = zip(self.mirrored_stages(), passes[1:], self.noise, self.feedback_lr, self.iterations, strict=True)
         with torch.no_grad():
-            clean = self.network.stages()[0][1].run(images)
-            for place, ((name, stage, mirror), sigma, lr, iterations) in enumerate(settings):
-                inputs, clean = clean.output, stage.run(clean.output)
-                generator = self.streams.generator(place, images.device)
+            for place, ((name, stage, mirror), clean, sigma, lr, iterations) in enumerate(settings):
+                if not iterations:
+                    continue
+                noise = self.streams.noise(place, clean.inputs)
+                gradient_at = self.feedback_objective(stage, mirror, clean, sigma, noise)
                 course = []
                 for iteration in range(iterations):
-                    gradient = self.feedback_gradient(stage, mirror, inputs, clean, sigma, generator)
+                    gradient = gradient_at(iteration)
                     self._step_feedback_weights(mirror, gradient, lr)
                     course.append(gradient.loss)
                     for observe in self._observers:
-                        angle = angle_degrees(stage.weight, mirror.weight)
-                        observe(FeedbackIteration(name, iteration, gradient.loss, angle))
-                if course:
-                    losses[name] = torch.stack(course).mean()
+                        forward, feedback = (flatten_all(side) for side in zip(*mirror.pairs(stage), strict=True))
+                        observe(FeedbackIteration(name, iteration, gradient.loss, angle_degrees(forward, feedback)))
+                losses[name] = torch.stack(course).mean()
         self.streams.next_batch()
         return losses
 
@@ -164,9 +145,8 @@ class TargetPropagation(Algorithm):
         if self._feedback_optimizer is None:
             normalized_step(mirror.weight, gradient, lr)
             return
-        mirror.weight.grad = gradient.weight
-        if mirror.bias is not None:
-            mirror.bias.grad = gradient.bias
+        for name, parameter in mirror.named_parameters():
+            parameter.grad = gradient.parameters.get(name)
         self._feedback_optimizer.step()  # the other stages' gradients are None: they stay as they are
         self._feedback_optimizer.zero_grad()
 
@@ -179,37 +159,18 @@ class TargetPropagation(Algorithm):
         finally:
             self._observers.remove(observer)
 
-    # -- phase 2: the forward weights ----------------------------------------------------------------------------
+    # -- phase 2: the targets ------------------------------------------------------------------------------------
 
-    @property
-    def gradient_scale(self) -> float:
-        """``beta``: the local losses are what the published update descends."""
-        return self.beta
-
-    def _gradients(self, images: Tensor, labels: Tensor) -> Gradients:
-        states, inputs = [], images
-        with torch.enable_grad():
-            for _, stage in self.network.stages():
-                states.append(stage.run(inputs.detach()))  # every stage is cut off from the one below
-                inputs = states[-1].output
-        logits = inputs.detach()
-        differences = self.target_differences(states, output_difference(logits, labels, self.beta))
-        # d/ds of mean_batch 1/2 |s - t|^2 is (s - t)/batch; over beta, for the units of the BP gradient
-        errors = [difference / (-self.beta * len(images)) for difference in differences]
-        outputs = [state.output for state in states]
-        return Gradients(stage_gradients(self.network, outputs, errors), logits)
-
-    @torch.no_grad()
-    def target_differences(self, states: Sequence[StageOutput], output: Tensor) -> list[Tensor]:
+    def target_differences(self, passes: Sequence[StagePass], output: Tensor) -> list[Tensor]:
         """Return ``t^n - s^n`` for every stage, from the input to the output, given the output's.
 
         Args:
-            states: ``s^n`` and the switches of the clean pass, for every stage.
+            passes: the clean pass of every stage.
             output: ``t^N - s^N``, ``[batch, classes]``.
         """
         differences = [output]
-        for (_, _, mirror), state in zip(self.mirrored_stages()[::-1], states[:0:-1], strict=True):
-            differences.append(mirror.difference(state.output, differences[-1], state.switches))
+        for (_, _, mirror), clean in zip(self.mirrored_stages()[::-1], passes[:0:-1], strict=True):
+            differences.append(mirror.difference(clean.output.detach(), differences[-1], clean.switches))
         return differences[::-1]
 
     # -- feedback weights as a whole -----------------------------------------------------------------------------
@@ -218,13 +179,13 @@ class TargetPropagation(Algorithm):
     def symmetrize_feedback(self) -> None:
         """Copy every forward weight into its feedback weight, ``G^n = (F^n)^T``: a copy, never the same tensor."""
         for _, stage, mirror in self.mirrored_stages():
-            mirror.weight.copy_(stage.weight)
+            for forward, feedback in mirror.pairs(stage):
+                feedback.copy_(forward)
 
     def feedback_angles(self) -> dict[str, float]:
-        """Return degrees between each stage's forward and feedback weight, by name of stage."""
-        return {
-            name: float(angle_degrees(stage.weight, mirror.weight)) for name, stage, mirror in self.mirrored_stages()
-        }
+        """Return degrees between each stage's forward and feedback weights, by name of stage."""
+        pairs = {name: zip(*mirror.pairs(stage), strict=True) for name, stage, mirror in self.mirrored_stages()}
+        return {name: float(angle_degrees(*(flatten_all(side) for side in sides))) for name, sides in pairs.items()}
 
     def configure_optimizers(self) -> Any:
         """Add the feedback optimizer behind the forward one, so that checkpoints hold its momentum."""
