@@ -117,11 +117,11 @@ class PlainLearner:
                 optimizer = self.feedback_optimizers[n - 1]
                 optimizer.zero_grad()
                 if self.method == "dtp":
-                    noisy = states[n] + sigma[n - 1] * next(noise)
+                    noisy = states[n] + sigma[n - 1] * next(noise).view_as(states[n])
                     output, chosen = self.detached_pass(stage, noisy)
                     loss = ((noisy - stage.back(output, chosen, self.form)) ** 2).sum() / len(images)
                 else:
-                    eps, eta = sigma[n - 1] * next(noise), sigma[n - 1] * next(noise)
+                    eps, eta = (sigma[n - 1] * next(noise).view_as(like) for like in states[n : n + 2])
                     output, chosen = self.detached_pass(stage, states[n] + eps)
                     chosen = switches[n] if self.clean_switches else chosen
                     clean = stage.back(states[n + 1], switches[n], self.form)

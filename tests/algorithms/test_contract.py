@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bioprop.algorithms import LDRL
+from bioprop.algorithms.random_streams import NoiseStream
 from bioprop.networks import Network, StagePass
 from tests.algorithms.contract import NETWORKS, WITHOUT_VALIDATION
 from tests.algorithms.target_propagation_contract import TargetPropagationContract
@@ -33,12 +34,19 @@ class TrainsFeedbackTwice(LDRL):
             self.feedback["fc1"].weight.mul_(1.001)
 
 
+class GlobalNoise(NoiseStream):
+    """Noise of whatever the global generator draws next."""
+
+    def draw(self, iteration: int, sigma: float, *shapes: Sequence[int]) -> list[Tensor]:
+        return [sigma * torch.randn(*shape, dtype=self.dtype) for shape in shapes]
+
+
 class DrawsFromTheGlobalGenerator(LDRL):
     """Takes its noise from wherever the global generator happens to stand."""
 
     def __init__(self, network: Network, **settings: Any) -> None:
         super().__init__(network, **settings)
-        self.streams.generator = lambda place, device: torch.default_generator
+        self.streams.noise = lambda place, like: GlobalNoise((0, 0, 0), like.device, like.dtype)
 
 
 class RepeatsItsNoise(LDRL):
@@ -46,7 +54,7 @@ class RepeatsItsNoise(LDRL):
 
     def __init__(self, network: Network, **settings: Any) -> None:
         super().__init__(network, **settings)
-        self.streams.generator = lambda place, device: torch.Generator(device).manual_seed(place)
+        self.streams.noise = lambda place, like: NoiseStream((0, 0, place), like.device, like.dtype)
 
 
 class StepsRaw(LDRL):

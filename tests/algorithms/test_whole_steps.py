@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bioprop.algorithms import DTP, LDRL, LayerwiseFeedback
+from bioprop.algorithms.random_streams import NoiseStream
 from bioprop.networks import MLP, LeNet, Network
 from tests.algorithms.contract import CLASSES, SHAPE, WITHOUT_VALIDATION, make_loader, make_trainer, sgd
 from tests.algorithms.plain import PlainLearner, PlainStage, TargetRule, difference_target
@@ -75,15 +76,16 @@ def make_pair(method: Method, build: Callable[[], Network]) -> tuple[LayerwiseFe
 
 @pytest.fixture
 def recorded_noise(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Everything that ``torch.randn`` draws while the test runs, in order."""
+    """All noise that is drawn while the test runs, in order, of standard deviation 1."""
     draws: list[Tensor] = []
-    randn = torch.randn
+    draw = NoiseStream.draw
 
-    def record(*args: object, **settings: object) -> Tensor:
-        draws.append(randn(*args, **settings))
-        return draws[-1]
+    def record(self: NoiseStream, iteration: int, sigma: float, *shapes: tuple[int, ...]) -> list[Tensor]:
+        drawn = draw(self, iteration, sigma, *shapes)
+        draws.extend(tensor / sigma for tensor in drawn)
+        return drawn
 
-    monkeypatch.setattr(torch, "randn", record)
+    monkeypatch.setattr(NoiseStream, "draw", record)
     return draws
 
 

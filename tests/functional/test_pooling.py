@@ -7,7 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bioprop.functional.pooling import Pool, max_pool, unpool_adding, unpool_overwriting
+from bioprop.functional.pooling import (
+    Pool,
+    gather_windows,
+    max_pool,
+    switch_taps,
+    unpool_adding,
+    unpool_overwriting,
+)
 
 DISJOINT = [Pool(2, 2), Pool(3, 3), Pool(2, 2, 1), Pool(2, 3)]
 OVERLAPPING = [Pool(3, 2, 1), Pool(3, 2), Pool(3, 1, 1), Pool(5, 2, 2)]
@@ -42,7 +49,7 @@ def test_adding_is_the_exact_transpose_of_pooling(pool: Pool, size: tuple[int, i
     maps = draw_maps(size)
     pooled, switches = max_pool(maps, pool)
     values = torch.randn_like(pooled)
-    back = unpool_adding(values, switches, size)
+    back = unpool_adding(values, switches, pool, size)
     torch.testing.assert_close(back, transpose_by_autograd(maps, pool, values), rtol=1e-14, atol=1e-14)
     torch.testing.assert_close((pooled * values).sum(), (maps * back).sum(), rtol=1e-12, atol=1e-12)
 
@@ -52,7 +59,7 @@ def test_adding_is_the_exact_transpose_of_pooling(pool: Pool, size: tuple[int, i
 def test_both_ways_back_agree_where_windows_do_not_overlap(pool: Pool, size: tuple[int, int]) -> None:
     pooled, switches = max_pool(draw_maps(size), pool)
     values = torch.randn_like(pooled)
-    assert torch.equal(unpool_overwriting(values, switches, size), unpool_adding(values, switches, size))
+    assert torch.equal(unpool_overwriting(values, switches, pool, size), unpool_adding(values, switches, pool, size))
 
 
 @pytest.mark.parametrize("pool", OVERLAPPING, ids=str)
@@ -61,7 +68,7 @@ def test_overwriting_is_not_the_transpose_where_windows_overlap(pool: Pool) -> N
     pooled, switches = max_pool(maps, pool)
     values = torch.rand_like(pooled) + 0.5
     transposed = transpose_by_autograd(maps, pool, values)
-    back = unpool_overwriting(values, switches, (8, 8))
+    back = unpool_overwriting(values, switches, pool, (8, 8))
     assert (back - transposed).abs().max() > 0.1
     assert torch.equal(back != 0, transposed != 0)  # the same positions, with another value where windows overlap
 
@@ -71,8 +78,22 @@ def test_overwriting_keeps_the_last_of_the_competing_values() -> None:
     maps[0, 0, 1, 1] = 1.0
     _, switches = max_pool(maps, Pool(2, 1))
     values = torch.tensor([[[[1.0, 2.0], [4.0, 8.0]]]])
-    assert unpool_overwriting(values, switches, (3, 3))[0, 0, 1, 1].item() == 8.0
-    assert unpool_adding(values, switches, (3, 3))[0, 0, 1, 1].item() == 15.0
+    assert unpool_overwriting(values, switches, Pool(2, 1), (3, 3))[0, 0, 1, 1].item() == 8.0
+    assert unpool_adding(values, switches, Pool(2, 1), (3, 3))[0, 0, 1, 1].item() == 15.0
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize("pool", DISJOINT + OVERLAPPING, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_gathering_equals_scattering(pool: Pool, size: tuple[int, int], layout: torch.memory_format) -> None:
+    maps = draw_maps(size).contiguous(memory_format=layout)
+    pooled, switches = max_pool(maps, pool)
+    values = torch.randn_like(pooled)
+    places = torch.zeros(2, 3, size[0] * size[1], dtype=torch.float64)
+    expected = places.scatter_add(2, switches.flatten(2), values.flatten(2)).view_as(maps)
+    torch.testing.assert_close(unpool_adding(values, switches, pool, size), expected, rtol=1e-14, atol=1e-14)
+    gathered = gather_windows(values, switch_taps(switches, pool, size), pool, size)
+    torch.testing.assert_close(gathered, expected, rtol=1e-14, atol=1e-14)
 
 
 @pytest.mark.parametrize("way_back", [unpool_overwriting, unpool_adding])
@@ -80,20 +101,21 @@ def test_ways_back_do_not_depend_on_the_number_of_threads(way_back: Callable[...
     """torch's max_unpool2d does, wherever windows overlap and two threads share a map."""
     pool = Pool(3, 2, 1)
     pooled, switches = max_pool(draw_maps((15, 14)), pool)
-    alone = way_back(pooled, switches, (15, 14))
+    alone = way_back(pooled, switches, pool, (15, 14))
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        assert all(torch.equal(way_back(pooled, switches, (15, 14)), alone) for _ in range(50))
+        assert all(torch.equal(way_back(pooled, switches, pool, (15, 14)), alone) for _ in range(50))
     finally:
         torch.set_num_threads(before)
 
 
 def test_overwriting_has_the_right_jacobian() -> None:
     """Reverse mode: a value that was overwritten has no influence, so its gradient is zero."""
-    pooled, switches = max_pool(draw_maps((8, 8)), Pool(3, 2, 1))
+    pool = Pool(3, 2, 1)
+    pooled, switches = max_pool(draw_maps((8, 8)), pool)
     values = torch.randn_like(pooled).requires_grad_()
-    maps = unpool_overwriting(values, switches, (8, 8))
+    maps = unpool_overwriting(values, switches, pool, (8, 8))
     (gradient,) = torch.autograd.grad(maps.sum(), values)
     survived = torch.isin(values.detach(), maps.detach())
     assert torch.equal(gradient != 0, survived)

@@ -141,7 +141,7 @@ def test_the_papers_mirror_is_unpool_then_activation_then_transposed_convolution
 def test_the_exact_mirror_is_activation_then_transposed_pool_then_transposed_convolution() -> None:
     _, mirror, inputs, (output, switches) = make_pair(STAGES["conv, overlapping pool"], "exact")
     phi = torch.where(output > 0, output, output + output**2 / 2)
-    maps = unpool_adding(phi, switches, tuple(inputs.shape[2:]))
+    maps = unpool_adding(phi, switches, Pool(3, 2, 1), tuple(inputs.shape[2:]))
     expected = F.conv_transpose2d(maps, mirror.weight, mirror.bias, padding=2)
     torch.testing.assert_close(mirror(output, switches), expected, rtol=1e-12, atol=1e-12)
 

@@ -5,8 +5,11 @@ from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 
 from bioprop.algorithms.layerwise_feedback import LayerwiseFeedback
 from bioprop.algorithms.random_streams import NoiseStream
+from bioprop.algorithms.speed import DEFAULT_SPEED, Speed
 from bioprop.functional.activations import MirrorName
+from bioprop.functional.closed_forms import reconstruction_closed_form
 from bioprop.functional.feedback_losses import FeedbackGradient, FeedbackObjective, reconstruction_gradient
+from bioprop.networks.layer_pairs import layer_pair, noise_shape
 from bioprop.networks.mirrors import Mirror
 from bioprop.networks.network import Network
 from bioprop.networks.stages import Stage, StagePass
@@ -29,6 +32,7 @@ class DTP(LayerwiseFeedback):
         iterations: feedback iterations a batch, 0 to leave a stage's feedback as it was drawn.
         mirror: ``exact`` (ours) or ``paper`` (of Ernoult et al., 2022): the form of the feedback operator.
         feedback_momentum: of the feedback weights' SGD.
+        speed: how the gradients are computed; changes rounding, not the method.
         optimizer: makes the optimizer of the forward weights.
         scheduler: makes its learning-rate schedule, stepped once an epoch; None for a constant rate.
 
@@ -45,6 +49,7 @@ class DTP(LayerwiseFeedback):
         iterations: int | tuple[int, ...] = 1,
         mirror: MirrorName = "exact",
         feedback_momentum: float = 0.9,
+        speed: Speed = DEFAULT_SPEED,
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-4),
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -59,15 +64,27 @@ class DTP(LayerwiseFeedback):
             mirror=mirror,
             optimizer=optimizer,
             scheduler=scheduler,
+            speed=speed,
         )
 
     def feedback_objective(
         self, stage: Stage, mirror: Mirror, clean: StagePass, sigma: float, noise: NoiseStream
     ) -> FeedbackObjective:
         """The reconstruction loss, on fresh noise at the stage's input."""
+        shape = noise_shape(stage, clean.inputs)
+        pair = layer_pair(stage, mirror, self.speed.bfloat16)
 
-        def gradient_at(iteration: int) -> FeedbackGradient:
-            (draw,) = noise.draw(iteration, sigma, clean.inputs.shape)
-            return reconstruction_gradient(stage, mirror, clean.inputs, draw)
+        def by_autograd(iteration: int) -> FeedbackGradient:
+            (eps,) = noise.draw(iteration, sigma, shape)
+            return reconstruction_gradient(stage, mirror, clean.inputs, eps.view(clean.inputs.shape))
 
-        return gradient_at
+        if pair is None or clean.affine is None:
+            return by_autograd
+        weight, inputs = pair.products.prepare(pair.weight), pair.products.shape_inputs(clean.inputs)
+        affine = clean.affine
+
+        def in_closed_form(iteration: int) -> FeedbackGradient:
+            (eps,) = noise.draw(iteration, sigma, shape)
+            return reconstruction_closed_form(pair, weight, affine, mirror.weight, mirror.bias, inputs, eps)
+
+        return in_closed_form

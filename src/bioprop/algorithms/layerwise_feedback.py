@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bioprop.algorithms.random_streams import NoiseStream, RandomStreams
 from bioprop.algorithms.settings import check_range, number, per_stage
+from bioprop.algorithms.speed import Speed
 from bioprop.algorithms.target_algorithm import TargetAlgorithm
 from bioprop.errors import UserError
 from bioprop.functional.activations import MirrorName
@@ -59,9 +60,12 @@ class LayerwiseFeedback(TargetAlgorithm):
         mirror: MirrorName,
         optimizer: OptimizerCallable,
         scheduler: LRSchedulerCallable | None,
+        speed: Speed,
         **settings: Any,
     ) -> None:
         super().__init__(network, beta, optimizer, scheduler)
+        self.speed = speed
+        self.closed_form = speed.closed_form
         mirrored = network.stages()[1:]  # G^1 would reach the input: nothing needs it
         names = [name for name, _ in mirrored]
         self.feedback_momentum = number("feedback_momentum", feedback_momentum)

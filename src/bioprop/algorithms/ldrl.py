@@ -7,14 +7,18 @@ from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 
 from bioprop.algorithms.layerwise_feedback import FeedbackStep, LayerwiseFeedback
 from bioprop.algorithms.random_streams import NoiseStream
+from bioprop.algorithms.speed import DEFAULT_SPEED, Speed
 from bioprop.errors import UserError
 from bioprop.functional.activations import MirrorName
+from bioprop.functional.closed_forms import clean_pass, ldrl_closed_form
 from bioprop.functional.feedback_losses import FeedbackGradient, FeedbackObjective, ldrl_gradient
+from bioprop.networks.layer_pairs import layer_pair, noise_shape
 from bioprop.networks.mirrors import Mirror
 from bioprop.networks.network import Network
 from bioprop.networks.stages import Stage, StagePass
 
 SwitchesOf = Literal["noisy", "clean"]
+Sampling = Literal["independent", "antithetic"]
 
 
 class LDRL(LayerwiseFeedback):
@@ -39,6 +43,9 @@ class LDRL(LayerwiseFeedback):
         mirror: ``exact`` (ours) or ``paper``, the authors' form of the feedback operator.
         feedback_step: ``normalized`` (ours: by the loss's curvature, no momentum) or ``sgd``, as published.
         feedback_momentum: of ``sgd``.
+        sampling: of the noise: ``independent`` draws, as published, or ``antithetic`` ones: the first term is averaged
+            over ``eps`` and ``-eps``, which leaves its expectation as it is and lowers its variance.
+        speed: how the gradients are computed; changes rounding, not the method.
         optimizer: makes the optimizer of the forward weights.
         scheduler: makes its learning-rate schedule, stepped once an epoch; None for a constant rate.
 
@@ -57,6 +64,8 @@ class LDRL(LayerwiseFeedback):
         mirror: MirrorName = "exact",
         feedback_step: FeedbackStep = "normalized",
         feedback_momentum: float = 0.9,
+        sampling: Sampling = "independent",
+        speed: Speed = DEFAULT_SPEED,
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.02, momentum=0.9, weight_decay=1e-4),
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -71,22 +80,36 @@ class LDRL(LayerwiseFeedback):
             mirror=mirror,
             optimizer=optimizer,
             scheduler=scheduler,
+            speed=speed,
             switches=switches,
+            sampling=sampling,
         )
         if switches not in get_args(SwitchesOf):
             raise UserError(f"switches {switches!r} is not known: choose one of {', '.join(get_args(SwitchesOf))}")
+        if sampling not in get_args(Sampling):
+            raise UserError(f"sampling {sampling!r} is not known: choose one of {', '.join(get_args(Sampling))}")
         self._clean_switches = switches == "clean"
+        self.sampling = sampling
 
     def feedback_objective(
         self, stage: Stage, mirror: Mirror, clean: StagePass, sigma: float, noise: NoiseStream
     ) -> FeedbackObjective:
         """The L-DRL loss, on fresh noise at the stage's input and output."""
-        output = clean.output.detach()
+        output, rule = clean.output.detach(), (sigma, self._clean_switches, self.sampling == "antithetic")
+        shapes = noise_shape(stage, clean.inputs), output.shape
+        pair = layer_pair(stage, mirror, self.speed.bfloat16)
 
-        def gradient_at(iteration: int) -> FeedbackGradient:
-            eps, eta = noise.draw(iteration, sigma, clean.inputs.shape, output.shape)
-            return ldrl_gradient(
-                stage, mirror, clean.inputs, output, clean.switches, eps, eta, sigma, self._clean_switches
-            )
+        def by_autograd(iteration: int) -> FeedbackGradient:
+            eps, eta = noise.draw(iteration, sigma, *shapes)
+            eps = eps.view(clean.inputs.shape)
+            return ldrl_gradient(stage, mirror, clean.inputs, output, clean.switches, eps, eta, *rule)
 
-        return gradient_at
+        if pair is None or clean.affine is None:
+            return by_autograd
+        kept = clean_pass(pair, clean.affine, output, clean.switches)
+
+        def in_closed_form(iteration: int) -> FeedbackGradient:
+            eps, eta = noise.draw(iteration, sigma, *shapes)
+            return ldrl_closed_form(pair, kept, mirror.weight, eps, eta, *rule)
+
+        return in_closed_form

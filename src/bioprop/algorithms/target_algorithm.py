@@ -33,6 +33,9 @@ class TargetAlgorithm(Algorithm):
         UserError: if the network is no chain of stages, or ``beta`` is out of its range.
     """
 
+    #: Form local gradients in closed form where the kind of stage has one.
+    closed_form = True
+
     def __init__(
         self, network: Network, beta: float, optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None
     ) -> None:
@@ -61,7 +64,7 @@ class TargetAlgorithm(Algorithm):
         Returns:
             The mean feedback loss, by name of stage, for those that train.
         """
-        return self._train_feedback(run_stages(self.network, images))
+        return self._train_feedback(run_stages(self.network, images, self.closed_form))
 
     def _train_feedback(self, passes: Sequence[StagePass]) -> dict[str, Tensor]:
         """Train the feedback weights, if the method has any to train, around the clean pass of one batch."""
@@ -69,12 +72,12 @@ class TargetAlgorithm(Algorithm):
 
     def _learn(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Gradients]:
         # both phases see the same forward weights: one pass serves them
-        passes = run_stages(self.network, images)
+        passes = run_stages(self.network, images, self.closed_form)
         losses = self._train_feedback(passes)
         return losses, self._local_gradients(passes, labels)
 
     def _gradients(self, images: Tensor, labels: Tensor) -> Gradients:
-        return self._local_gradients(run_stages(self.network, images), labels)
+        return self._local_gradients(run_stages(self.network, images, self.closed_form), labels)
 
     def _local_gradients(self, passes: Sequence[StagePass], labels: Tensor) -> Gradients:
         logits = passes[-1].output.detach()

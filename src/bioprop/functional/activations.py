@@ -57,6 +57,15 @@ ACTIVATIONS: dict[str, Activation] = {
     "identity": Activation(identity, identity),
 }
 
+#: The slope ``rho'(a)`` as a function of the output ``rho(a)``; at a kink that of torch's own derivative.
+SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "elu": lambda y: (y + 1.0).clamp_max(1.0),
+    "relu": lambda y: (y > 0).to(y.dtype),
+    "tanh": lambda y: 1.0 - y.square(),
+    "leaky_relu": lambda y: torch.where(y > 0, 1.0, 0.01),
+    "identity": torch.ones_like,
+}
+
 #: Activations that map a whole range of values to one. They are their own `rho(rho(a)) = rho(a)`.
 FLAT = ("relu",)
 

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Size = tuple[int, int]
+
 
 class Pool(NamedTuple):
     """Geometry of a max-pooling, in pixels, the same in both directions."""
@@ -18,7 +20,12 @@ class Pool(NamedTuple):
     stride: int
     padding: int = 0
 
-    def output_size(self, height: int, width: int) -> tuple[int, int]:
+    @property
+    def overlaps(self) -> bool:
+        """Whether a position can lie in more than one window."""
+        return self.kernel_size > self.stride
+
+    def output_size(self, height: int, width: int) -> Size:
         """Height and width after pooling a map of ``height`` by ``width``."""
         reach = self.kernel_size - 2 * self.padding
         return (height - reach) // self.stride + 1, (width - reach) // self.stride + 1
@@ -30,7 +37,20 @@ def max_pool(maps: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
     return pooled, switches
 
 
-def unpool_overwriting(pooled: Tensor, switches: Tensor, size: tuple[int, int]) -> Tensor:
+def unpool_adding(pooled: Tensor, switches: Tensor, pool: Pool, size: Size) -> Tensor:
+    """``P^T pooled``: the transpose of the pooling that chose ``switches``; overlapping windows add up (``exact``)."""
+    if not pool.overlaps:
+        return torch._C._nn.max_unpool2d(pooled, switches, size)
+    if pooled.device.type != "cpu":  # torch's own kernel adds in no defined order on GPUs
+        return gather_windows(pooled, switch_taps(switches, pool, size), pool, size)
+    layout = torch.channels_last if pooled.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    like = torch.empty(*pooled.shape[:2], *size, dtype=pooled.dtype, memory_format=layout)
+    pair = [[number] * 2 for number in pool]
+    back: Tensor = torch.ops.aten.max_pool2d_with_indices_backward(pooled, like, *pair, [1, 1], False, switches)
+    return back
+
+
+def unpool_overwriting(pooled: Tensor, switches: Tensor, pool: Pool, size: Size) -> Tensor:
     """Put each value back where its switch points; where windows overlap, the last one stays (``paper``).
 
     The unpooling of Zeiler & Fergus (2014) as Ernoult et al. (2022) use it. Not the transpose of pooling when windows
@@ -39,16 +59,71 @@ def unpool_overwriting(pooled: Tensor, switches: Tensor, size: tuple[int, int]) 
     torch's own ``max_unpool2d`` leaves it to the threads which window is the last; here it is the last in reading
     order, on every device.
     """
-    values, places = pooled.flatten(2), switches.flatten(2)
-    windows = torch.arange(1, values.shape[2] + 1, device=places.device).expand_as(places)
-    none = torch.zeros(*values.shape[:2], size[0] * size[1], dtype=torch.int64, device=places.device)
-    owner = none.scatter_reduce(2, places, windows, "amax")  # 0: no window chose this position
-    maps = torch.where(owner > 0, values.gather(2, (owner - 1).clamp_min(0)), 0.0)
-    return maps.view(*pooled.shape[:2], *size)
+    return unpool_adding(pooled * last_windows(switches, pool) if pool.overlaps else pooled, switches, pool, size)
 
 
-def unpool_adding(pooled: Tensor, switches: Tensor, size: tuple[int, int]) -> Tensor:
-    """``P^T pooled``: the transpose of the pooling that chose ``switches``; overlapping windows add up (``exact``)."""
-    batch, channels = pooled.shape[:2]
-    maps = pooled.new_zeros(batch, channels, size[0] * size[1])
-    return maps.scatter_add(2, switches.flatten(2), pooled.flatten(2)).view(batch, channels, *size)
+def last_windows(switches: Tensor, pool: Pool) -> Tensor:
+    """Whether each window is the last, in reading order, of those that chose its position: bool, like ``switches``."""
+    reach = (pool.kernel_size - 1) // pool.stride
+    height, width = switches.shape[2:]
+    neighbours = F.pad(switches, (reach, reach, 0, reach), value=-1)
+    last = torch.ones_like(switches, dtype=torch.bool)
+    for down in range(reach + 1):
+        for right in range(-reach if down else 1, reach + 1):
+            other = neighbours[:, :, down : down + height, reach + right : reach + right + width]
+            last &= other != switches
+    return last
+
+
+def switch_taps(switches: Tensor, pool: Pool, size: Size) -> Tensor:
+    """Place of each switch within its window, ``row * kernel_size + column``: integers, like ``switches``."""
+    rows, columns = (torch.arange(count, device=switches.device) * pool.stride for count in switches.shape[2:])
+    row = switches // size[1] - rows[:, None] + pool.padding
+    column = switches % size[1] - columns + pool.padding
+    return row * pool.kernel_size + column
+
+
+def gather_windows(values: Tensor, taps: Tensor, pool: Pool, size: Size) -> Tensor:
+    """`unpool_adding` without a scatter: every position sums over the windows it lies in, in a fixed order.
+
+    Made of comparisons and sums alone, which a compiler fuses with what comes before and after.
+
+    Args:
+        values: of each window, ``[batch, channels, pooled height, pooled width]``.
+        taps: place of each window's switch within it, by `switch_taps`; of any type that holds small integers.
+        pool: the pooling.
+        size: height and width of the map before pooling.
+    """
+    kernel, stride, reach = pool.kernel_size, pool.stride, (pool.kernel_size - 1 + pool.padding) // pool.stride + 1
+    counts = [-(-side // stride) for side in size]
+    margins = (reach, reach + counts[1] - values.shape[3], reach, reach + counts[0] - values.shape[2])
+    if any(margins):
+        values, taps = F.pad(values, margins), F.pad(taps, margins, value=-1)
+    # positions are sorted by where they lie within a stride: all of one sort are in the same taps of their windows
+    rows = []
+    for row in range(stride):
+        columns = []
+        for column in range(stride):
+            total: Tensor | None = None
+            for down, tap_row in _windows_over(row, pool):
+                for right, tap_column in _windows_over(column, pool):
+                    top, left = reach + down, reach + right
+                    window = (..., slice(top, top + counts[0]), slice(left, left + counts[1]))
+                    hit = taps[window] == tap_row * kernel + tap_column
+                    term = torch.where(hit, values[window], 0.0)
+                    total = term if total is None else total + term
+            if total is None:  # no window reads this position
+                total = torch.zeros_like(values[..., : counts[0], : counts[1]])
+            columns.append(total)
+        rows.append(torch.stack(columns, dim=4))
+    # [batch, channels, height / stride, stride, width / stride, stride]
+    maps = torch.stack(rows, dim=3).flatten(4, 5).flatten(2, 3)
+    return maps[..., : size[0], : size[1]]
+
+
+def _windows_over(place: int, pool: Pool) -> list[tuple[int, int]]:
+    """Which windows lie over a position ``stride * i + place``: their numbers less ``i``, and its tap in each."""
+    kernel, stride, padding = pool
+    offsets = range(-kernel - padding, kernel + padding + 1)
+    taps = ((offset, place + padding - stride * offset) for offset in offsets)
+    return [(offset, tap) for offset, tap in taps if 0 <= tap < kernel]

@@ -5,28 +5,36 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bioprop.functional.activations import SLOPES
 from bioprop.functional.gradients import stage_gradients
+from bioprop.functional.pooling import unpool_adding
+from bioprop.networks.layer_pairs import layer_products
 from bioprop.networks.network import Network
-from bioprop.networks.stages import StagePass
+from bioprop.networks.stages import ConvStage, LinearStage, Stage, StagePass
 
 
-def run_stages(network: Network, images: Tensor) -> list[StagePass]:
+def run_stages(network: Network, images: Tensor, closed_form: bool = True) -> list[StagePass]:
     """Run every stage once, each cut off from the one below.
 
     Args:
         network: the stages.
         images: ``[batch, channels, height, width]``.
+        closed_form: form no graph where `local_gradients` needs none.
 
     Returns:
         The pass of every stage, from the input to the output.
     """
     passes: list[StagePass] = []
     inputs = images
-    with torch.enable_grad():
-        for _, stage in network.stages():
-            output, switches = stage.run(inputs.detach())
-            passes.append(StagePass(inputs.detach(), None, output, switches))
-            inputs = output
+    for _, stage in network.stages():
+        if closed_form and isinstance(stage, LinearStage | ConvStage) and layer_products(stage) is not None:
+            with torch.no_grad():
+                affine = stage.affine(inputs)
+                passes.append(StagePass(inputs, affine, *stage.activate(affine)))
+        else:
+            with torch.enable_grad():
+                passes.append(StagePass(inputs, None, *stage.run(inputs)))
+        inputs = passes[-1].output.detach()
     return passes
 
 
@@ -41,4 +49,31 @@ def local_gradients(network: Network, passes: Sequence[StagePass], errors: Seque
     Returns:
         The gradient by name of parameter; frozen parameters have none.
     """
-    return stage_gradients(network, [each.output for each in passes], errors)
+    gradients: dict[str, Tensor] = {}
+    for (name, stage), each, error in zip(network.stages(), passes, errors, strict=True):
+        if each.affine is None:
+            found = stage_gradients(stage, [each.output], [error])
+        else:
+            found = _closed_form(stage, each, error)
+        gradients |= {f"{name}.{parameter}": gradient for parameter, gradient in found.items()}
+    return gradients
+
+
+@torch.no_grad()
+def _closed_form(stage: Stage, each: StagePass, error: Tensor) -> dict[str, Tensor]:
+    """``wgrad(x, P^T(rho'(a) error))`` with the slope read off the output, for stages of one layer."""
+    products = layer_products(stage)
+    if products is None or not isinstance(stage, LinearStage | ConvStage):
+        raise TypeError(f"a {type(stage).__name__} has no closed form")
+    error = error * SLOPES[stage.activation](each.output)
+    gradients: dict[str, Tensor] = {}
+    if stage.weight.requires_grad:
+        maps = error
+        if isinstance(stage, ConvStage) and stage.pool is not None and each.switches is not None:
+            maps = unpool_adding(error, each.switches, stage.pool, stage.map_size)
+        inputs = products.shape_inputs(each.inputs)
+        gradients[f"{stage.layer_name}.weight"] = products.weight_gradient(inputs, maps)
+    if stage.bias is not None and stage.bias.requires_grad:
+        axes = [axis for axis in range(error.dim()) if axis != 1]
+        gradients[f"{stage.layer_name}.bias"] = error.sum(axes)
+    return gradients

@@ -99,6 +99,10 @@ class LinearMirror(Mirror):
         """``phi(y)``, ``[batch, out_features]``."""
         return self.phi(outputs)
 
+    def unpool(self, pooled: Tensor, switches: Tensor | None) -> Tensor:
+        """Return the values as they are: nothing was pooled."""
+        return pooled
+
     def project(self, features: Tensor, bias: Tensor | None = None) -> Tensor:
         """Map ``[batch, out_features]`` to ``[batch, *input_shape]``."""
         return F.linear(features, self.weight.t(), bias).view(-1, *self.input_shape)
@@ -113,25 +117,33 @@ class ConvMirror(Mirror):
         (self.stride, _), (self.padding, _) = stage.conv.stride, (int(p) for p in stage.conv.padding)
         kernel = self.weight.shape[-1]
         # rows and columns at the far border that a strided convolution never reads
-        self.output_padding = [
+        rows, columns = (
             side - ((out - 1) * self.stride - 2 * self.padding + kernel)
             for side, out in zip(stage.input_shape[1:], stage.map_size, strict=True)
-        ]
+        )
+        self.output_padding = (rows, columns)
         self._draw(paper_fan_in=stage.input_shape[0] * kernel**2)
+        self.to(memory_format=torch.channels_last)
 
     def project(self, features: Tensor, bias: Tensor | None = None) -> Tensor:
         """Map ``[batch, out_channels, *map_size]`` to ``[batch, *input_shape]``."""
         return F.conv_transpose2d(features, self.weight, bias, self.stride, self.padding, self.output_padding)
 
     def features(self, outputs: Tensor, switches: Tensor | None) -> Tensor:
-        """Map ``[batch, *output_shape]`` to ``[batch, out_channels, *map_size]``, the map before pooling."""
+        """Map ``[batch, *output_shape]`` to ``[batch, out_channels, *map_size]``, the map before pooling.
+
+        Every ``phi`` is 0 at 0, so that it may be applied before unpooling, to fewer values.
+        """
+        return self.unpool(self.phi(outputs), switches)
+
+    def unpool(self, pooled: Tensor, switches: Tensor | None) -> Tensor:
+        """Put values back to where the switches point, by the rule of the mirror's form."""
         if self.pool is None:
-            return self.phi(outputs)
+            return pooled
         if switches is None:
             raise ValueError("the mirror of a pooled stage needs the switches of the pass that made its input")
-        if self.form == "paper":
-            return self.phi(unpool_overwriting(outputs, switches, self.map_size))
-        return unpool_adding(self.phi(outputs), switches, self.map_size)
+        unpool = unpool_overwriting if self.form == "paper" else unpool_adding
+        return unpool(pooled, switches, self.pool, self.map_size)
 
 
 @singledispatch

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from bioprop.errors import UserError
@@ -60,9 +61,11 @@ class LayerStage(Stage):
 
     Attributes:
         activation: name of the activation ``rho``.
+        layer_name: name of the layer within the stage.
     """
 
     activation: str
+    layer_name: str
 
     @property
     @abstractmethod
@@ -96,6 +99,8 @@ class LinearStage(LayerStage):
         activation: ``identity`` for an output stage.
         bias: whether the linear layer has a bias.
     """
+
+    layer_name = "linear"
 
     def __init__(
         self, input_shape: tuple[int, ...], out_features: int, activation: ActivationName, bias: bool = True
@@ -143,6 +148,8 @@ class ConvStage(LayerStage):
         UserError: if the kernel or the pooling does not fit the input.
     """
 
+    layer_name = "conv"
+
     def __init__(
         self,
         input_shape: tuple[int, ...],
@@ -157,7 +164,9 @@ class ConvStage(LayerStage):
     ) -> None:
         super().__init__()
         channels, *size = input_shape
-        self.conv = nn.Conv2d(channels, out_channels, kernel_size, stride, padding, bias=bias)
+        conv = nn.Conv2d(channels, out_channels, kernel_size, stride, padding, bias=bias)
+        # the layout that convolutions are fastest in, and that everything after them then has
+        self.conv = conv.to(memory_format=torch.channels_last)
         self.pool = pool
         self._rho = forward_activation(activation)
         height, width = ((side + 2 * padding - kernel_size) // stride + 1 for side in size)

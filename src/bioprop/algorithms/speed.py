@@ -1,0 +1,26 @@
+"""Choices that change how fast feedback training is, not what it computes."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How feedback gradients are computed.
+
+    Args:
+        closed_form: by closed forms, for the kinds of stages that have them; false: by plain autograd everywhere.
+        compile: compile the point-wise parts of the closed forms, which takes up to a minute at the first batch and
+            needs a C++ compiler (or Triton, on a GPU): for long runs.
+        bfloat16: compute convolutions and matrix products of feedback training in bfloat16, out of float32 weights
+            and into float32 gradients. Angles move by some tenths of a degree.
+        cuda_graph: on a GPU, record each stage's iterations once and replay them, without launching every kernel
+            again; where that is impossible they run one by one.
+    """
+
+    closed_form: bool = True
+    compile: bool = False
+    bfloat16: bool = False
+    cuda_graph: bool = True
+
+
+DEFAULT_SPEED = Speed()

@@ -1,0 +1,55 @@
+"""Which stages and mirrors the closed forms cover, and what they consist of."""
+
+from math import prod
+
+from torch import Tensor
+
+from bioprop.functional.closed_forms import LayerPair
+from bioprop.functional.layer_products import ConvProducts, LayerProducts, LinearProducts, SmallMapProducts
+from bioprop.networks.mirrors import ConvMirror, LinearMirror, Mirror
+from bioprop.networks.stages import ConvStage, LinearStage, Stage
+
+
+def layer_products(stage: Stage, reduced: bool = False) -> LayerProducts | None:
+    """Return the products of a stage's layer; None for other kinds of stages, subclasses included.
+
+    A subclass may compute something else than its parent, so the kind must be the very one.
+
+    Args:
+        stage: any stage.
+        reduced: whether the products are computed in bfloat16.
+    """
+    if type(stage) is LinearStage:
+        return LinearProducts(reduced)
+    if type(stage) is not ConvStage:
+        return None
+    (stride, _), (padding, _) = stage.conv.stride, (int(side) for side in stage.conv.padding)
+    shape, size = stage.weight.shape, (stage.input_shape[1], stage.input_shape[2])
+    if prod(size) <= prod(shape[2:]):
+        return SmallMapProducts(shape, stride, padding, size, stage.map_size, reduced)
+    unread = [
+        side - ((out - 1) * stride - 2 * padding + kernel)
+        for side, out, kernel in zip(size, stage.map_size, shape[2:], strict=True)
+    ]
+    return ConvProducts(shape, stride, padding, (unread[0], unread[1]), reduced)
+
+
+def noise_shape(stage: Stage, inputs: Tensor) -> tuple[int, ...]:
+    """Shape in which noise at a stage's input is drawn; the same numbers whichever way the gradient is computed."""
+    return (len(inputs), inputs[0].numel()) if isinstance(stage, LinearStage) else tuple(inputs.shape)
+
+
+def layer_pair(stage: Stage, mirror: Mirror, reduced: bool = False) -> LayerPair | None:
+    """Return what the closed forms need of a stage and its mirror; None where they do not apply.
+
+    Args:
+        stage: any stage.
+        mirror: its feedback operator.
+        reduced: whether the products are computed in bfloat16.
+    """
+    products = layer_products(stage, reduced)
+    if products is None or not isinstance(stage, LinearStage | ConvStage):
+        return None
+    if type(mirror) is not LinearMirror and type(mirror) is not ConvMirror:
+        return None
+    return LayerPair(stage.weight, products, stage.activate, mirror.phi, mirror.unpool, mirror.is_linear)
