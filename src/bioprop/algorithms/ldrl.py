@@ -106,10 +106,11 @@ class LDRL(LayerwiseFeedback):
 
         if pair is None or clean.affine is None:
             return by_autograd
+        weight = pair.products.prepare(pair.weight)
         kept = clean_pass(pair, clean.affine, output, clean.switches)
 
         def in_closed_form(iteration: int) -> FeedbackGradient:
             eps, eta = noise.draw(iteration, sigma, *shapes)
-            return ldrl_closed_form(pair, kept, mirror.weight, eps, eta, *rule)
+            return ldrl_closed_form(pair, weight, kept, mirror.weight, eps, eta, *rule)
 
         return in_closed_form

@@ -50,6 +50,17 @@ def unpool_adding(pooled: Tensor, switches: Tensor, pool: Pool, size: Size) -> T
     return back
 
 
+class Places(NamedTuple):
+    """Where pooled values go back to: switches, and which of them stay where windows overlap (None: all)."""
+
+    switches: Tensor
+    kept: Tensor | None
+
+    def block(self, samples: slice) -> "Places":
+        """Return the part that belongs to some samples of the batch."""
+        return Places(self.switches[samples], None if self.kept is None else self.kept[samples])
+
+
 def unpool_overwriting(pooled: Tensor, switches: Tensor, pool: Pool, size: Size) -> Tensor:
     """Put each value back where its switch points; where windows overlap, the last one stays (``paper``).
 
@@ -59,7 +70,17 @@ def unpool_overwriting(pooled: Tensor, switches: Tensor, pool: Pool, size: Size)
     torch's own ``max_unpool2d`` leaves it to the threads which window is the last; here it is the last in reading
     order, on every device.
     """
-    return unpool_adding(pooled * last_windows(switches, pool) if pool.overlaps else pooled, switches, pool, size)
+    return unpool(pooled, overwriting_places(switches, pool), pool, size)
+
+
+def overwriting_places(switches: Tensor, pool: Pool) -> Places:
+    """Places for `unpool` to overwrite rather than add."""
+    return Places(switches, last_windows(switches, pool) if pool.overlaps else None)
+
+
+def unpool(pooled: Tensor, places: Places, pool: Pool, size: Size) -> Tensor:
+    """Put values back to their places in maps of a size; values that are not kept are dropped, the others add up."""
+    return unpool_adding(pooled if places.kept is None else pooled * places.kept, places.switches, pool, size)
 
 
 def last_windows(switches: Tensor, pool: Pool) -> Tensor:

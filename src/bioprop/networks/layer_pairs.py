@@ -52,4 +52,4 @@ def layer_pair(stage: Stage, mirror: Mirror, reduced: bool = False) -> LayerPair
         return None
     if type(mirror) is not LinearMirror and type(mirror) is not ConvMirror:
         return None
-    return LayerPair(stage.weight, products, stage.activate, mirror.phi, mirror.unpool, mirror.is_linear)
+    return LayerPair(stage.weight, products, stage.activate, mirror.phi, mirror.locate, mirror.unpool, mirror.is_linear)
