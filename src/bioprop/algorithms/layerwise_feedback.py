@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from bioprop.algorithms.random_streams import NoiseStream, RandomStreams
 from bioprop.algorithms.settings import check_range, number, per_stage
-from bioprop.algorithms.speed import Speed
 from bioprop.algorithms.target_algorithm import TargetAlgorithm
 from bioprop.errors import UserError
 from bioprop.functional.activations import MirrorName
 from bioprop.functional.angles import angle_degrees, flatten_all
+from bioprop.functional.compiled import refuse_without_compiler
 from bioprop.functional.feedback_losses import FeedbackGradient, FeedbackObjective
 from bioprop.functional.feedback_steps import normalized_step
+from bioprop.functional.speed import Speed
 from bioprop.networks.mirrors import Mirror, build_mirror
 from bioprop.networks.network import Network
 from bioprop.networks.stages import Stage, StagePass
@@ -66,6 +67,8 @@ class LayerwiseFeedback(TargetAlgorithm):
         super().__init__(network, beta, optimizer, scheduler)
         self.speed = speed
         self.closed_form = speed.closed_form
+        if speed.compile:
+            refuse_without_compiler()
         mirrored = network.stages()[1:]  # G^1 would reach the input: nothing needs it
         names = [name for name, _ in mirrored]
         self.feedback_momentum = number("feedback_momentum", feedback_momentum)
@@ -131,7 +134,7 @@ class LayerwiseFeedback(TargetAlgorithm):
             for place, ((name, stage, mirror), clean, sigma, lr, iterations) in enumerate(settings):
                 if not iterations:
                     continue
-                noise = self.streams.noise(place, clean.inputs)
+                noise = self.streams.noise(place, clean.inputs, self.speed.compile)
                 gradient_at = self.feedback_objective(stage, mirror, clean, sigma, noise)
                 course = []
                 for iteration in range(iterations):

@@ -7,11 +7,11 @@ from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 
 from bioprop.algorithms.layerwise_feedback import FeedbackStep, LayerwiseFeedback
 from bioprop.algorithms.random_streams import NoiseStream
-from bioprop.algorithms.speed import DEFAULT_SPEED, Speed
 from bioprop.errors import UserError
 from bioprop.functional.activations import MirrorName
 from bioprop.functional.closed_forms import clean_pass, ldrl_closed_form
 from bioprop.functional.feedback_losses import FeedbackGradient, FeedbackObjective, ldrl_gradient
+from bioprop.functional.speed import DEFAULT_SPEED, Speed
 from bioprop.networks.layer_pairs import layer_pair, noise_shape
 from bioprop.networks.mirrors import Mirror
 from bioprop.networks.network import Network
@@ -97,7 +97,7 @@ class LDRL(LayerwiseFeedback):
         """The L-DRL loss, on fresh noise at the stage's input and output."""
         output, rule = clean.output.detach(), (sigma, self._clean_switches, self.sampling == "antithetic")
         shapes = noise_shape(stage, clean.inputs), output.shape
-        pair = layer_pair(stage, mirror, self.speed.bfloat16)
+        pair = layer_pair(stage, mirror, self.speed)
 
         def by_autograd(iteration: int) -> FeedbackGradient:
             eps, eta = noise.draw(iteration, sigma, *shapes)

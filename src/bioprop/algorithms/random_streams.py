@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bioprop.functional.compiled import compiled_noise
+
 #: Numbers that one generator draws: few enough to share among threads, many enough to be worth its set-up.
 CHUNK = 2**18
 #: Words of the state of torch's CPU generator (a Mersenne Twister), and where they lie in what `get_state` gives.
@@ -23,10 +25,15 @@ class NoiseStream:
         key: three integers that name the stream; streams of different keys are independent.
         device: where the noise is wanted.
         dtype: of the noise.
+        compile: draw float32 noise on a CPU by a compiled generator: other numbers of the same distribution, four
+            times as many a second.
     """
 
-    def __init__(self, key: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, key: tuple[int, int, int], device: torch.device, dtype: torch.dtype, compile: bool = False
+    ) -> None:
         self.key, self.device, self.dtype = key, device, dtype
+        self._compiled = compile and device.type == "cpu" and dtype is torch.float32
         self._buffer = torch.empty(0, device=device, dtype=dtype)
         self._generator: torch.Generator | None = None
 
@@ -42,6 +49,12 @@ class NoiseStream:
             One tensor a shape. The next draw overwrites them.
         """
         counts = [prod(shape) for shape in shapes]
+        if self._compiled:
+            words = np.random.Philox(key=self.key[0], counter=[1, iteration, *self.key[1:]]).random_raw(2)
+            keys = torch.from_numpy(words.view(np.int32)[:3])
+            total = sum(counts)
+            values = compiled_noise()(keys, torch.tensor(sigma), total + total % 2)[:total]
+            return [_shaped(part, shape) for part, shape in zip(torch.split(values, counts), shapes, strict=True)]
         if self._buffer.numel() != sum(counts):
             self._buffer = torch.empty(sum(counts), device=self.device, dtype=self.dtype)
         if self.device.type == "cpu":
@@ -129,9 +142,9 @@ class RandomStreams(nn.Module):
         sequence = np.random.SeedSequence([int(self.seed), int(self.batches), place])
         return torch.Generator(device).manual_seed(int(sequence.generate_state(1)[0]))
 
-    def noise(self, place: int, like: Tensor) -> NoiseStream:
+    def noise(self, place: int, like: Tensor, compile: bool = False) -> NoiseStream:
         """Make the noise of this batch for one place, in the type and on the device of a tensor."""
-        return NoiseStream((int(self.seed), int(self.batches), place), like.device, like.dtype)
+        return NoiseStream((int(self.seed), int(self.batches), place), like.device, like.dtype, compile)
 
     def next_batch(self) -> None:
         """Move on: the next generators differ from all before."""

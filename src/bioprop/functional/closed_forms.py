@@ -29,6 +29,7 @@ class LayerPair(NamedTuple):
         phi: activation of ``G``.
         locate: from switches to the places that ``unpool`` takes.
         unpool: from pooled values and places to the map before pooling.
+        unpool_less: the same, less a map.
         phi_is_identity: whether ``phi`` is.
     """
 
@@ -38,6 +39,7 @@ class LayerPair(NamedTuple):
     phi: Callable[[Tensor], Tensor]
     locate: Callable[[Tensor | None], Places | None]
     unpool: Callable[[Tensor, Places | None], Tensor]
+    unpool_less: Callable[[Tensor, Places | None, Tensor], Tensor]
     phi_is_identity: bool
 
     def features(self, affine: Tensor) -> tuple[Tensor, Places | None]:
@@ -144,7 +146,7 @@ def _features_change(pair: LayerPair, clean: CleanPass, change: Tensor, clean_sw
     phi, places = pair.features(clean.affine + change)
     if clean_switches:
         return pair.unpool(phi.sub_(clean.phi), clean.places)
-    return pair.unpool(phi, places).sub_(clean.features)
+    return pair.unpool_less(phi, places, clean.features)
 
 
 def _inner(first: Tensor, second: Tensor) -> Tensor:
