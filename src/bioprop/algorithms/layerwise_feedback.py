@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
@@ -10,6 +11,7 @@ from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from bioprop.algorithms.random_streams import NoiseStream, RandomStreams
+from bioprop.algorithms.recorded import Recorded
 from bioprop.algorithms.settings import check_range, number, per_stage
 from bioprop.algorithms.target_algorithm import TargetAlgorithm
 from bioprop.errors import UserError
@@ -91,6 +93,7 @@ class LayerwiseFeedback(TargetAlgorithm):
             )
         self.feedback = nn.ModuleDict({name: build_mirror(stage, mirror) for name, stage in mirrored})
         self.streams = RandomStreams()
+        self._recorded: dict[str, Recorded] = {}
         self._observers: list[Callable[[FeedbackIteration], None]] = []
         self._feedback_optimizer = self._make_feedback_optimizer()
         self.remember(
@@ -135,18 +138,40 @@ class LayerwiseFeedback(TargetAlgorithm):
                 if not iterations:
                     continue
                 noise = self.streams.noise(place, clean.inputs, self.speed.compile)
-                gradient_at = self.feedback_objective(stage, mirror, clean, sigma, noise)
-                course = []
-                for iteration in range(iterations):
-                    gradient = gradient_at(iteration)
-                    self._step_feedback_weights(mirror, gradient, lr)
-                    course.append(gradient.loss)
-                    for observe in self._observers:
-                        forward, feedback = (flatten_all(side) for side in zip(*mirror.pairs(stage), strict=True))
-                        observe(FeedbackIteration(name, iteration, gradient.loss, angle_degrees(forward, feedback)))
-                losses[name] = torch.stack(course).mean()
+                train = partial(self._train_stage, name, stage, mirror, sigma, lr, iterations, noise)
+                if self._may_record(clean):
+                    losses[name] = self._recorded.setdefault(name, Recorded())(train, clean, noise.generator())
+                else:
+                    losses[name] = train(*clean)
         self.streams.next_batch()
         return losses
+
+    def _train_stage(
+        self,
+        name: str,
+        stage: Stage,
+        mirror: Mirror,
+        sigma: float,
+        lr: float,
+        iterations: int,
+        noise: NoiseStream,
+        *clean: Tensor | None,
+    ) -> Tensor:
+        """Train one stage's feedback on one batch; return the mean loss."""
+        gradient_at = self.feedback_objective(stage, mirror, StagePass(*clean), sigma, noise)  # type: ignore[arg-type]
+        course = []
+        for iteration in range(iterations):
+            gradient = gradient_at(iteration)
+            self._step_feedback_weights(mirror, gradient, lr)
+            course.append(gradient.loss)
+            for observe in self._observers:
+                forward, feedback = (flatten_all(side) for side in zip(*mirror.pairs(stage), strict=True))
+                observe(FeedbackIteration(name, iteration, gradient.loss, angle_degrees(forward, feedback)))
+        return torch.stack(course).mean()
+
+    def _may_record(self, clean: StagePass) -> bool:
+        """Whether a stage's iterations can be a CUDA graph: no graph of autograd, and nobody watching."""
+        return self.speed.cuda_graph and clean.inputs.is_cuda and clean.affine is not None and not self._observers
 
     def _step_feedback_weights(self, mirror: Mirror, gradient: FeedbackGradient, lr: float) -> None:
         if self._feedback_optimizer is None:
@@ -198,6 +223,7 @@ class LayerwiseFeedback(TargetAlgorithm):
         """Add the feedback optimizer behind the forward one, so that checkpoints hold its momentum."""
         optimizers, schedulers = super().configure_optimizers()
         self._feedback_optimizer = self._make_feedback_optimizer()  # a new fit starts without momentum
+        self._recorded.clear()
         return [*optimizers, *([self._feedback_optimizer] if self._feedback_optimizer else [])], schedulers
 
     def _make_feedback_optimizer(self) -> torch.optim.Optimizer | None:
