@@ -119,7 +119,7 @@ def ldrl_closed_form(
     """
     products, batch = pair.products, len(input_noise)
     back_weight = products.prepare(feedback)
-    sums: list[Tensor] = []  # of both weight gradients and the curvature, over the blocks
+    sums: list[Tensor] = []  # over the blocks: gradient, second term of the loss, curvature
     for samples in blocks(clean.affine):
         part, noise = clean.block(samples), input_noise[samples]
         change = products.forward(noise, prepared)
@@ -129,16 +129,23 @@ def ldrl_closed_form(
         del change
         step = pair.phi(part.output + output_noise[samples]).sub_(part.phi)
         second = pair.unpool(step, part.places)
-        toward = products.weight_gradient(noise, first)
-        back = products.weight_gradient(products.backward(second, back_weight), second)
-        found = [toward, back] if pair.phi_is_identity else [toward, back, unit_square_sums(step).mul_(len(step))]
+        back = products.backward(second, back_weight)
+        found = [products.weight_gradient_difference(back, second, noise, first), square_sum(back)]
+        if not pair.phi_is_identity:
+            found.append(unit_square_sums(step).mul_(len(step)))
         sums = found if not sums else [total.add_(term) for total, term in zip(sums, found, strict=True)]
-    # <V, wgrad(eps, D1)> and <V, wgrad(V^T D2, D2)> are the two terms of the loss
-    toward, back, *squares = sums
-    loss = (_inner(feedback, back) - 2.0 * _inner(feedback, toward)) / batch
+    gradient, second_term, *squares = sums
+    # <V, wgrad(V^T D2, D2)> = |V^T D2|^2 is the second term of the loss, -2 <V, wgrad(eps, D1)> the first
+    loss = (2.0 * _inner(feedback, gradient) - second_term) / batch
     known = feedback.new_full((len(feedback),), 2.0 * sigma**2)
     curvature = squares[0].mul_(2.0 / batch) if squares else known
-    return FeedbackGradient({"weight": back.sub_(toward).mul_(2.0 / batch)}, loss, curvature)
+    return FeedbackGradient({"weight": gradient.mul_(2.0 / batch)}, loss, curvature)
+
+
+def square_sum(values: Tensor) -> Tensor:
+    """``sum x^2``, in float32 at least."""
+    flat = values.movedim(1, -1).reshape(-1)
+    return torch.dot(flat, flat) if flat.dtype is not torch.bfloat16 else flat.float().square().sum()
 
 
 def _features_change(pair: LayerPair, clean: CleanPass, change: Tensor, clean_switches: bool) -> Tensor:

@@ -45,6 +45,12 @@ class LayerProducts(ABC):
     def weight_gradient(self, inputs: Tensor, outputs: Tensor) -> Tensor:
         """Gradient of ``<d, W x>`` with respect to ``W``, summed over the batch, in the shape of the weight."""
 
+    def weight_gradient_difference(
+        self, inputs: Tensor, outputs: Tensor, less_inputs: Tensor, less_outputs: Tensor
+    ) -> Tensor:
+        """Weight gradient of one pair of inputs and outputs, less that of another."""
+        return self.weight_gradient(inputs, outputs).sub_(self.weight_gradient(less_inputs, less_outputs))
+
     def _cast(self, values: Tensor) -> Tensor:
         return values.to(torch.bfloat16) if self.reduced else values
 
@@ -177,9 +183,22 @@ class SmallMapProducts(LayerProducts):
 
     def weight_gradient(self, inputs: Tensor, outputs: Tensor) -> Tensor:
         """Gradient with respect to the weight."""
-        rows, columns = self._cast(_channels_inside(outputs)), self._cast(_channels_inside(inputs))
+        return self._fold(matrix_product(self._flat(outputs).t(), self._flat(inputs).t()))
+
+    def weight_gradient_difference(
+        self, inputs: Tensor, outputs: Tensor, less_inputs: Tensor, less_outputs: Tensor
+    ) -> Tensor:
+        """Both in one product: here the dense matrices, not the samples, are what fills the memory."""
+        columns = torch.cat([self._flat(inputs), self._flat(less_inputs)])
+        rows = torch.cat([self._flat(outputs), self._flat(less_outputs).neg()])
+        return self._fold(matrix_product(rows.t(), columns.t()))
+
+    def _flat(self, maps: Tensor) -> Tensor:
+        return self._cast(_channels_inside(maps))
+
+    def _fold(self, matrix: Tensor) -> Tensor:
+        """Sum the blocks of a dense matrix that belong to the same tap."""
         out_channels, in_channels, *kernel = self.weight_shape
-        matrix = matrix_product(rows.t(), columns.t())
         blocks = matrix.view(self._taps.shape[0], out_channels, self._taps.shape[1], in_channels)
         gradient = torch.zeros(
             out_channels,

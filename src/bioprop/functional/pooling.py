@@ -83,10 +83,9 @@ def unpool(pooled: Tensor, places: Places, pool: Pool, size: Size) -> Tensor:
     return unpool_adding(pooled if places.kept is None else pooled * places.kept, places.switches, pool, size)
 
 
-def unpool_less(pooled: Tensor, places: Places, less: Tensor, pool: Pool, size: Size) -> Tensor:
-    """``unpool(...) - less``, to be compiled into one pass."""
-    kept = pooled if places.kept is None else pooled * places.kept
-    return gather_windows(kept, places.switches, pool, size) - less
+def gather_less(pooled: Tensor, switches: Tensor, less: Tensor, pool: Pool, size: Size) -> Tensor:
+    """`gather_windows` less a map, to be compiled into one pass."""
+    return gather_windows(pooled, switches, pool, size) - less
 
 
 def last_windows(switches: Tensor, pool: Pool) -> Tensor:

@@ -3,14 +3,13 @@
 from collections.abc import Callable
 from functools import cache
 from math import prod
-from typing import cast
 
 from torch import Tensor
 
 from bioprop.functional.closed_forms import LayerPair
 from bioprop.functional.compiled import compiled
 from bioprop.functional.layer_products import ConvProducts, LayerProducts, LinearProducts, SmallMapProducts
-from bioprop.functional.pooling import Places, Pool, Size, unpool_less
+from bioprop.functional.pooling import Places, Pool, Size, gather_less
 from bioprop.functional.speed import Speed
 from bioprop.networks.mirrors import ConvMirror, LinearMirror, Mirror
 from bioprop.networks.stages import ConvStage, LinearStage, Stage
@@ -76,6 +75,13 @@ def layer_pair(stage: Stage, mirror: Mirror, speed: Speed) -> LayerPair | None:
 
 @cache
 def _fused_unpool_less(pool: Pool, size: Size) -> UnpoolLess:
-    """Compile `unpool_less` for one geometry."""
-    fused = compiled(unpool_less)
-    return lambda pooled, places, less: fused(pooled, cast(Places, places), less, pool, size)
+    """Compile unpooling and subtraction for one geometry."""
+    fused = compiled(gather_less)
+
+    def run(pooled: Tensor, places: Places | None, less: Tensor) -> Tensor:
+        assert places is not None
+        # compiled code reads boolean masks ten times slower than numbers
+        kept = pooled if places.kept is None else pooled * places.kept
+        return fused(kept, places.switches, less, pool, size)
+
+    return run
