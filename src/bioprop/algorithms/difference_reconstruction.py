@@ -39,9 +39,10 @@ class DifferenceReconstruction(TargetAlgorithm):
 
     Deviations from the authors' program, in all of the family: feedback is trained before the targets of the same
     batch are formed, not after; the output's step is along the gradient of each sample's own loss, not of the mean over
-    the batch (next to no difference under Adam); feedback losses are summed, not averaged, over the units of a stage,
-    so that an Adam weight decay ``w`` reported for the latter is ``feedback_decay = w units/2`` here; forward weights
-    are drawn as the network draws them, not by Xavier's normal rule (feedback weights are).
+    the batch, and local losses carry 1/2, so that an epsilon reported for the forward Adam is batch/2 times as large
+    here (Adam's learning rates stay); feedback losses are summed, not averaged, over the units of a stage, so that an
+    Adam weight decay ``w`` reported for them is ``feedback_decay = w units/2`` here; forward weights are drawn as the
+    network draws them, not by Xavier's normal rule (feedback weights are).
 
     Hyperparameters of feedback training are one value for all feedback operators or exactly one for each.
 
