@@ -15,7 +15,16 @@ from bioprop.cli import main
 
 CONFIGS = Path(__file__).parents[1] / "lightning_configs"
 LAYERS = {"smoke.yaml", "wandb.yaml"}
-ALGORITHMS = {"backprop": "Backprop", "dtp": "DTP", "ldrl": "LDRL", "dfa": "DirectFeedbackAlignment"}
+ALGORITHMS = {
+    "backprop": "Backprop",
+    "ddtpcontrol": "DDTPControl",
+    "ddtplinear": "DDTPLinear",
+    "ddtprhl": "DDTPRHL",
+    "dfa": "DirectFeedbackAlignment",
+    "dtp": "DTP",
+    "dtpdrl": "DTPDRL",
+    "ldrl": "LDRL",
+}
 RUNS = sorted(path.name for path in CONFIGS.glob("*.yaml") if path.name not in LAYERS)
 
 
@@ -115,6 +124,41 @@ def test_cifar10_configs_hold_the_published_figures(config: str, batch: int, pub
     assert (arguments["mirror"], arguments["switches"], arguments["feedback_step"]) == ("paper", "noisy", "sgd")
     assert settings["data"]["init_args"]["batch_size"] == batch
     assert settings["trainer"]["max_epochs"] == 90
+
+
+REPORTED = {
+    # learning rate before division by eta, eta, feedback learning rate, sigma, Adam's feedback decay
+    "ddtplinear": (2.035e-5, 0.0610, 1.638e-4, 0.0908, 5.8e-7),
+    "dtpdrl": (2.969e-5, 0.0686, 2.012e-5, 0.0569, 5.4e-6),
+    "ddtprhl": (2.805e-5, 0.0435, 3.024e-4, 0.0416, 1.6e-3),
+    "ddtpcontrol": (8.883e-5, 0.0942, 1.871e-4, 0.00872, 4.0e-4),
+}
+
+
+@pytest.mark.parametrize("name", list(REPORTED))
+def test_imagefolder_configs_of_the_drl_family_hold_the_published_figures(name: str) -> None:
+    settings = _model(f"{name}_mlp_imagefolder.yaml")
+    arguments = settings["model"]["init_args"]
+    lr, eta, feedback_lr, sigma, decay = REPORTED[name]
+
+    assert (arguments["beta"], arguments["feedback_lr"], arguments["noise"]) == (eta, feedback_lr, sigma)
+    assert arguments["optimizer"]["class_path"] == "torch.optim.Adam"
+    assert arguments["optimizer"]["init_args"]["lr"] * eta == pytest.approx(lr, rel=1e-3)
+    assert arguments["feedback_decay"] == pytest.approx(decay * 256 / 2, rel=1e-3)
+    assert arguments["network"]["init_args"] == {"hidden": [256] * 5, "activation": "tanh"}
+    assert settings["data"]["init_args"]["batch_size"] == 128
+    epochs = arguments["feedback_pretraining_epochs"] + 100 * (1 + arguments["extra_feedback_epochs"])
+    assert settings["trainer"]["max_epochs"] == epochs
+
+
+def test_the_convolutional_ddtp_config_holds_the_published_figures() -> None:
+    arguments = _model("ddtplinear_lenet_cifar10.yaml")["model"]["init_args"]
+
+    assert (arguments["beta"], arguments["feedback_lr"], arguments["noise"]) == (0.01596, 4.516e-3, 0.00921)
+    reported = [2.594e-4, 8.855e-4, 1.423e-4, 3.387e-6]
+    assert [lr * 0.01596 for lr in arguments["forward_lr"]] == pytest.approx(reported, rel=1e-3)
+    units = [32 * 16 * 16, 64 * 8 * 8, 512]
+    assert arguments["feedback_decay"] == pytest.approx([6.2e-5 * count / 2 for count in units], rel=1e-3)
 
 
 def test_smoke_layer_takes_seconds_not_epochs() -> None:

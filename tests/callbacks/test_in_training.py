@@ -10,11 +10,12 @@ from pytorch_lightning import LightningModule, Trainer, seed_everything
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import CSVLogger
 
-from bioprop.algorithms import LDRL, Algorithm, Backprop
+from bioprop.algorithms import DTPDRL, LDRL, Algorithm, Backprop, DDTPLinear
 from bioprop.callbacks import AlignmentToBackprop, DivergenceError, DivergenceGuard, EpochSeconds, FeedbackRecord
 from bioprop.callbacks.run_folder import run_folder
 from bioprop.datamodules import Digits
 from bioprop.errors import UserError
+from bioprop.experiments.figures import draw_feedback_training
 from bioprop.functional.angles import angle_degrees
 from bioprop.networks import LeNet
 
@@ -52,6 +53,19 @@ def test_alignment_is_logged_before_training_and_each_epoch(tmp_path: Path) -> N
     assert all(float(row["angle/conv1"]) > 1.0 for row in rows)
 
 
+def test_the_angle_to_gauss_newton_is_logged_where_asked_for(tmp_path: Path) -> None:
+    trainer = fit(tmp_path, make(), AlignmentToBackprop(max_images=16, gauss_newton_damping=0.1), epochs=2)
+
+    rows = [row for row in metrics(trainer) if row["angle_gn/conv1"]]
+    assert [row["epoch"] for row in rows] == ["-1", "0", "1"]
+    assert all(abs(float(row["angle_gn/fc2"])) < 0.1 and float(row["norm_ratio_gn/overall"]) > 0.0 for row in rows)
+    assert all(float(row["angle_gn/fc1"]) > 1.0 for row in rows)
+
+
+def test_without_asking_it_is_not(tmp_path: Path) -> None:
+    assert not [name for name in metrics(fit(tmp_path, make(), AlignmentToBackprop()))[0] if "_gn" in name]
+
+
 def test_alignment_can_be_turned_off(tmp_path: Path) -> None:
     trainer = fit(tmp_path, make(), AlignmentToBackprop(every_n_epochs=0))
 
@@ -87,6 +101,21 @@ def test_feedback_record_holds_every_iteration_of_the_chosen_batches(tmp_path: P
     assert not algorithm._observers
 
 
+@pytest.mark.parametrize(("kind", "shown"), [(DDTPLinear, "nan"), (DTPDRL, "0")])
+def test_feedback_record_of_feedback_through_all_stages_above(kind: type, shown: str, tmp_path: Path) -> None:
+    """Direct feedback has no forward weight to form an angle with."""
+    algorithm = kind(LeNet((1, 16, 16), 10, channels=(4, 4), hidden=8), iterations=2)
+    trainer = fit(tmp_path, algorithm, FeedbackRecord(every_n_batches=2))
+
+    with (run_folder(trainer) / "feedback_training.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    expected = [(b, stage, str(n)) for b in ("0", "2") for n in range(2) for stage in algorithm.feedback]
+    assert [(row["batch"], row["stage"], row["iteration"]) for row in rows] == expected
+    assert all((row["angle"] == "nan") == (shown == "nan") for row in rows)
+    assert not algorithm._observers
+    draw_feedback_training(run_folder(trainer) / "feedback_training.csv", tmp_path / "course.png")
+
+
 def test_feedback_record_of_an_algorithm_without_feedback_leaves_no_file(tmp_path: Path) -> None:
     trainer = fit(tmp_path, Backprop(LeNet((1, 16, 16), 10, channels=(4, 4), hidden=8)), FeedbackRecord())
 
@@ -120,6 +149,26 @@ def test_guard_names_the_stage_and_what_to_lower(tmp_path: Path, part: str, sent
         fit(tmp_path, make(iterations=0), Break(part), DivergenceGuard())
     assert "epoch 0, batch 1" in str(caught.value)
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "sentence"),
+    [
+        ("feedback.fc1.weight", "feedback weights of stage fc1 grew beyond all bounds: lower model.feedback_lr"),
+        ("network.fc2.linear.weight", "fc2 became infinite or NaN: lower the learning rate of model.optimizer"),
+    ],
+)
+def test_guard_knows_direct_feedback(tmp_path: Path, part: str, sentence: str) -> None:
+    algorithm = DDTPLinear(LeNet((1, 16, 16), 10, channels=(4, 4), hidden=8), iterations=0)
+    with pytest.raises(DivergenceError) as caught:
+        fit(tmp_path, algorithm, Break(part), DivergenceGuard())
+    assert sentence in str(caught.value)
+
+
+def test_guard_watches_epochs_of_feedback_alone(tmp_path: Path) -> None:
+    algorithm = DDTPLinear(LeNet((1, 16, 16), 10, channels=(4, 4), hidden=8), feedback_pretraining_epochs=1)
+    with pytest.raises(DivergenceError, match="feedback weights of stage conv1 grew beyond all bounds"):
+        fit(tmp_path, algorithm, Break("feedback.conv1.weight"), DivergenceGuard())
 
 
 def test_guard_lets_a_sound_run_pass_and_seconds_are_logged(tmp_path: Path) -> None:

@@ -2,18 +2,28 @@
 
 from bioprop.algorithms.backprop import Backprop
 from bioprop.algorithms.base import Algorithm
+from bioprop.algorithms.ddtp_control import DDTPControl
+from bioprop.algorithms.ddtp_linear import DDTPLinear
+from bioprop.algorithms.ddtp_rhl import DDTPRHL
+from bioprop.algorithms.difference_reconstruction import DifferenceReconstruction
 from bioprop.algorithms.direct_feedback_alignment import DirectFeedbackAlignment
 from bioprop.algorithms.dtp import DTP
+from bioprop.algorithms.dtp_drl import DTPDRL
 from bioprop.algorithms.feedback_alignment import FeedbackAlignment
 from bioprop.algorithms.layerwise_feedback import LayerwiseFeedback
 from bioprop.algorithms.ldrl import LDRL
 from bioprop.algorithms.target_algorithm import TargetAlgorithm
 
 __all__ = [
+    "DDTPRHL",
     "DTP",
+    "DTPDRL",
     "LDRL",
     "Algorithm",
     "Backprop",
+    "DDTPControl",
+    "DDTPLinear",
+    "DifferenceReconstruction",
     "DirectFeedbackAlignment",
     "FeedbackAlignment",
     "LayerwiseFeedback",

@@ -46,6 +46,17 @@ def number(name: str, value: Any, whole: bool = False) -> float:
     return int(value) if whole else float(value)
 
 
+def count(name: str, value: int, low: int = 0) -> int:
+    """Return a whole number, at least ``low``.
+
+    Raises:
+        UserError: naming the hyperparameter.
+    """
+    counted = int(number(name, value, whole=True))
+    check_range(name, [counted], low)
+    return counted
+
+
 def check_range(name: str, values: Sequence[float], low: float, low_allowed: bool = True) -> None:
     """Refuse numbers below ``low``, or at it unless ``low_allowed``.
 

@@ -1,4 +1,4 @@
-"""How far an algorithm's updates point from the gradient."""
+"""How far an algorithm's updates point from the gradient, and from the Gauss-Newton targets' update."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -10,12 +10,13 @@ from torch import Tensor
 from bioprop.algorithms.base import Algorithm, Batch
 from bioprop.errors import UserError
 from bioprop.functional.angles import angle_degrees, flatten_all, norm_ratio
-from bioprop.functional.gradients import backprop_gradients, preserve_state
-from bioprop.networks.network import named_stages
+from bioprop.functional.gauss_newton import gauss_newton_gradients
+from bioprop.functional.gradients import backprop_gradients, evaluating, preserve_state
+from bioprop.networks.network import Network, named_stages
 
 
 class Alignment(NamedTuple):
-    """Angle (degrees) and norm ratio of an update to the BP gradient, as float64 scalars."""
+    """Angle (degrees) and norm ratio of an update to a reference, as float64 scalars."""
 
     angle: Tensor
     norm_ratio: Tensor
@@ -36,41 +37,90 @@ def alignment_to_backprop(algorithm: Algorithm, images: Tensor, labels: Tensor) 
     updates = algorithm.forward_gradients(images, labels)
     with preserve_state(algorithm):
         gradients, _ = backprop_gradients(algorithm.network, images, labels)
+    return _align_stages(algorithm, updates, gradients)
+
+
+def alignment_to_gauss_newton(
+    algorithm: Algorithm, images: Tensor, labels: Tensor, damping: float
+) -> dict[str, Alignment]:
+    """Compare `forward_gradients` with the update that damped Gauss-Newton targets make; changes nothing.
+
+    The network is looked at as in evaluation: where its samples act on each other (batch norm in training), there is
+    no Jacobian of a single sample.
+
+    Args:
+        algorithm: whose updates are compared.
+        images: ``[batch, channels, height, width]``.
+        labels: ``[batch]``.
+        damping: ``lambda`` of `bioprop.functional.gauss_newton.gauss_newton_direction`, above 0.
+
+    Returns:
+        As `alignment_to_backprop`.
+
+    Raises:
+        UserError: if the network is no chain of stages.
+    """
+    network = algorithm.network
+    if not isinstance(network, Network):
+        raise UserError(
+            f"Gauss-Newton targets belong to stages, and {type(network).__name__} has none: make it a "
+            "bioprop.networks.Network, or leave alignment.gauss_newton_damping out"
+        )
+    updates = algorithm.forward_gradients(images, labels)
+    with preserve_state(algorithm), evaluating(network):
+        stages = [stage for _, stage in network.stages()]
+        reference = gauss_newton_gradients(network, stages, images, labels, damping)
+    return _align_stages(algorithm, updates, reference)
+
+
+def _align_stages(
+    algorithm: Algorithm, updates: Mapping[str, Tensor], references: Mapping[str, Tensor]
+) -> dict[str, Alignment]:
     trained = [
-        stage for stage, _ in named_stages(algorithm.network) if any(n.startswith(f"{stage}.") for n in gradients)
+        stage for stage, _ in named_stages(algorithm.network) if any(n.startswith(f"{stage}.") for n in references)
     ]
-    return {stage: _align(updates, gradients, f"{stage}.") for stage in trained} | {
-        "overall": _align(updates, gradients, "")
+    return {stage: _align(updates, references, f"{stage}.") for stage in trained} | {
+        "overall": _align(updates, references, "")
     }
 
 
-def _align(updates: Mapping[str, Tensor], gradients: Mapping[str, Tensor], prefix: str) -> Alignment:
-    names = [name for name in gradients if name.startswith(prefix)]
-    update, gradient = (flatten_all(tensors[name] for name in names) for tensors in (updates, gradients))
-    return Alignment(angle_degrees(update, gradient), norm_ratio(update, gradient))
+def _align(updates: Mapping[str, Tensor], references: Mapping[str, Tensor], prefix: str) -> Alignment:
+    names = [name for name in references if name.startswith(prefix)]
+    update, reference = (flatten_all(tensors[name] for name in names) for tensors in (updates, references))
+    return Alignment(angle_degrees(update, reference), norm_ratio(update, reference))
 
 
 class AlignmentToBackprop(Callback):
     """Log the angle and the norm ratio between an algorithm's update and the BP gradient.
 
     Before training and after each epoch, on the first images of the validation set, as they are (not augmented):
-    ``angle/<stage>`` and ``angle/overall`` in degrees, ``norm_ratio/<stage>`` and ``norm_ratio/overall``.
+    ``angle/<stage>`` and ``angle/overall`` in degrees, ``norm_ratio/<stage>`` and ``norm_ratio/overall``. The same to
+    the update by damped Gauss-Newton targets (Meulemans et al., 2020), where asked for: ``angle_gn/<stage>``,
+    ``norm_ratio_gn/<stage>`` and ``.../overall``, at the price of one more backward pass for each class.
 
     Args:
         max_images: how many images the held batch has at most; also no more than a validation batch has.
         every_n_epochs: epochs from one measurement to the next; 0 never measures.
+        gauss_newton_damping: damping of the Gauss-Newton targets to compare with too, above 0; None leaves them out.
 
     Raises:
         UserError: if a number is out of its range.
     """
 
-    def __init__(self, max_images: int = 256, every_n_epochs: int = 1) -> None:
+    def __init__(
+        self, max_images: int = 256, every_n_epochs: int = 1, gauss_newton_damping: float | None = None
+    ) -> None:
         if max_images < 1:
             raise UserError(f"alignment.max_images is {max_images}, but it must be at least 1")
         if every_n_epochs < 0:
             raise UserError(f"alignment.every_n_epochs is {every_n_epochs}, but it must be at least 0 (0: never)")
+        if gauss_newton_damping is not None and not 0.0 < gauss_newton_damping < float("inf"):
+            raise UserError(
+                f"alignment.gauss_newton_damping is {gauss_newton_damping}, but it must be a number above 0, or null"
+            )
         self.max_images = max_images
         self.every_n_epochs = every_n_epochs
+        self.gauss_newton_damping = gauss_newton_damping
         self._held: Batch | None = None
 
     def on_validation_batch_start(
@@ -98,8 +148,15 @@ class AlignmentToBackprop(Callback):
             return {}
         # validation runs in inference mode, whose tensors autograd cannot use: hence the copies
         images, labels = (tensor.clone() for tensor in self._held)
+        images = images.to(next(module.network.parameters()).dtype)
         with torch.inference_mode(False):
-            measured = alignment_to_backprop(module, images.to(next(module.network.parameters()).dtype), labels)
-        return {f"angle/{name}": value.angle.float() for name, value in measured.items()} | {
-            f"norm_ratio/{name}": value.norm_ratio.float() for name, value in measured.items()
-        }
+            measured = _named("", alignment_to_backprop(module, images, labels))
+            if self.gauss_newton_damping is not None:
+                aligned = alignment_to_gauss_newton(module, images, labels, self.gauss_newton_damping)
+                measured |= _named("_gn", aligned)
+        return measured
+
+
+def _named(reference: str, aligned: Mapping[str, Alignment]) -> dict[str, Tensor]:
+    angles = {f"angle{reference}/{name}": value.angle.float() for name, value in aligned.items()}
+    return angles | {f"norm_ratio{reference}/{name}": value.norm_ratio.float() for name, value in aligned.items()}

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from bioprop.algorithms.base import Algorithm
+from bioprop.algorithms.difference_reconstruction import DifferenceReconstruction
 from bioprop.algorithms.layerwise_feedback import LayerwiseFeedback
 from bioprop.errors import UserError
 from bioprop.networks.network import named_stages
@@ -59,11 +60,13 @@ def _causes(algorithm: Algorithm, feedback_losses: Mapping[str, Tensor]) -> Iter
 
     Activations that exploded break the feedback loss too, so both learning rates are named then.
     """
-    feedback = algorithm.mirrored_stages() if isinstance(algorithm, LayerwiseFeedback) else []
-    for name, stage, mirror in feedback:
+    feedback = nn.ModuleDict()
+    if isinstance(algorithm, LayerwiseFeedback | DifferenceReconstruction):
+        feedback = algorithm.feedback
+    ran_away = _ran_away(algorithm) if isinstance(algorithm, LayerwiseFeedback) else set()
+    for name, operator in feedback.items():
         broken_loss = name in feedback_losses and not torch.isfinite(feedback_losses[name])
-        ran_away = any(bool(back.norm() > RUNAWAY * forward.norm()) for forward, back in mirror.pairs(stage))
-        if broken_loss or ran_away or not _finite(mirror.parameters()):
+        if broken_loss or name in ran_away or not _finite(operator.parameters()):
             yield (
                 f"the feedback weights of stage {name} grew beyond all bounds: lower model.feedback_lr for it, or the "
                 "learning rate of model.optimizer"
@@ -72,6 +75,15 @@ def _causes(algorithm: Algorithm, feedback_losses: Mapping[str, Tensor]) -> Iter
     if broken:  # one step spreads it to every stage below, or above
         stages = ", ".join(broken)
         yield f"the weights of stage {stages} became infinite or NaN: lower the learning rate of model.optimizer"
+
+
+def _ran_away(algorithm: LayerwiseFeedback) -> set[str]:
+    """Names of the stages whose feedback weights, if finite, have left the size of the forward weights far behind."""
+    return {
+        name
+        for name, stage, mirror in algorithm.mirrored_stages()
+        if any(bool(back.norm() > RUNAWAY * forward.norm()) for forward, back in mirror.pairs(stage))
+    }
 
 
 def _finite(parameters: Iterator[Tensor]) -> bool:

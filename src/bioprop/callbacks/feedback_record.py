@@ -6,6 +6,7 @@ from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
+from bioprop.algorithms.difference_reconstruction import DifferenceReconstruction
 from bioprop.algorithms.layerwise_feedback import FeedbackIteration, LayerwiseFeedback
 from bioprop.callbacks.run_folder import run_folder
 from bioprop.errors import UserError
@@ -17,8 +18,8 @@ class FeedbackRecord(Callback):
     """Write every iteration of feedback training on some batches to ``feedback_training.csv`` in the run's folder.
 
     Columns: epoch, batch, stage, iteration, feedback loss before the step, and the angle (degrees) between forward
-    and feedback weight after it. Batches that are not recorded cost nothing; algorithms without feedback training
-    leave no file.
+    and feedback weight after it (nan where the latter is no forward weight's counterpart). Batches that are not
+    recorded cost nothing; algorithms without feedback training leave no file.
 
     Args:
         every_n_batches: batches from one recorded batch to the next within an epoch, counted from its first.
@@ -36,7 +37,7 @@ class FeedbackRecord(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin to observe a batch that is to be recorded."""
-        if isinstance(pl_module, LayerwiseFeedback) and batch_idx % self.every_n_batches == 0:
+        if isinstance(pl_module, LayerwiseFeedback | DifferenceReconstruction) and not batch_idx % self.every_n_batches:
             self._observing.enter_context(pl_module.observe_feedback(self._seen.append))
 
     def on_train_batch_end(

@@ -48,6 +48,18 @@ def stage_gradients(module: nn.Module, outputs: Sequence[Tensor], errors: Sequen
 
 
 @contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode, and every part of it back into its own mode afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+@contextmanager
 def preserve_state(module: nn.Module) -> Iterator[None]:
     """Put buffers and random generators back afterwards, so that a measurement leaves no trace.
 

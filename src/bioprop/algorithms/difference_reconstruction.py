@@ -1,0 +1,230 @@
+"""What the methods of Meulemans et al. (2020) share: feedback that undoes all stages above, and its schedule."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from bioprop.algorithms.base import Gradients
+from bioprop.algorithms.checkpoints import describe_optimization
+from bioprop.algorithms.feedback_schedule import FeedbackSchedule
+from bioprop.algorithms.layerwise_feedback import FeedbackIteration
+from bioprop.algorithms.random_streams import RandomStreams
+from bioprop.algorithms.settings import check_range, count, per_stage
+from bioprop.algorithms.target_algorithm import TargetAlgorithm
+from bioprop.errors import UserError
+from bioprop.functional.feedback_losses import FeedbackGradient
+from bioprop.networks.local_gradients import run_stages
+from bioprop.networks.network import Network
+from bioprop.networks.stages import StagePass
+
+#: From the output for noisy activations, and the noise, to the gradient of one feedback operator's loss.
+ReconstructionObjective = Callable[[Tensor, Tensor], FeedbackGradient]
+
+
+class DifferenceReconstruction(TargetAlgorithm):
+    """Feedback trained to undo all stages above it at once; subclasses say what the feedback is and how it is judged.
+
+    A feedback iteration perturbs the activations ``s^n`` of every hidden stage in turn, runs the stages above, forms
+    the gradient of every feedback operator's loss and takes one optimizer step for all.
+
+    The first P = ``feedback_pretraining_epochs`` epochs train feedback alone; then every epoch that trains both is
+    followed by E = ``extra_feedback_epochs`` of feedback alone. In the latter forward weights and their schedule stand
+    still, but all are epochs of the trainer: F epochs that train both need ``max_epochs = P + F (1 + E)``.
+
+    Deviations from the authors' program, in all of the family: feedback is trained before the targets of the same
+    batch are formed, not after; the output's step is along the gradient of each sample's own loss, not of the mean over
+    the batch, and local losses carry 1/2, so that an epsilon reported for the forward Adam is batch/2 times as large
+    here (Adam's learning rates stay); feedback losses are summed, not averaged, over the units of a stage, so that an
+    Adam weight decay ``w`` reported for them is ``feedback_decay = w units/2`` here; forward weights are drawn as the
+    network draws them, not by Xavier's normal rule (feedback weights are).
+
+    Hyperparameters of feedback training are one value for all feedback operators or exactly one for each.
+
+    Args:
+        network: the forward network.
+        beta: ``eta``, step of the output target along the gradient, above 0. The forward optimizer is handed gradients
+            times ``beta``. Adam makes up for that, so its learning rate is the reported one divided by ``eta``, as the
+            authors do; with SGD the learning rate acts times ``beta``.
+        noise: ``sigma``, in units of the activations, above 0.
+        feedback_lr: learning rate of the feedback weights.
+        feedback_decay: of ``|Q|^2`` in the feedback loss, at least 0; the damping of the Gauss-Newton targets.
+        iterations: feedback iterations a batch, 0 to leave feedback as it was drawn.
+        feedback_pretraining_epochs: epochs at the start in which feedback weights are trained alone.
+        extra_feedback_epochs: epochs in which feedback weights are trained alone after each that trains both.
+        feedback_optimizer: makes the optimizer of the feedback weights, from groups that hold their learning rates.
+        forward_lr: learning rates of the forward weights, one for each stage, in place of the optimizer's; None for
+            the optimizer's.
+        optimizer: makes the optimizer of the forward weights.
+        scheduler: makes its learning-rate schedule, stepped after each epoch that trains forward weights; None for a
+            constant rate.
+
+    Raises:
+        UserError: if a hyperparameter is out of its range, or a list has the wrong length.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        beta: float = 0.06,
+        noise: float | tuple[float, ...] = 0.1,
+        feedback_lr: float | tuple[float, ...] = 1e-3,
+        feedback_decay: float | tuple[float, ...] = 1e-4,
+        iterations: int = 1,
+        feedback_pretraining_epochs: int = 0,
+        extra_feedback_epochs: int = 0,
+        feedback_optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params),
+        forward_lr: float | tuple[float, ...] | None = None,
+        optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-3),
+        scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__(network, beta, optimizer, scheduler)
+        self.feedback = nn.ModuleDict(self.make_feedback())
+        operators = list(self.feedback)
+        self.noise = per_stage("noise", noise, operators)
+        self.feedback_lr = per_stage("feedback_lr", feedback_lr, operators)
+        self.feedback_decay = per_stage("feedback_decay", feedback_decay, operators)
+        self.iterations = count("iterations", iterations)
+        self.schedule = FeedbackSchedule(
+            count("feedback_pretraining_epochs", feedback_pretraining_epochs),
+            count("extra_feedback_epochs", extra_feedback_epochs),
+        )
+        check_range("noise", self.noise, 0.0, low_allowed=False)
+        check_range("feedback_lr", self.feedback_lr, 0.0, low_allowed=False)
+        check_range("feedback_decay", self.feedback_decay, 0.0)
+        names, stages = zip(*network.stages(), strict=True)
+        self.forward_lr = None if forward_lr is None else per_stage("forward_lr", forward_lr, names)
+        if self.forward_lr is not None:
+            check_range("forward_lr", rates := self.forward_lr, 0.0, low_allowed=False)
+            self._make_optimizer = lambda parameters: optimizer(_groups(stages, rates))
+        self.streams = RandomStreams()
+        self._observers: list[Callable[[FeedbackIteration], None]] = []
+        self._make_feedback_optimizer = feedback_optimizer
+        self._feedback_optimizer = self._build_feedback_optimizer()
+        self.remember(
+            beta=self.beta,
+            noise=self.noise,
+            feedback_lr=self.feedback_lr,
+            feedback_decay=self.feedback_decay,
+            iterations=self.iterations,
+            feedback_pretraining_epochs=self.schedule.pretraining_epochs,
+            extra_feedback_epochs=self.schedule.extra_epochs,
+            forward_lr=self.forward_lr,
+        )
+
+    @abstractmethod
+    def make_feedback(self) -> Mapping[str, nn.Module]:
+        """Draw one feedback operator for each hidden stage of ``network``, from the input to the output, by name."""
+
+    # -- phase 1: the feedback weights ---------------------------------------------------------------------------
+
+    @abstractmethod
+    def feedback_objectives(self, passes: Sequence[StagePass]) -> list[ReconstructionObjective]:
+        """Prepare the loss of every feedback operator, in the order of ``feedback``, for one batch.
+
+        Args:
+            passes: the clean pass of every stage.
+
+        Returns:
+            For each hidden stage n, a function from ``f_{n->N}(s^n + sigma eps)`` and ``sigma eps`` to the gradient.
+        """
+
+    def _train_feedback(self, passes: Sequence[StagePass]) -> dict[str, Tensor]:
+        course: list[Tensor] = []
+        objectives = self.feedback_objectives(passes)
+        noises = [self.streams.noise(place, passes[0].inputs) for place in range(len(objectives))]
+        with torch.no_grad():
+            for iteration in range(self.iterations if objectives else 0):
+                gradients = []
+                for place, (objective, stream) in enumerate(zip(objectives, noises, strict=True)):
+                    states = passes[place + 1].inputs
+                    (noise,) = stream.draw(iteration, self.noise[place], states.shape)
+                    gradients.append(objective(self._run_above(place, states + noise), noise))
+                self._step_feedback_weights(gradients)
+                course.append(torch.stack([gradient.loss for gradient in gradients]))
+                self._tell_observers(iteration, course[-1])
+        self.streams.next_batch()
+        return dict(zip(self.feedback, torch.stack(course).mean(0), strict=True)) if course else {}
+
+    def _run_above(self, place: int, states: Tensor) -> Tensor:
+        """``f_{n->N}``: the output for activations of the hidden stage at this place."""
+        for _, stage in self.network.stages()[place + 1 :]:
+            # batch norm, where a stage has it, takes its statistics from a copy: noise must not move those of the stage
+            buffers = {name: buffer.clone() for name, buffer in stage.named_buffers()}
+            states = functional_call(stage, buffers, (states,)) if buffers else stage(states)
+        return states
+
+    def _step_feedback_weights(self, gradients: Sequence[FeedbackGradient]) -> None:
+        for feedback, gradient in zip(self.feedback.values(), gradients, strict=True):
+            for name, parameter in feedback.named_parameters():
+                parameter.grad = gradient.parameters[name]
+        if self._feedback_optimizer is not None:
+            self._feedback_optimizer.step()
+            self._feedback_optimizer.zero_grad()
+
+    @contextmanager
+    def observe_feedback(self, observer: Callable[[FeedbackIteration], None]) -> Iterator[None]:
+        """Call ``observer`` for every stage after every feedback iteration within the context.
+
+        The angle is NaN where a feedback weight is no forward weight's counterpart.
+        """
+        self._observers.append(observer)
+        try:
+            yield
+        finally:
+            self._observers.remove(observer)
+
+    def _tell_observers(self, iteration: int, losses: Tensor) -> None:
+        for observe in self._observers:
+            angles = self.feedback_angles()
+            for name, loss in zip(self.feedback, losses, strict=True):
+                observe(FeedbackIteration(name, iteration, loss, torch.tensor(angles.get(name, float("nan")))))
+
+    # -- the schedule --------------------------------------------------------------------------------------------
+
+    def _learn(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Gradients]:
+        if self.schedule.trains_forward(self.current_epoch):
+            return super()._learn(images, labels)
+        passes = run_stages(self.network, images, self.closed_form)
+        # no gradients: the forward optimizer's step changes nothing, but `global_step` goes on counting batches
+        return self._train_feedback(passes), Gradients({}, passes[-1].output.detach())
+
+    def on_fit_start(self) -> None:
+        """Say so where no epoch of the run will train forward weights."""
+        super().on_fit_start()
+        self.schedule.warn_of_no_training(self.trainer.max_epochs)
+
+    def on_train_epoch_end(self) -> None:
+        """Step the forward schedule after the epochs that trained forward weights."""
+        if self.schedule.trains_forward(self.current_epoch):
+            super().on_train_epoch_end()
+
+    # -- optimizers ----------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        """Add the feedback optimizer behind the forward one, so that checkpoints hold its state."""
+        optimizers, schedulers = super().configure_optimizers()
+        self._feedback_optimizer = self._build_feedback_optimizer()  # a new fit starts without its history
+        if self._feedback_optimizer is None:
+            return optimizers, schedulers
+        described = describe_optimization(self._feedback_optimizer, None)
+        self._optimization["feedback_optimizer"] = described["optimizer"]
+        return [*optimizers, self._feedback_optimizer], schedulers
+
+    def _build_feedback_optimizer(self) -> torch.optim.Optimizer | None:
+        """Build the optimizer of the feedback weights, one parameter group an operator; None without hidden stages."""
+        groups = _groups(self.feedback.values(), self.feedback_lr)
+        try:
+            return self._make_feedback_optimizer(groups) if groups else None
+        except (ValueError, TypeError) as error:
+            raise UserError(f"the feedback optimizer refuses its arguments: {error}") from error
+
+
+def _groups(parts: Iterable[nn.Module], rates: Iterable[float]) -> list[dict[str, Any]]:
+    """One parameter group for each part, with its own learning rate."""
+    return [{"params": list(part.parameters()), "lr": lr} for part, lr in zip(parts, rates, strict=True)]

@@ -1,0 +1,62 @@
+"""Difference targets straight from the output: what DDTP-linear, DDTP-RHL and DDTP-control share."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from bioprop.algorithms.difference_reconstruction import DifferenceReconstruction, ReconstructionObjective
+from bioprop.functional.feedback_losses import FeedbackGradient
+from bioprop.functional.reconstruction_losses import difference_reconstruction_gradient
+from bioprop.networks.direct_feedback import ReadOut
+from bioprop.networks.stages import StagePass
+
+
+class DirectDifferenceTargets(DifferenceReconstruction):
+    """Hidden targets ``t^n = s^n + g_n(t^N) - g_n(s^N)``: one feedback map from the output to each hidden stage.
+
+    Nothing is sent from stage to stage, so any chain of stages will do. ``g_n`` stands for all stages above n and is no
+    forward weight's counterpart: `symmetrize_feedback` does nothing, and `feedback_angles` is empty.
+    """
+
+    def make_feedback(self) -> Mapping[str, ReadOut]:
+        """One linear map for each hidden stage, from the output to its activations."""
+        *hidden, (_, output) = self.network.stages()
+        return {name: ReadOut(output.output_shape[0], stage.output_shape) for name, stage in hidden}
+
+    def features(self, outputs: Tensor) -> Tensor:
+        """What the maps of all stages are applied to: the output itself unless a method says otherwise."""
+        return outputs
+
+    def feature_step(self, outputs: Tensor, step: Tensor) -> Tensor:
+        """``features(outputs + step) - features(outputs)``."""
+        return step
+
+    def feedback_objectives(self, passes: Sequence[StagePass]) -> list[ReconstructionObjective]:
+        """The difference reconstruction loss of every hidden stage."""
+        with torch.no_grad():
+            clean = self.features(passes[-1].output)
+        return [partial(self._objective, place, clean) for place in range(len(self.feedback))]
+
+    def _objective(self, place: int, clean: Tensor, noisy_output: Tensor, noise: Tensor) -> FeedbackGradient:
+        read_out = self.read_outs()[place]
+        parameters = dict(read_out.named_parameters())
+        noisy, sigma, decay = self.features(noisy_output), self.noise[place], self.feedback_decay[place]
+        return difference_reconstruction_gradient(read_out, parameters, noisy, clean, noise, sigma, decay)
+
+    def target_differences(self, passes: Sequence[StagePass], output: Tensor) -> list[Tensor]:
+        """Return ``t^n - s^n`` for every stage, from the input to the output, given the output's.
+
+        Args:
+            passes: the clean pass of every stage.
+            output: ``t^N - s^N``, ``[batch, classes]``.
+        """
+        clean = passes[-1].output.detach()
+        features, step = self.features(clean), self.feature_step(clean, output)
+        return [*(read_out.difference(features, step) for read_out in self.read_outs()), output]
+
+    def read_outs(self) -> list[ReadOut]:
+        """Return the feedback maps, from the input to the output."""
+        return cast(list[ReadOut], list(self.feedback.values()))

@@ -1,0 +1,86 @@
+"""DTP-DRL: layer-wise difference targets, with feedback trained through all stages above."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from bioprop.algorithms.difference_reconstruction import DifferenceReconstruction, ReconstructionObjective
+from bioprop.functional.angles import angle_degrees
+from bioprop.functional.feedback_losses import FeedbackGradient
+from bioprop.functional.reconstruction_losses import difference_reconstruction_gradient
+from bioprop.networks.direct_feedback import Decoder
+from bioprop.networks.stages import LayerStage, StagePass
+
+
+class DTPDRL(DifferenceReconstruction):
+    """Difference target propagation with the difference reconstruction loss (Meulemans et al., NeurIPS 2020).
+
+    Targets as in DTP: ``t^{n-1} = s^{n-1} + G^n(t^n) - G^n(s^n)`` with ``G^n(y) = rho(Q_n y + c_n)``, ``rho`` being the
+    activation of stage n-1 (tanh in a tanh network, as published). The noisy output ``f_{n-1->N}(s^{n-1} + sigma eps)``
+    is sent back in the same way, as if it were a target, through every ``G`` from N down to n, and ``G^n`` descends
+    ``1/sigma^2 mean_batch |what arrives - (s^{n-1} + sigma eps)|^2 + decay |Q_n|^2``. Only ``G^n`` gets a gradient from
+    this loss; those above it serve as they are. The composed feedback, not each ``G`` alone, thereby learns to undo all
+    stages above, which makes the targets Gauss-Newton's.
+
+    Any chain of linear and conv stages; ``G`` of a conv stage is the transposed convolution of the unpooled maps, with
+    the switches of the clean pass. `symmetrize_feedback` copies the forward weights into ``Q_n``, and `feedback_angles`
+    are between the two. Hyperparameters, schedule and deviations from the authors' program: see
+    `DifferenceReconstruction`. Feedback operators are counted by the stages n >= 2 they lead back through.
+    """
+
+    def make_feedback(self) -> Mapping[str, Decoder]:
+        """One layer-wise decoder for each stage but the first."""
+        stages = self.network.stages()
+        return {name: Decoder(stage, below) for (_, below), (name, stage) in pairwise(stages)}
+
+    def feedback_objectives(self, passes: Sequence[StagePass]) -> list[ReconstructionObjective]:
+        """The difference reconstruction loss of every decoder, through all those above it."""
+        return [partial(self._objective, place, passes) for place in range(len(self.feedback))]
+
+    def _objective(
+        self, place: int, passes: Sequence[StagePass], noisy_output: Tensor, noise: Tensor
+    ) -> FeedbackGradient:
+        decoder, clean = self.decoders()[place], passes[place + 1]
+        step = self._send_back(passes, noisy_output - passes[-1].output.detach(), down_to=place + 1)[-1]
+        state = clean.output.detach()
+        decode = partial(decoder, switches=clean.switches)
+        parameters = dict(decoder.named_parameters())
+        sigma, decay = self.noise[place], self.feedback_decay[place]
+        return difference_reconstruction_gradient(decode, parameters, state + step, state, noise, sigma, decay)
+
+    def target_differences(self, passes: Sequence[StagePass], output: Tensor) -> list[Tensor]:
+        """Return ``t^n - s^n`` for every stage, from the input to the output, given the output's.
+
+        Args:
+            passes: the clean pass of every stage.
+            output: ``t^N - s^N``, ``[batch, classes]``.
+        """
+        return self._send_back(passes, output)[::-1]
+
+    def _send_back(self, passes: Sequence[StagePass], output: Tensor, down_to: int = 0) -> list[Tensor]:
+        """Send ``t^N - s^N`` back as ``t^n - s^n``, from the output to the stage at this place, counted from 0."""
+        differences = [output]
+        for decoder, clean in list(zip(self.decoders(), passes[1:], strict=True))[down_to:][::-1]:
+            differences.append(decoder.difference(clean.output.detach(), differences[-1], clean.switches))
+        return differences
+
+    def decoders(self) -> list[Decoder]:
+        """Return the feedback operators, from the input to the output."""
+        return cast(list[Decoder], list(self.feedback.values()))
+
+    @torch.no_grad()
+    def symmetrize_feedback(self) -> None:
+        """Copy every forward weight into its feedback weight, without the biases: a copy, never the same tensor."""
+        for (_, stage), decoder in zip(self.network.stages()[1:], self.decoders(), strict=True):
+            decoder.weight.copy_(cast(LayerStage, stage).weight)
+
+    def feedback_angles(self) -> dict[str, float]:
+        """Return degrees between each stage's forward and feedback weights, by name of stage."""
+        pairs = zip(self.network.stages()[1:], self.decoders(), strict=True)
+        return {
+            name: float(angle_degrees(cast(LayerStage, stage).weight, back.weight)) for (name, stage), back in pairs
+        }
