@@ -101,7 +101,8 @@ def slope(activation: str, a: Tensor) -> Tensor:
         return a.clamp_max(0.0).exp_()
     if activation == "tanh":
         return 1.0 - torch.tanh(a).square_()
-    return a.gt(0.0).to(a.dtype) if activation == "relu" else torch.where(a > 0.0, 1.0, 0.01)
+    right = a.gt(0.0).to(a.dtype)
+    return right if activation == "relu" else 0.01 + 0.99 * right
 
 
 def through_slope(activation: str, mirror: MirrorName, a: Tensor) -> Tensor:
