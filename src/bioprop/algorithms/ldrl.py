@@ -1,24 +1,28 @@
 """L-DRL: layer-wise difference target propagation with the difference reconstruction loss."""
 
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
 
 from bioprop.algorithms.layerwise_feedback import FeedbackStep, LayerwiseFeedback
 from bioprop.algorithms.random_streams import NoiseStream
 from bioprop.errors import UserError
 from bioprop.functional.activations import MirrorName
 from bioprop.functional.closed_forms import clean_pass, ldrl_closed_form
+from bioprop.functional.expected_feedback import ExpectedLoss, check_covered, expected_loss, normals_shape
+from bioprop.functional.expected_steps import expected_gradient, expected_steps
 from bioprop.functional.feedback_losses import FeedbackGradient, FeedbackObjective, ldrl_gradient
+from bioprop.functional.feedback_steps import CURVATURE_FLOOR
 from bioprop.functional.speed import DEFAULT_SPEED, Speed
-from bioprop.networks.layer_pairs import layer_pair, noise_shape
+from bioprop.networks.layer_pairs import expected_geometry, layer_pair, noise_shape
 from bioprop.networks.mirrors import Mirror
 from bioprop.networks.network import Network
-from bioprop.networks.stages import Stage, StagePass
+from bioprop.networks.stages import LayerStage, Stage, StagePass
 
 SwitchesOf = Literal["noisy", "clean"]
-Sampling = Literal["independent", "antithetic"]
+Sampling = Literal["independent", "antithetic", "expected"]
 
 
 class LDRL(LayerwiseFeedback):
@@ -44,7 +48,10 @@ class LDRL(LayerwiseFeedback):
         feedback_step: ``normalized`` (ours: by the loss's curvature, no momentum) or ``sgd``, as published.
         feedback_momentum: of ``sgd``.
         sampling: of the noise: ``independent`` draws, as published, or ``antithetic`` ones: the first term is averaged
-            over ``eps`` and ``-eps``, which leaves its expectation as it is and lowers its variance.
+            over ``eps`` and ``-eps``, which leaves its expectation as it is and lowers its variance. ``expected``
+            integrates the noise out, for 20 to 30 times less work: it READS THE FORWARD WEIGHTS, so it simulates the
+            mean dynamics of the rule and is no model of a local one; a tool for study, whose accuracies are not those
+            of the sampled rule. It covers linear stages and conv stages whose pool windows do not compete.
         speed: how the gradients are computed; changes rounding, not the method.
         optimizer: makes the optimizer of the forward weights.
         scheduler: makes its learning-rate schedule, stepped once an epoch; None for a constant rate.
@@ -90,11 +97,58 @@ class LDRL(LayerwiseFeedback):
             raise UserError(f"sampling {sampling!r} is not known: choose one of {', '.join(get_args(Sampling))}")
         self._clean_switches = switches == "clean"
         self.sampling = sampling
+        if sampling == "expected":
+            for name, stage, _ in self.mirrored_stages():
+                check_covered(f"stage {name}", expected_geometry(name, stage), mirror)
+
+    def _train_stage(
+        self,
+        name: str,
+        stage: Stage,
+        mirror: Mirror,
+        sigma: float,
+        lr: float,
+        iterations: int,
+        noise: NoiseStream,
+        *clean: Tensor | None,
+    ) -> Tensor:
+        if self.sampling != "expected" or self._observers:
+            return super()._train_stage(name, stage, mirror, sigma, lr, iterations, noise, *clean)
+        # all iterations at once: the gradient is linear in the weights
+        loss = self._expected_loss(stage, mirror, StagePass(*clean), sigma, noise)  # type: ignore[arg-type]
+        rate, velocity = self._rate_and_velocity(mirror, loss.curvature, lr)
+        return expected_steps(
+            mirror.weight.data, loss, rate, iterations, 0.0 if velocity is None else self.feedback_momentum, velocity
+        ).mean()
+
+    def _expected_loss(
+        self, stage: Stage, mirror: Mirror, clean: StagePass, sigma: float, noise: NoiseStream
+    ) -> ExpectedLoss:
+        geometry = expected_geometry("", stage)
+        shape = normals_shape(len(clean.inputs), geometry)
+        normals = None if shape is None else noise.draw(0, 1.0, shape)[0]
+        layer = cast(LayerStage, stage)
+        affine = layer.affine(clean.inputs) if clean.affine is None else clean.affine
+        output = clean.output.detach()
+        rule = (sigma, layer.activation, mirror.form, geometry, self._clean_switches)
+        return expected_loss(layer.weight, mirror.weight, affine, output, clean.switches, *rule, normals)
+
+    def _rate_and_velocity(self, mirror: Mirror, curvature: Tensor, lr: float) -> tuple[float | Tensor, Tensor | None]:
+        """What a step is multiplied by, and the momentum buffer of the feedback optimizer, if it has one."""
+        if self._feedback_optimizer is None:
+            return lr / (curvature + CURVATURE_FLOOR * curvature.mean()), None
+        state = self._feedback_optimizer.state[mirror.weight]
+        if state.get("momentum_buffer") is None:
+            state["momentum_buffer"] = torch.zeros_like(mirror.weight)
+        return lr, state["momentum_buffer"]
 
     def feedback_objective(
         self, stage: Stage, mirror: Mirror, clean: StagePass, sigma: float, noise: NoiseStream
     ) -> FeedbackObjective:
         """The L-DRL loss, on fresh noise at the stage's input and output."""
+        if self.sampling == "expected":
+            expected = self._expected_loss(stage, mirror, clean, sigma, noise)
+            return lambda iteration: expected_gradient(expected, mirror.weight)
         output, rule = clean.output.detach(), (sigma, self._clean_switches, self.sampling == "antithetic")
         shapes = noise_shape(stage, clean.inputs), output.shape
         pair = layer_pair(stage, mirror, self.speed)

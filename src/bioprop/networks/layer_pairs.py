@@ -6,9 +6,11 @@ from math import prod
 
 from torch import Tensor
 
+from bioprop.errors import UserError
 from bioprop.functional.closed_forms import LayerPair
 from bioprop.functional.compiled import compiled
 from bioprop.functional.layer_products import ConvProducts, LayerProducts, LinearProducts, SmallMapProducts
+from bioprop.functional.pool_windows import NO_POOL, ConvGeometry
 from bioprop.functional.pooling import Places, Pool, Size, gather_less
 from bioprop.functional.speed import Speed
 from bioprop.networks.mirrors import ConvMirror, LinearMirror, Mirror
@@ -39,6 +41,24 @@ def layer_products(stage: Stage, reduced: bool = False) -> LayerProducts | None:
         for side, out, kernel in zip(size, stage.map_size, shape[2:], strict=True)
     ]
     return ConvProducts(shape, stride, padding, (unread[0], unread[1]), reduced)
+
+
+def expected_geometry(name: str, stage: Stage) -> ConvGeometry:
+    """Return the sizes that the expected feedback loss needs of a stage.
+
+    Raises:
+        UserError: if it is not known for this kind of stage, naming the stage.
+    """
+    if type(stage) is LinearStage:
+        return ConvGeometry((1, 1), 1)
+    if type(stage) is not ConvStage:
+        raise UserError(
+            f"stage {name} is a {type(stage).__name__}, for which the expected feedback loss is not known: use "
+            "sampling 'independent' or 'antithetic'"
+        )
+    (stride, _), (padding, _) = stage.conv.stride, (int(side) for side in stage.conv.padding)
+    size = stage.input_shape[1], stage.input_shape[2]
+    return ConvGeometry(size, stage.weight.shape[-1], stride, padding, stage.pool or NO_POOL)
 
 
 def noise_shape(stage: Stage, inputs: Tensor) -> tuple[int, ...]:
