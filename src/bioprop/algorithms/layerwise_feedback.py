@@ -17,7 +17,7 @@ from bioprop.errors import UserError
 from bioprop.functional.activations import MirrorName
 from bioprop.functional.angles import angle_degrees, flatten_all
 from bioprop.functional.feedback_losses import FeedbackGradient, FeedbackObjective
-from bioprop.functional.feedback_steps import normalized_step
+from bioprop.functional.feedback_steps import normalized_steps
 from bioprop.networks.mirrors import Mirror, build_mirror
 from bioprop.networks.network import Network
 from bioprop.networks.stages import Stage, StagePass
@@ -147,7 +147,7 @@ class LayerwiseFeedback(TargetAlgorithm):
 
     def _step_feedback_weights(self, mirror: Mirror, gradient: FeedbackGradient, lr: float) -> None:
         if self._feedback_optimizer is None:
-            normalized_step(mirror.weight, gradient, lr)
+            normalized_steps(dict(mirror.named_parameters()), gradient, lr)
             return
         for name, parameter in mirror.named_parameters():
             parameter.grad = gradient.parameters.get(name)

@@ -12,13 +12,16 @@ from bioprop.errors import UserError
 from bioprop.functional.activations import MirrorName
 from bioprop.functional.closed_forms import clean_pass, ldrl_closed_form
 from bioprop.functional.feedback_losses import FeedbackGradient, FeedbackObjective, ldrl_gradient
+from bioprop.functional.layered_feedback import composed_ldrl_gradient, layered_ldrl_gradient
 from bioprop.networks.layer_pairs import layer_pair, noise_shape
-from bioprop.networks.mirrors import Mirror
+from bioprop.networks.mirrors import LayerMirror, Mirror
 from bioprop.networks.network import Network
+from bioprop.networks.residual_mirrors import LayeredMirror
 from bioprop.networks.stages import Stage, StagePass
 
 SwitchesOf = Literal["noisy", "clean"]
 Sampling = Literal["independent", "antithetic"]
+NoiseAt = Literal["layer", "stage"]
 
 
 class LDRL(LayerwiseFeedback):
@@ -45,6 +48,9 @@ class LDRL(LayerwiseFeedback):
         feedback_momentum: of ``sgd``.
         sampling: of the noise: ``independent`` draws, as published, or ``antithetic`` ones: the first term is averaged
             over ``eps`` and ``-eps``, which leaves its expectation as it is and lowers its variance.
+        noise_at: how the feedback of a stage of several layers (a residual block) is trained: by noise around each
+            ``layer`` (ours) or around the ``stage`` as a whole, as published, which needs ``sgd``. Only the former has
+            ``V = W`` for its one minimiser: factors that cancel between two layers leave the whole as it is.
         speed: how the gradients are computed; changes rounding, not the method.
         optimizer: makes the optimizer of the forward weights.
         scheduler: makes its learning-rate schedule, stepped once an epoch; None for a constant rate.
@@ -65,6 +71,7 @@ class LDRL(LayerwiseFeedback):
         feedback_step: FeedbackStep = "normalized",
         feedback_momentum: float = 0.9,
         sampling: Sampling = "independent",
+        noise_at: NoiseAt = "layer",
         speed: Speed = DEFAULT_SPEED,
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.02, momentum=0.9, weight_decay=1e-4),
         scheduler: LRSchedulerCallable | None = None,
@@ -83,11 +90,21 @@ class LDRL(LayerwiseFeedback):
             speed=speed,
             switches=switches,
             sampling=sampling,
+            noise_at=noise_at,
         )
         if switches not in get_args(SwitchesOf):
             raise UserError(f"switches {switches!r} is not known: choose one of {', '.join(get_args(SwitchesOf))}")
         if sampling not in get_args(Sampling):
             raise UserError(f"sampling {sampling!r} is not known: choose one of {', '.join(get_args(Sampling))}")
+        if noise_at not in get_args(NoiseAt):
+            raise UserError(f"noise_at {noise_at!r} is not known: choose one of {', '.join(get_args(NoiseAt))}")
+        self.noise_at = noise_at
+        for name, _, mirror_of_stage in self.mirrored_stages():
+            if feedback_step == "normalized" and not self._has_curvature(mirror_of_stage):
+                raise UserError(
+                    f"noise_at stage has no curvature for each of {name}'s several feedback weights, which the "
+                    "normalized step divides by: use feedback_step: sgd, or noise_at: layer"
+                )
         self._clean_switches = switches == "clean"
         self.sampling = sampling
 
@@ -96,15 +113,23 @@ class LDRL(LayerwiseFeedback):
     ) -> FeedbackObjective:
         """The L-DRL loss, on fresh noise at the stage's input and output."""
         output, rule = clean.output.detach(), (sigma, self._clean_switches, self.sampling == "antithetic")
+        if isinstance(mirror, LayeredMirror) and self._by_layers(mirror):
+            layers, noise_shapes = mirror.layers(stage, clean, self.speed.bfloat16)
+            return lambda iteration: layered_ldrl_gradient(
+                layers, noise.draw(iteration, sigma, *noise_shapes), sigma, self.sampling == "antithetic"
+            )
         shapes = noise_shape(stage, clean.inputs), output.shape
         pair = layer_pair(stage, mirror, self.speed.bfloat16)
 
         def by_autograd(iteration: int) -> FeedbackGradient:
             eps, eta = noise.draw(iteration, sigma, *shapes)
             eps = eps.view(clean.inputs.shape)
-            return ldrl_gradient(stage, mirror, clean.inputs, output, clean.switches, eps, eta, *rule)
+            values = clean.inputs, output, clean.switches, eps, eta
+            if isinstance(mirror, LayerMirror):
+                return ldrl_gradient(stage, mirror, *values, *rule)
+            return composed_ldrl_gradient(stage, mirror, *values, *rule[1:])
 
-        if pair is None or clean.affine is None:
+        if pair is None or clean.affine is None or not isinstance(mirror, LayerMirror):
             return by_autograd
         kept = clean_pass(pair, clean.affine, output, clean.switches)
 
@@ -113,3 +138,9 @@ class LDRL(LayerwiseFeedback):
             return ldrl_closed_form(pair, kept, mirror.weight, eps, eta, *rule)
 
         return in_closed_form
+
+    def _by_layers(self, mirror: LayeredMirror) -> bool:
+        return self.noise_at == "layer" or not mirror.is_composed
+
+    def _has_curvature(self, mirror: Mirror) -> bool:
+        return isinstance(mirror, LayerMirror) or (isinstance(mirror, LayeredMirror) and self._by_layers(mirror))

@@ -48,17 +48,23 @@ def stage_gradients(module: nn.Module, outputs: Sequence[Tensor], errors: Sequen
 
 
 @contextmanager
+def preserve_buffers(module: nn.Module) -> Iterator[None]:
+    """Put buffers back afterwards, so that passes in training mode move no statistics of batch norm."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
+@contextmanager
 def preserve_state(module: nn.Module) -> Iterator[None]:
     """Put buffers and random generators back afterwards, so that a measurement leaves no trace.
 
     Without it a forward pass in training mode would move batch-norm statistics and draw dropout masks.
     """
-    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     devices = {parameter.device for parameter in module.parameters() if parameter.device.type == "cuda"}
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+    with preserve_buffers(module), torch.random.fork_rng(devices=devices):
+        yield
