@@ -109,7 +109,7 @@ def ldrl_closed_form(
     # <V, wgrad(eps, D1)> and <V, wgrad(V^T D2, D2)> are the two terms of the loss
     loss = (torch.sum(feedback * gradient) - 2.0 * torch.sum(feedback * toward)) / batch
     if pair.phi_is_identity:
-        curvature = step.new_full((step.shape[1],), 2.0 * sigma**2)
+        curvature = step.new_full((step.shape[1],), 2.0 * sigma**2 * step[0, 0].numel())
     else:
         curvature = 2.0 * unit_square_sums(step)
     return FeedbackGradient({"weight": gradient.sub_(toward).mul_(2.0 / batch)}, loss, curvature)

@@ -118,13 +118,14 @@ def ldrl_gradient(
 
     Returns:
         The gradient; its curvature is that of the second term, ``2 mean_batch sum_positions
-        (phi(s^n + eta) - phi(s^n))_o^2``, read off the same samples (``2 sigma^2`` where ``phi`` is the identity).
+        (phi(s^n + eta) - phi(s^n))_o^2``, read off the same samples (``2 sigma^2`` a position where ``phi`` is the
+        identity).
     """
     signs = (1.0, -1.0) if antithetic else (1.0,)
     with torch.no_grad():
         noisy = [stage.run(inputs + sign * input_noise) for sign in signs]
         if mirror.is_linear:
-            curvature = output.new_full((output.shape[1],), 2.0 * sigma**2)
+            curvature = output.new_full((output.shape[1],), 2.0 * sigma**2 * output[0, 0].numel())
         else:
             curvature = 2.0 * unit_square_sums(mirror.phi(output + output_noise) - mirror.phi(output))
     with torch.enable_grad():

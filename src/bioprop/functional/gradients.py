@@ -49,14 +49,20 @@ def stage_gradients(module: nn.Module, outputs: Sequence[Tensor], errors: Sequen
 
 @contextmanager
 def preserve_buffers(module: nn.Module) -> Iterator[None]:
-    """Put buffers back afterwards, so that passes in training mode move no statistics of batch norm."""
-    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    """Put copies in the places of the buffers, so that passes in training mode move no statistics of batch norm.
+
+    The buffers themselves are not even written to: a graph made before, which refers to them, can still be used.
+    """
+    owners = [
+        (owner, name, buffer) for owner in module.modules() for name, buffer in owner.named_buffers(recurse=False)
+    ]
     try:
+        for owner, name, buffer in owners:
+            setattr(owner, name, buffer.detach().clone())
         yield
     finally:
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+        for owner, name, buffer in owners:
+            setattr(owner, name, buffer)
 
 
 @contextmanager
