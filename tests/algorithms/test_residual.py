@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bioprop.algorithms import DTP, LDRL, LayerwiseFeedback
 from bioprop.callbacks.alignment import alignment_to_backprop
 from bioprop.functional.angles import flatten_all
 from bioprop.functional.feedback_losses import FeedbackGradient
 from bioprop.functional.gradients import backprop_gradients
-from bioprop.networks import BasicBlockStage, BlockMirror, Network, PooledLinearStage, ResNet, StagePass, StemStage
+from bioprop.networks import BasicBlockStage, Network, PooledLinearStage, ResNet, StagePass, StemStage
 from tests.algorithms import contract, target_propagation_contract
 from tests.algorithms.contract import (
     CLASSES,
@@ -289,6 +289,7 @@ class TestLDRL(ResidualContract):
         return LDRL(network, **({"iterations": 2} | settings))
 
 
+@pytest.mark.slow
 class TestLDRLAroundWholeBlocks(ResidualContract):
     loss_falls_to = 0.95
 
@@ -302,10 +303,3 @@ class TestDTP(ResidualContract):
 
     def make(self, network: Network, **settings: Any) -> DTP:
         return DTP(network, **({"iterations": 2, "feedback_lr": (1e-5, 3e-5, 1e-2)} | settings))
-
-
-def test_every_feedback_weight_is_stepped_and_no_module_is_shared() -> None:
-    algorithm = LDRL(small_resnet(True))
-    mirrors = [mirror for _, _, mirror in algorithm.mirrored_stages()]
-    assert sum(isinstance(mirror, BlockMirror) for mirror in mirrors) == 3
-    assert not any(isinstance(module, nn.Conv2d) for mirror in mirrors for module in mirror.modules())

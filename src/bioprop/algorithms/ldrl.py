@@ -42,7 +42,8 @@ class LDRL(LayerwiseFeedback):
         iterations: feedback iterations a batch, 0 to leave a stage's feedback as it was drawn.
         switches: whose max-pool switches unpool the noisy output: those of the ``clean`` pass (ours) or of the
             ``noisy`` one, as published. Noise flips some switches, and each flip moves a whole activation, not a small
-            difference: this biases the published loss, however small the noise, away from ``J_G = J_F^T``.
+            difference: this biases the published loss, however small the noise, away from ``J_G = J_F^T``. Likewise
+            the inner slopes of a block with ``noise_at="stage"``.
         mirror: ``exact`` (ours) or ``paper``, the authors' form of the feedback operator.
         feedback_step: ``normalized`` (ours: by the loss's curvature, no momentum) or ``sgd``, as published.
         feedback_momentum: of ``sgd``.
