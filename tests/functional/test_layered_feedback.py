@@ -70,11 +70,11 @@ def test_the_layers_of_a_block(form: str, antithetic: bool, stride: int, batch_n
         first = block.conv1(clean.inputs)
         scale1, hidden = held(block.norm1, first), block.norm1(first)
         scale2 = held(block.norm2, block.conv2(F.elu(hidden)))
-    slope = torch.where(hidden > 0, 1.0, hidden.exp())
     feed = [len(hidden), *hidden.shape[1:]]
 
     def phi(values: Tensor) -> Tensor:
-        return slope * values if form == "exact" else F.elu(values)
+        low = values.clamp(-1, 0)
+        return torch.where(values > 0, values, low + low**2 / 2) if form == "exact" else F.elu(values)
 
     def back1(values: Tensor) -> Tensor:
         size = (1 - eps.shape[2] % 2, 1 - eps.shape[3] % 2) if stride == 2 else (0, 0)
@@ -117,8 +117,10 @@ def test_the_curvatures_are_second_derivatives_summed_over_the_positions_a_tap_s
     assert list(found) == ["conv1_weight", "conv2_weight", "shortcut_weight"]
     torch.testing.assert_close(found["shortcut_weight"], scale**2 * 2 * SIGMA**2 * 16)
     torch.testing.assert_close(found["conv2_weight"], case.clean.switches.norm2.scale**2 * 2 * SIGMA**2 * 16)
-    slope, scale = case.clean.switches.slope, case.clean.switches.norm1.scale
-    expected = scale**2 * 2 * ((slope * case.noise[1]) ** 2).sum((0, 2, 3)) / 4
+    before, scale = torch.tanh(case.clean.switches.affine), case.clean.switches.norm1.scale
+    below, above = (values.clamp(-1, 1) for values in (before, before + case.noise[1]))
+    step = above - above**3 / 3 - (below - below**3 / 3)
+    expected = scale**2 * 2 * (step**2).sum((0, 2, 3)) / 4
     torch.testing.assert_close(found["conv1_weight"], expected)
 
 

@@ -11,7 +11,6 @@ from bioprop.functional.pooling import (
     Pool,
     gather_windows,
     max_pool,
-    switch_taps,
     unpool_adding,
     unpool_overwriting,
 )
@@ -92,7 +91,7 @@ def test_gathering_equals_scattering(pool: Pool, size: tuple[int, int], layout: 
     places = torch.zeros(2, 3, size[0] * size[1], dtype=torch.float64)
     expected = places.scatter_add(2, switches.flatten(2), values.flatten(2)).view_as(maps)
     torch.testing.assert_close(unpool_adding(values, switches, pool, size), expected, rtol=1e-14, atol=1e-14)
-    gathered = gather_windows(values, switch_taps(switches, pool, size), pool, size)
+    gathered = gather_windows(values, switches, pool, size)
     torch.testing.assert_close(gathered, expected, rtol=1e-14, atol=1e-14)
 
 

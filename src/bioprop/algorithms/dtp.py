@@ -5,10 +5,10 @@ from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 
 from bioprop.algorithms.layerwise_feedback import LayerwiseFeedback
 from bioprop.algorithms.random_streams import NoiseStream
-from bioprop.algorithms.speed import DEFAULT_SPEED, Speed
 from bioprop.functional.activations import MirrorName
 from bioprop.functional.closed_forms import reconstruction_closed_form
 from bioprop.functional.feedback_losses import FeedbackGradient, FeedbackObjective, reconstruction_gradient
+from bioprop.functional.speed import DEFAULT_SPEED, Speed
 from bioprop.networks.layer_pairs import layer_pair, noise_shape
 from bioprop.networks.mirrors import LayerMirror, Mirror
 from bioprop.networks.network import Network
@@ -72,7 +72,7 @@ class DTP(LayerwiseFeedback):
     ) -> FeedbackObjective:
         """The reconstruction loss, on fresh noise at the stage's input."""
         shape = noise_shape(stage, clean.inputs)
-        pair = layer_pair(stage, mirror, self.speed.bfloat16)
+        pair = layer_pair(stage, mirror, self.speed)
 
         def by_autograd(iteration: int) -> FeedbackGradient:
             (eps,) = noise.draw(iteration, sigma, shape)

@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
@@ -10,14 +11,16 @@ from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from bioprop.algorithms.random_streams import NoiseStream, RandomStreams
+from bioprop.algorithms.recorded import Recorded
 from bioprop.algorithms.settings import check_range, number, per_stage
-from bioprop.algorithms.speed import Speed
 from bioprop.algorithms.target_algorithm import TargetAlgorithm
 from bioprop.errors import UserError
 from bioprop.functional.activations import MirrorName
 from bioprop.functional.angles import angle_degrees, flatten_all
+from bioprop.functional.compiled import refuse_without_compiler
 from bioprop.functional.feedback_losses import FeedbackGradient, FeedbackObjective
 from bioprop.functional.feedback_steps import normalized_steps
+from bioprop.functional.speed import Speed
 from bioprop.networks.mirrors import Mirror, build_mirror
 from bioprop.networks.network import Network
 from bioprop.networks.stages import Stage, StagePass
@@ -66,6 +69,8 @@ class LayerwiseFeedback(TargetAlgorithm):
         super().__init__(network, beta, optimizer, scheduler)
         self.speed = speed
         self.closed_form = speed.closed_form
+        if speed.compile:
+            refuse_without_compiler()
         mirrored = network.stages()[1:]  # G^1 would reach the input: nothing needs it
         names = [name for name, _ in mirrored]
         self.feedback_momentum = number("feedback_momentum", feedback_momentum)
@@ -88,6 +93,7 @@ class LayerwiseFeedback(TargetAlgorithm):
             )
         self.feedback = nn.ModuleDict({name: build_mirror(stage, mirror) for name, stage in mirrored})
         self.streams = RandomStreams()
+        self._recorded: dict[str, Recorded] = {}
         self._observers: list[Callable[[FeedbackIteration], None]] = []
         self._feedback_optimizer = self._make_feedback_optimizer()
         self.remember(
@@ -131,19 +137,41 @@ class LayerwiseFeedback(TargetAlgorithm):
             for place, ((name, stage, mirror), clean, sigma, lr, iterations) in enumerate(settings):
                 if not iterations:
                     continue
-                noise = self.streams.noise(place, clean.inputs)
-                gradient_at = self.feedback_objective(stage, mirror, clean, sigma, noise)
-                course = []
-                for iteration in range(iterations):
-                    gradient = gradient_at(iteration)
-                    self._step_feedback_weights(mirror, gradient, lr)
-                    course.append(gradient.loss)
-                    for observe in self._observers:
-                        forward, feedback = (flatten_all(side) for side in zip(*mirror.pairs(stage), strict=True))
-                        observe(FeedbackIteration(name, iteration, gradient.loss, angle_degrees(forward, feedback)))
-                losses[name] = torch.stack(course).mean()
+                noise = self.streams.noise(place, clean.inputs, self.speed.compile)
+                train = partial(self._train_stage, name, stage, mirror, sigma, lr, iterations, noise)
+                if self._may_record(clean):
+                    losses[name] = self._recorded.setdefault(name, Recorded())(train, clean, noise.generator())
+                else:
+                    losses[name] = train(*clean)
         self.streams.next_batch()
         return losses
+
+    def _train_stage(
+        self,
+        name: str,
+        stage: Stage,
+        mirror: Mirror,
+        sigma: float,
+        lr: float,
+        iterations: int,
+        noise: NoiseStream,
+        *clean: Tensor | None,
+    ) -> Tensor:
+        """Train one stage's feedback on one batch; return the mean loss."""
+        gradient_at = self.feedback_objective(stage, mirror, StagePass(*clean), sigma, noise)  # type: ignore[arg-type]
+        course = []
+        for iteration in range(iterations):
+            gradient = gradient_at(iteration)
+            self._step_feedback_weights(mirror, gradient, lr)
+            course.append(gradient.loss)
+            for observe in self._observers:
+                forward, feedback = (flatten_all(side) for side in zip(*mirror.pairs(stage), strict=True))
+                observe(FeedbackIteration(name, iteration, gradient.loss, angle_degrees(forward, feedback)))
+        return torch.stack(course).mean()
+
+    def _may_record(self, clean: StagePass) -> bool:
+        """Whether a stage's iterations can be a CUDA graph: no graph of autograd, and nobody watching."""
+        return self.speed.cuda_graph and clean.inputs.is_cuda and clean.affine is not None and not self._observers
 
     def _step_feedback_weights(self, mirror: Mirror, gradient: FeedbackGradient, lr: float) -> None:
         if self._feedback_optimizer is None:
@@ -195,6 +223,7 @@ class LayerwiseFeedback(TargetAlgorithm):
         """Add the feedback optimizer behind the forward one, so that checkpoints hold its momentum."""
         optimizers, schedulers = super().configure_optimizers()
         self._feedback_optimizer = self._make_feedback_optimizer()  # a new fit starts without momentum
+        self._recorded.clear()
         return [*optimizers, *([self._feedback_optimizer] if self._feedback_optimizer else [])], schedulers
 
     def _make_feedback_optimizer(self) -> torch.optim.Optimizer | None:
@@ -205,4 +234,5 @@ class LayerwiseFeedback(TargetAlgorithm):
             {"params": list(mirror.parameters()), "lr": lr}
             for mirror, lr in zip(self.feedback.values(), self.feedback_lr, strict=True)
         ]
-        return torch.optim.SGD(groups, momentum=self.feedback_momentum)
+        # one pass over the weights instead of three
+        return torch.optim.SGD(groups, momentum=self.feedback_momentum, fused=True)

@@ -7,12 +7,12 @@ from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 
 from bioprop.algorithms.layerwise_feedback import FeedbackStep, LayerwiseFeedback
 from bioprop.algorithms.random_streams import NoiseStream
-from bioprop.algorithms.speed import DEFAULT_SPEED, Speed
 from bioprop.errors import UserError
 from bioprop.functional.activations import MirrorName
 from bioprop.functional.closed_forms import clean_pass, ldrl_closed_form
 from bioprop.functional.feedback_losses import FeedbackGradient, FeedbackObjective, ldrl_gradient
 from bioprop.functional.layered_feedback import composed_ldrl_gradient, layered_ldrl_gradient
+from bioprop.functional.speed import DEFAULT_SPEED, Speed
 from bioprop.networks.layer_pairs import layer_pair, noise_shape
 from bioprop.networks.mirrors import LayerMirror, Mirror
 from bioprop.networks.network import Network
@@ -120,7 +120,7 @@ class LDRL(LayerwiseFeedback):
                 layers, noise.draw(iteration, sigma, *noise_shapes), sigma, self.sampling == "antithetic"
             )
         shapes = noise_shape(stage, clean.inputs), output.shape
-        pair = layer_pair(stage, mirror, self.speed.bfloat16)
+        pair = layer_pair(stage, mirror, self.speed)
 
         def by_autograd(iteration: int) -> FeedbackGradient:
             eps, eta = noise.draw(iteration, sigma, *shapes)
@@ -132,11 +132,12 @@ class LDRL(LayerwiseFeedback):
 
         if pair is None or clean.affine is None or not isinstance(mirror, LayerMirror):
             return by_autograd
+        weight = pair.products.prepare(pair.weight)
         kept = clean_pass(pair, clean.affine, output, clean.switches)
 
         def in_closed_form(iteration: int) -> FeedbackGradient:
             eps, eta = noise.draw(iteration, sigma, *shapes)
-            return ldrl_closed_form(pair, kept, mirror.weight, eps, eta, *rule)
+            return ldrl_closed_form(pair, weight, kept, mirror.weight, eps, eta, *rule)
 
         return in_closed_form
 

@@ -22,6 +22,7 @@ class FeedbackLayer(NamedTuple):
     Attributes:
         name: of its weight among the operator's parameters.
         pair: forward layer and feedback layer, in effective weights.
+        prepared: the forward layer's effective weight, prepared by the pair's products.
         clean: pass of the batch through the pair.
         feedback: feedback weight ``V``, ``[units, ...]``.
         scale: the effective weights are ``scale_o V_o`` (``[units]``); None for 1.
@@ -32,6 +33,7 @@ class FeedbackLayer(NamedTuple):
 
     name: str
     pair: LayerPair
+    prepared: Tensor
     clean: CleanPass
     feedback: Tensor
     scale: Tensor | None
@@ -69,7 +71,9 @@ def layered_ldrl_gradient(
         units = layer.feedback.new_ones(len(layer.feedback)) if layer.scale is None else layer.scale
         scale = units.view(-1, *[1] * (layer.feedback.dim() - 1))
         eps, eta = noise[layer.input_noise], noise[layer.output_noise]
-        found = ldrl_closed_form(layer.pair, layer.clean, scale * layer.feedback, eps, eta, sigma, True, antithetic)
+        found = ldrl_closed_form(
+            layer.pair, layer.prepared, layer.clean, scale * layer.feedback, eps, eta, sigma, True, antithetic
+        )
         gradients[layer.name] = layer.share * scale * found.weight
         if isinstance(found.curvature, Tensor):
             curvatures[layer.name] = layer.share * units.square() * found.curvature

@@ -1,13 +1,21 @@
 """Which stages and mirrors the closed forms cover, and what they consist of."""
 
+from collections.abc import Callable
+from functools import cache
 from math import prod
+from typing import cast
 
 from torch import Tensor, nn
 
 from bioprop.functional.closed_forms import LayerPair
+from bioprop.functional.compiled import compiled
 from bioprop.functional.layer_products import ConvProducts, LayerProducts, LinearProducts, SmallMapProducts
+from bioprop.functional.pooling import Places, Pool, Size, unpool_less
+from bioprop.functional.speed import Speed
 from bioprop.networks.mirrors import ConvMirror, LinearMirror, Mirror, unread_border
 from bioprop.networks.stages import ConvStage, LinearStage, Stage
+
+UnpoolLess = Callable[[Tensor, Places | None, Tensor], Tensor]
 
 
 def layer_products(stage: Stage, reduced: bool = False) -> LayerProducts | None:
@@ -49,17 +57,35 @@ def noise_shape(stage: Stage, inputs: Tensor) -> tuple[int, ...]:
     return (len(inputs), inputs[0].numel()) if isinstance(stage, LinearStage) else tuple(inputs.shape)
 
 
-def layer_pair(stage: Stage, mirror: Mirror, reduced: bool = False) -> LayerPair | None:
+def layer_pair(stage: Stage, mirror: Mirror, speed: Speed) -> LayerPair | None:
     """Return what the closed forms need of a stage and its mirror; None where they do not apply.
 
     Args:
         stage: any stage.
         mirror: its feedback operator.
-        reduced: whether the products are computed in bfloat16.
+        speed: how they are computed.
     """
-    products = layer_products(stage, reduced)
+    products = layer_products(stage, speed.bfloat16)
     if products is None or not isinstance(stage, LinearStage | ConvStage):
         return None
     if type(mirror) is not LinearMirror and type(mirror) is not ConvMirror:
         return None
-    return LayerPair(stage.weight, products, stage.activate, mirror.phi, mirror.unpool, mirror.is_linear)
+    pooled = isinstance(mirror, ConvMirror) and mirror.pool is not None
+    less = _fused_unpool_less(mirror.pool, mirror.map_size) if speed.compile and pooled else None
+    return LayerPair(
+        stage.weight,
+        products,
+        stage.activate,
+        mirror.phi,
+        mirror.locate,
+        mirror.unpool,
+        less or (lambda pooled, places, less: mirror.unpool(pooled, places).sub_(less)),
+        mirror.is_linear,
+    )
+
+
+@cache
+def _fused_unpool_less(pool: Pool, size: Size) -> UnpoolLess:
+    """Compile `unpool_less` for one geometry."""
+    fused = compiled(unpool_less)
+    return lambda pooled, places, less: fused(pooled, cast(Places, places), less, pool, size)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from bioprop.errors import UserError
 from bioprop.functional.activations import MirrorName, feedback_activation
-from bioprop.functional.pooling import unpool_adding, unpool_overwriting
+from bioprop.functional.pooling import Places, overwriting_places, unpool
 from bioprop.networks.stages import ConvStage, LayerStage, LinearStage, Stage, Switches
 
 
@@ -125,8 +125,12 @@ class LinearMirror(LayerMirror):
         """``phi(y)``, ``[batch, out_features]``."""
         return self.phi(outputs)
 
-    def unpool(self, pooled: Tensor, switches: Tensor | None) -> Tensor:
-        """Return the values as they are: nothing was pooled."""
+    def locate(self, switches: Tensor | None) -> Places | None:
+        """Return None: nothing was pooled."""
+        return None
+
+    def unpool(self, pooled: Tensor, places: Places | None) -> Tensor:
+        """Return the values as they are."""
         return pooled
 
     def project(self, features: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -154,16 +158,19 @@ class ConvMirror(LayerMirror):
 
         Every ``phi`` is 0 at 0, so that it may be applied before unpooling, to fewer values.
         """
-        return self.unpool(self.phi(outputs), switches)
+        return self.unpool(self.phi(outputs), self.locate(switches))
 
-    def unpool(self, pooled: Tensor, switches: Tensor | None) -> Tensor:
-        """Put values back to where the switches point, by the rule of the mirror's form."""
+    def locate(self, switches: Tensor | None) -> Places | None:
+        """Say where pooled values go back to, by the rule of the mirror's form; None without pooling."""
         if self.pool is None:
-            return pooled
+            return None
         if switches is None:
             raise ValueError("the mirror of a pooled stage needs the switches of the pass that made its input")
-        unpool = unpool_overwriting if self.form == "paper" else unpool_adding
-        return unpool(pooled, switches, self.pool, self.map_size)
+        return overwriting_places(switches, self.pool) if self.form == "paper" else Places(switches, None)
+
+    def unpool(self, pooled: Tensor, places: Places | None) -> Tensor:
+        """Put values back to their places, ``[batch, out_channels, *map_size]``."""
+        return pooled if places is None or self.pool is None else unpool(pooled, places, self.pool, self.map_size)
 
 
 def unread_border(conv: nn.Conv2d, input_size: Sequence[int], output_size: Sequence[int]) -> tuple[int, int]:

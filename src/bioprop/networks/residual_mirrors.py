@@ -120,18 +120,18 @@ class BlockMirror(LayeredMirror):
     def layers(self, stage: Stage, clean: StagePass, reduced: bool) -> FeedbackLayers:
         """Return the convolutions: noise enters at the block's input, between its convolutions, and at its output."""
         block, values = cast(BasicBlockStage, stage), cast(BlockPass, clean.switches)
-        inner = self._rho(values.affine)
-        activation = _Activation(self._rho, values.slope.mul if self.form == "exact" else self._rho, values.affine)
+        inner, linear = self._rho(values.affine), _linear(clean.output)
+        activation = _Activation(self._rho, self.phi, values.affine)
         products = _products(block.conv1, clean.inputs, inner, reduced)
         weights = block.conv1.weight, self.conv1_weight
         layers = [_feedback_layer("conv1_weight", weights, products, values.norm1, (0, 1), activation)]
         products = _products(block.conv2, inner, clean.output, reduced)
         weights = block.conv2.weight, self.conv2_weight
-        layers.append(_feedback_layer("conv2_weight", weights, products, values.norm2, (1, 2)))
+        layers.append(_feedback_layer("conv2_weight", weights, products, values.norm2, (1, 2), linear))
         if block.shortcut_conv is not None and self.shortcut_weight is not None:
             products = _products(block.shortcut_conv, clean.inputs, clean.output, reduced)
             weights = block.shortcut_conv.weight, self.shortcut_weight
-            layers.append(_feedback_layer("shortcut_weight", weights, products, values.norm_shortcut, (0, 2)))
+            layers.append(_feedback_layer("shortcut_weight", weights, products, values.norm_shortcut, (0, 2), linear))
         return FeedbackLayers(layers, [tuple(clean.inputs.shape), tuple(inner.shape), tuple(clean.output.shape)])
 
 
@@ -176,7 +176,7 @@ class PooledLinearMirror(LayeredMirror):
         """
         weights = cast(PooledLinearStage, stage).linear.weight, self.weight
         share = 1.0 / (self.size[0] * self.size[1])
-        layer = _feedback_layer("weight", weights, LinearProducts(reduced), None, (0, 1), share=share)
+        layer = _feedback_layer("weight", weights, LinearProducts(reduced), None, (0, 1), _linear(clean.output), share)
         return FeedbackLayers([layer], [tuple(clean.inputs.shape[:2]), tuple(clean.output.shape)])
 
 
@@ -227,25 +227,36 @@ class _Activation(NamedTuple):
     affine: Tensor
 
 
+def _linear(affine: Tensor) -> _Activation:
+    """Of a layer without activation, in which changes are the same around zero: no pass is needed."""
+    return _Activation(identity, identity, affine.new_zeros(()).expand(affine.shape))
+
+
 def _feedback_layer(
     name: str,
     weights: tuple[Tensor, Tensor],
     products: LayerProducts,
     norm: NormPass | None,
     noise: tuple[int, int],
-    activation: _Activation | None = None,
+    activation: _Activation,
     share: float = 1.0,
 ) -> FeedbackLayer:
     forward, feedback = weights
     scale = None if norm is None else norm.scale
     effective = forward.detach() if scale is None else forward.detach() * scale.view(-1, 1, 1, 1)
-    if activation is None:  # where everything is linear, changes are the same around zero
-        activation = _Activation(identity, identity, forward.new_zeros(()))
     rho, phi, affine = activation
-    linear = phi is identity
-    pair = LayerPair(effective, products, lambda values: (rho(values), None), phi, lambda values, _: values, linear)
+    pair = LayerPair(
+        weight=effective,
+        products=products,
+        activate=lambda values: (rho(values), None),
+        phi=phi,
+        locate=lambda switches: None,
+        unpool=lambda values, places: values,
+        unpool_less=lambda values, places, less: values - less,
+        phi_is_identity=phi is identity,
+    )
     clean = clean_pass(pair, affine, rho(affine), None)
-    return FeedbackLayer(name, pair, clean, feedback, scale, share, *noise)
+    return FeedbackLayer(name, pair, products.prepare(effective), clean, feedback, scale, share, *noise)
 
 
 def _products(conv: nn.Conv2d, inputs: Tensor, outputs: Tensor, reduced: bool) -> LayerProducts:
