@@ -26,6 +26,8 @@ ALGORITHMS = {
     "ldrl": "LDRL",
 }
 RUNS = sorted(path.name for path in CONFIGS.glob("*.yaml") if path.name not in LAYERS)
+# two batches of a ResNet-18 take 4 to 10 seconds on one thread
+SLOW = [name for name in RUNS if "_resnet18_" in name and name != "ldrl_resnet18_imagefolder.yaml"]
 
 
 @pytest.fixture
@@ -53,7 +55,9 @@ def data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("config", RUNS)
+@pytest.mark.parametrize(
+    "config", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in RUNS]
+)
 def test_config_runs_a_few_batches_under_smoke(config: str, data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(data_folder)
     cli = main(

@@ -185,7 +185,7 @@ class TargetPropagationContract(AlgorithmContract):
 
 def assert_not_aliased(algorithm: LayerwiseFeedback) -> None:
     """Forward and feedback weights are equal, in other memory, and an optimizer step on one leaves the other."""
-    pairs = [(stage.weight, mirror.weight) for _, stage, mirror in algorithm.mirrored_stages()]
+    pairs = [pair for _, stage, mirror in algorithm.mirrored_stages() for pair in mirror.pairs(stage)]
     for forward, feedback in pairs:
         assert torch.equal(forward, feedback)
         assert forward.data_ptr() != feedback.data_ptr()

@@ -342,3 +342,15 @@ def test_forming_a_gradient_leaves_no_trace(rule: str) -> None:
     after = {key: value for part in (case.stage, case.mirror) for key, value in part.state_dict().items()}
     assert all(torch.equal(after[key], before[key]) for key in before)
     assert all(p.grad is None for part in (case.stage, case.mirror) for p in part.parameters())
+
+
+def test_the_curvature_of_a_linear_convolution_counts_its_positions() -> None:
+    """The expectation of what is read off the samples elsewhere."""
+    stage = ConvStage((2, 6, 5), 3, 3, padding=1, activation="identity").double()
+    mirror, inputs = build_mirror(stage, "exact").double(), torch.randn(4, 2, 6, 5, dtype=torch.float64)
+    output, switches = stage.run(inputs)
+    eta = 0.5 * torch.randn(4000, 3, 6, 5, dtype=torch.float64)
+    noise = 0.5 * torch.randn_like(inputs), eta[:4]
+    gradient = ldrl_gradient(stage, mirror, inputs, output.detach(), switches, *noise, 0.5)
+    expected = 2.0 * eta.square().sum((2, 3)).mean(0)
+    torch.testing.assert_close(gradient.curvature, expected, rtol=0.03, atol=0)

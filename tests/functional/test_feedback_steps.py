@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bioprop.functional.feedback_losses import FeedbackGradient
-from bioprop.functional.feedback_steps import normalized_step
+from bioprop.functional.feedback_steps import normalized_step, normalized_steps
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (3, 2, 5, 5)], ids=["linear", "conv"])
@@ -38,3 +38,25 @@ def test_a_parameter_is_stepped_in_place() -> None:
 def test_a_loss_without_curvature_is_refused() -> None:
     with pytest.raises(ValueError, match="curvature"):
         normalized_step(torch.ones(2, 2), FeedbackGradient({"weight": torch.ones(2, 2)}, torch.tensor(0.0), None), 0.1)
+
+
+def test_each_of_several_weights_steps_by_its_own_curvature() -> None:
+    weights = {"first": torch.randn(3, 4), "second": torch.randn(2, 3, 1, 1), "bias": torch.randn(3)}
+    gradients = {name: torch.randn_like(weights[name]) for name in ("first", "second")}
+    curvatures = {"first": torch.tensor([1.0, 2.0, 3.0]), "second": torch.tensor([4.0, 5.0])}
+    expected = {name: weight.clone() for name, weight in weights.items()}
+    for name, curvature in curvatures.items():
+        normalized_step(
+            expected[name], FeedbackGradient({"weight": gradients[name]}, torch.tensor(0.0), curvature), eta=0.3
+        )
+    normalized_steps(weights, FeedbackGradient(gradients, torch.tensor(0.0), curvatures), eta=0.3)
+    assert all(torch.equal(weights[name], expected[name]) for name in weights)
+
+
+def test_a_single_weight_steps_as_alone() -> None:
+    weight, gradient = (
+        torch.ones(2, 2),
+        FeedbackGradient({"weight": torch.ones(2, 2)}, torch.tensor(0.0), torch.ones(2)),
+    )
+    normalized_steps({"weight": weight, "bias": torch.ones(2)}, gradient, eta=0.5)
+    torch.testing.assert_close(weight, torch.full((2, 2), 1 - 0.5 / 1.03))

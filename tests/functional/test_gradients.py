@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bioprop.functional.gradients import backprop_gradients, preserve_state
+from bioprop.functional.gradients import backprop_gradients, preserve_buffers, preserve_state
 
 
 def make_network() -> nn.Sequential:
@@ -47,3 +47,23 @@ def test_preserve_state_puts_buffers_and_random_state_back() -> None:
         assert not torch.equal(network[0].running_mean, buffers["0.running_mean"])
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in network.named_buffers())
+
+
+def test_preserve_buffers_leaves_the_random_state_to_its_course() -> None:
+    network = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.5))
+    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    random_state = torch.get_rng_state()
+    with preserve_buffers(network):
+        network(torch.randn(8, 4))
+    assert not torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in network.named_buffers())
+
+
+def test_preserve_buffers_leaves_graphs_made_before_usable() -> None:
+    """Batch norm keeps its running statistics for the backward pass, where autograd refuses what was written to."""
+    network = nn.BatchNorm1d(4)
+    output = network(torch.randn(8, 4))
+    with preserve_buffers(network):
+        network(torch.randn(8, 4))
+    output.square().sum().backward()
+    assert network.weight.grad.abs().max() > 0

@@ -9,7 +9,18 @@ from torch import Tensor, nn
 
 from bioprop.algorithms import DTP, LDRL, Backprop, DirectFeedbackAlignment, FeedbackAlignment
 from bioprop.errors import UserError
-from bioprop.networks import ResNet, build_network
+from bioprop.networks import (
+    BlockMirror,
+    Network,
+    PooledLinearMirror,
+    PooledLinearStage,
+    ResNet,
+    ResNet18,
+    ResNet34,
+    StemMirror,
+    StemStage,
+    build_network,
+)
 
 RGB, SHAPE = (3, 32, 32), (1, 16, 16)
 NARROW, WIDE = (16, 32, 64), (64, 128, 256, 512)
@@ -148,16 +159,37 @@ def test_impossible_settings_are_refused_in_a_sentence(settings: dict[str, Any],
 
 
 @pytest.mark.parametrize("cls", [LDRL, DTP])
-def test_target_propagation_on_it_is_refused_with_the_kinds_of_stages_that_have_mirrors(cls: type) -> None:
-    with pytest.raises(UserError) as caught:
-        cls(small_resnet())
-    message = str(caught.value)
-    assert "a BasicBlockStage has no feedback mirror" in message
-    assert "ConvStage, LinearStage" in message
-    assert "\n" not in message
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_target_propagation_has_a_mirror_for_every_stage_but_the_first(cls: type, batch_norm: bool) -> None:
+    algorithm = cls(small_resnet(batch_norm=batch_norm))
+    kinds = {name: type(mirror) for name, _, mirror in algorithm.mirrored_stages()}
+    blocks = dict.fromkeys(["block1_1", "block2_1", "block2_2"], BlockMirror)
+    assert kinds == blocks | {"fc": PooledLinearMirror}
 
 
-@pytest.mark.parametrize("cls", [Backprop, FeedbackAlignment, DirectFeedbackAlignment])
+def test_a_stem_further_up_has_a_mirror_too() -> None:
+    below = StemStage(SHAPE, 3, "elu", batch_norm=True)
+    above = StemStage(below.output_shape, 4, "elu", batch_norm=True)
+    output = PooledLinearStage(above.output_shape, 10)
+    algorithm = LDRL(Network({"below": below, "above": above, "out": output}, {}))
+    assert isinstance(algorithm.feedback["above"], StemMirror)
+
+
+@pytest.mark.parametrize(("cls", "blocks"), [(ResNet18, (2, 2, 2, 2)), (ResNet34, (3, 4, 6, 3))])
+def test_the_named_sizes_are_the_published_ones(cls: type[ResNet], blocks: tuple[int, ...], tmp_path: Any) -> None:
+    with torch.device("meta"):
+        network, expected = cls(RGB, 10, activation="elu"), ResNet(RGB, 10, blocks, WIDE, "elu")
+    shapes = {name: value.shape for name, value in network.state_dict().items()}
+    assert shapes == {name: value.shape for name, value in expected.state_dict().items()}
+    settings = {"image_shape": [3, 32, 32], "num_classes": 10, "activation": "elu", "batch_norm": True}
+    assert network.settings == settings
+    with torch.device("meta"):
+        rebuilt = build_network(network.description())
+    assert type(rebuilt) is cls
+    assert {name: value.shape for name, value in rebuilt.state_dict().items()} == shapes
+
+
+@pytest.mark.parametrize("cls", [Backprop, FeedbackAlignment, DirectFeedbackAlignment, LDRL, DTP])
 def test_forward_gradients_move_no_statistics_of_batch_norm(cls: type) -> None:
     algorithm = cls(small_resnet())
     before = {name: buffer.clone() for name, buffer in algorithm.network.named_buffers()}

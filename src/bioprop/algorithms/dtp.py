@@ -10,7 +10,7 @@ from bioprop.functional.closed_forms import reconstruction_closed_form
 from bioprop.functional.feedback_losses import FeedbackGradient, FeedbackObjective, reconstruction_gradient
 from bioprop.functional.speed import DEFAULT_SPEED, Speed
 from bioprop.networks.layer_pairs import layer_pair, noise_shape
-from bioprop.networks.mirrors import Mirror
+from bioprop.networks.mirrors import LayerMirror, Mirror
 from bioprop.networks.network import Network
 from bioprop.networks.stages import Stage, StagePass
 
@@ -78,7 +78,7 @@ class DTP(LayerwiseFeedback):
             (eps,) = noise.draw(iteration, sigma, shape)
             return reconstruction_gradient(stage, mirror, clean.inputs, eps.view(clean.inputs.shape))
 
-        if pair is None or clean.affine is None:
+        if pair is None or clean.affine is None or not isinstance(mirror, LayerMirror):
             return by_autograd
         weight, inputs = pair.products.prepare(pair.weight), pair.products.shape_inputs(clean.inputs)
         affine = clean.affine

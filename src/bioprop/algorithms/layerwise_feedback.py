@@ -19,7 +19,7 @@ from bioprop.functional.activations import MirrorName
 from bioprop.functional.angles import angle_degrees, flatten_all
 from bioprop.functional.compiled import refuse_without_compiler
 from bioprop.functional.feedback_losses import FeedbackGradient, FeedbackObjective
-from bioprop.functional.feedback_steps import normalized_step
+from bioprop.functional.feedback_steps import normalized_steps
 from bioprop.functional.speed import Speed
 from bioprop.networks.mirrors import Mirror, build_mirror
 from bioprop.networks.network import Network
@@ -175,7 +175,7 @@ class LayerwiseFeedback(TargetAlgorithm):
 
     def _step_feedback_weights(self, mirror: Mirror, gradient: FeedbackGradient, lr: float) -> None:
         if self._feedback_optimizer is None:
-            normalized_step(mirror.weight, gradient, lr)
+            normalized_steps(dict(mirror.named_parameters()), gradient, lr)
             return
         for name, parameter in mirror.named_parameters():
             parameter.grad = gradient.parameters.get(name)

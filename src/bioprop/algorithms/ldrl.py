@@ -6,23 +6,26 @@ import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from bioprop.algorithms.expected_sampling import prepare_expected_loss, train_expected
 from bioprop.algorithms.layerwise_feedback import FeedbackStep, LayerwiseFeedback
 from bioprop.algorithms.random_streams import NoiseStream
 from bioprop.errors import UserError
 from bioprop.functional.activations import MirrorName
 from bioprop.functional.closed_forms import clean_pass, ldrl_closed_form
-from bioprop.functional.expected_feedback import ExpectedLoss, check_covered, expected_loss, normals_shape
-from bioprop.functional.expected_steps import expected_gradient, expected_steps
+from bioprop.functional.expected_feedback import check_covered
+from bioprop.functional.expected_steps import expected_gradient
 from bioprop.functional.feedback_losses import FeedbackGradient, FeedbackObjective, ldrl_gradient
-from bioprop.functional.feedback_steps import CURVATURE_FLOOR
+from bioprop.functional.layered_feedback import composed_ldrl_gradient, layered_ldrl_gradient
 from bioprop.functional.speed import DEFAULT_SPEED, Speed
 from bioprop.networks.layer_pairs import expected_geometry, layer_pair, noise_shape
-from bioprop.networks.mirrors import Mirror
+from bioprop.networks.mirrors import LayerMirror, Mirror
 from bioprop.networks.network import Network
-from bioprop.networks.stages import LayerStage, Stage, StagePass
+from bioprop.networks.residual_mirrors import LayeredMirror
+from bioprop.networks.stages import Stage, StagePass
 
 SwitchesOf = Literal["noisy", "clean"]
 Sampling = Literal["independent", "antithetic", "expected"]
+NoiseAt = Literal["layer", "stage"]
 
 
 class LDRL(LayerwiseFeedback):
@@ -43,7 +46,8 @@ class LDRL(LayerwiseFeedback):
         iterations: feedback iterations a batch, 0 to leave a stage's feedback as it was drawn.
         switches: whose max-pool switches unpool the noisy output: those of the ``clean`` pass (ours) or of the
             ``noisy`` one, as published. Noise flips some switches, and each flip moves a whole activation, not a small
-            difference: this biases the published loss, however small the noise, away from ``J_G = J_F^T``.
+            difference: this biases the published loss, however small the noise, away from ``J_G = J_F^T``. Likewise
+            the inner slopes of a block with ``noise_at="stage"``.
         mirror: ``exact`` (ours) or ``paper``, the authors' form of the feedback operator.
         feedback_step: ``normalized`` (ours: by the loss's curvature, no momentum) or ``sgd``, as published.
         feedback_momentum: of ``sgd``.
@@ -52,6 +56,9 @@ class LDRL(LayerwiseFeedback):
             integrates the noise out, for 20 to 30 times less work: it READS THE FORWARD WEIGHTS, so it simulates the
             mean dynamics of the rule and is no model of a local one; a tool for study, whose accuracies are not those
             of the sampled rule. It covers linear stages and conv stages whose pool windows do not compete.
+        noise_at: how the feedback of a stage of several layers (a residual block) is trained: by noise around each
+            ``layer`` (ours) or around the ``stage`` as a whole, as published, which needs ``sgd``. Only the former has
+            ``V = W`` for its one minimiser: factors that cancel between two layers leave the whole as it is.
         speed: how the gradients are computed; changes rounding, not the method.
         optimizer: makes the optimizer of the forward weights.
         scheduler: makes its learning-rate schedule, stepped once an epoch; None for a constant rate.
@@ -72,6 +79,7 @@ class LDRL(LayerwiseFeedback):
         feedback_step: FeedbackStep = "normalized",
         feedback_momentum: float = 0.9,
         sampling: Sampling = "independent",
+        noise_at: NoiseAt = "layer",
         speed: Speed = DEFAULT_SPEED,
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.02, momentum=0.9, weight_decay=1e-4),
         scheduler: LRSchedulerCallable | None = None,
@@ -90,11 +98,21 @@ class LDRL(LayerwiseFeedback):
             speed=speed,
             switches=switches,
             sampling=sampling,
+            noise_at=noise_at,
         )
         if switches not in get_args(SwitchesOf):
             raise UserError(f"switches {switches!r} is not known: choose one of {', '.join(get_args(SwitchesOf))}")
         if sampling not in get_args(Sampling):
             raise UserError(f"sampling {sampling!r} is not known: choose one of {', '.join(get_args(Sampling))}")
+        if noise_at not in get_args(NoiseAt):
+            raise UserError(f"noise_at {noise_at!r} is not known: choose one of {', '.join(get_args(NoiseAt))}")
+        self.noise_at = noise_at
+        for name, _, mirror_of_stage in self.mirrored_stages():
+            if feedback_step == "normalized" and not self._has_curvature(mirror_of_stage):
+                raise UserError(
+                    f"noise_at stage has no curvature for each of {name}'s several feedback weights, which the "
+                    "normalized step divides by: use feedback_step: sgd, or noise_at: layer"
+                )
         self._clean_switches = switches == "clean"
         self.sampling = sampling
         if sampling == "expected":
@@ -115,50 +133,36 @@ class LDRL(LayerwiseFeedback):
         if self.sampling != "expected" or self._observers:
             return super()._train_stage(name, stage, mirror, sigma, lr, iterations, noise, *clean)
         # all iterations at once: the gradient is linear in the weights
-        loss = self._expected_loss(stage, mirror, StagePass(*clean), sigma, noise)  # type: ignore[arg-type]
-        rate, velocity = self._rate_and_velocity(mirror, loss.curvature, lr)
-        return expected_steps(
-            mirror.weight.data, loss, rate, iterations, 0.0 if velocity is None else self.feedback_momentum, velocity
-        ).mean()
-
-    def _expected_loss(
-        self, stage: Stage, mirror: Mirror, clean: StagePass, sigma: float, noise: NoiseStream
-    ) -> ExpectedLoss:
-        geometry = expected_geometry("", stage)
-        shape = normals_shape(len(clean.inputs), geometry)
-        normals = None if shape is None else noise.draw(0, 1.0, shape)[0]
-        layer = cast(LayerStage, stage)
-        affine = layer.affine(clean.inputs) if clean.affine is None else clean.affine
-        output = clean.output.detach()
-        rule = (sigma, layer.activation, mirror.form, geometry, self._clean_switches)
-        return expected_loss(layer.weight, mirror.weight, affine, output, clean.switches, *rule, normals)
-
-    def _rate_and_velocity(self, mirror: Mirror, curvature: Tensor, lr: float) -> tuple[float | Tensor, Tensor | None]:
-        """What a step is multiplied by, and the momentum buffer of the feedback optimizer, if it has one."""
-        if self._feedback_optimizer is None:
-            return lr / (curvature + CURVATURE_FLOOR * curvature.mean()), None
-        state = self._feedback_optimizer.state[mirror.weight]
-        if state.get("momentum_buffer") is None:
-            state["momentum_buffer"] = torch.zeros_like(mirror.weight)
-        return lr, state["momentum_buffer"]
+        layer = cast(LayerMirror, mirror)
+        loss = prepare_expected_loss(stage, layer, StagePass(*clean), sigma, noise, self._clean_switches)  # type: ignore[arg-type]
+        return train_expected(layer, loss, lr, iterations, self._feedback_optimizer, self.feedback_momentum)
 
     def feedback_objective(
         self, stage: Stage, mirror: Mirror, clean: StagePass, sigma: float, noise: NoiseStream
     ) -> FeedbackObjective:
         """The L-DRL loss, on fresh noise at the stage's input and output."""
         if self.sampling == "expected":
-            expected = self._expected_loss(stage, mirror, clean, sigma, noise)
-            return lambda iteration: expected_gradient(expected, mirror.weight)
+            layer = cast(LayerMirror, mirror)
+            expected = prepare_expected_loss(stage, layer, clean, sigma, noise, self._clean_switches)
+            return lambda iteration: expected_gradient(expected, layer.weight)
         output, rule = clean.output.detach(), (sigma, self._clean_switches, self.sampling == "antithetic")
+        if isinstance(mirror, LayeredMirror) and self._by_layers(mirror):
+            layers, noise_shapes = mirror.layers(stage, clean, self.speed.bfloat16)
+            return lambda iteration: layered_ldrl_gradient(
+                layers, noise.draw(iteration, sigma, *noise_shapes), sigma, self.sampling == "antithetic"
+            )
         shapes = noise_shape(stage, clean.inputs), output.shape
         pair = layer_pair(stage, mirror, self.speed)
 
         def by_autograd(iteration: int) -> FeedbackGradient:
             eps, eta = noise.draw(iteration, sigma, *shapes)
             eps = eps.view(clean.inputs.shape)
-            return ldrl_gradient(stage, mirror, clean.inputs, output, clean.switches, eps, eta, *rule)
+            values = clean.inputs, output, clean.switches, eps, eta
+            if isinstance(mirror, LayerMirror):
+                return ldrl_gradient(stage, mirror, *values, *rule)
+            return composed_ldrl_gradient(stage, mirror, *values, *rule[1:])
 
-        if pair is None or clean.affine is None:
+        if pair is None or clean.affine is None or not isinstance(mirror, LayerMirror):
             return by_autograd
         weight = pair.products.prepare(pair.weight)
         kept = clean_pass(pair, clean.affine, output, clean.switches)
@@ -168,3 +172,9 @@ class LDRL(LayerwiseFeedback):
             return ldrl_closed_form(pair, weight, kept, mirror.weight, eps, eta, *rule)
 
         return in_closed_form
+
+    def _by_layers(self, mirror: LayeredMirror) -> bool:
+        return self.noise_at == "layer" or not mirror.is_composed
+
+    def _has_curvature(self, mirror: Mirror) -> bool:
+        return isinstance(mirror, LayerMirror) or (isinstance(mirror, LayeredMirror) and self._by_layers(mirror))

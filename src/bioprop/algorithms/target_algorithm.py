@@ -10,6 +10,7 @@ from torch import Tensor
 from bioprop.algorithms.base import Algorithm, Gradients
 from bioprop.algorithms.settings import check_range, number
 from bioprop.errors import UserError
+from bioprop.functional.gradients import preserve_buffers
 from bioprop.functional.targets import output_difference
 from bioprop.networks.local_gradients import local_gradients, run_stages
 from bioprop.networks.network import Network
@@ -55,7 +56,7 @@ class TargetAlgorithm(Algorithm):
         return self.beta
 
     def train_feedback(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """Phase 1 on one batch.
+        """Phase 1 on one batch; changes nothing but feedback weights.
 
         Args:
             images: ``[batch, channels, height, width]``.
@@ -64,7 +65,8 @@ class TargetAlgorithm(Algorithm):
         Returns:
             The mean feedback loss, by name of stage, for those that train.
         """
-        return self._train_feedback(run_stages(self.network, images, self.closed_form))
+        with preserve_buffers(self.network):
+            return self._train_feedback(run_stages(self.network, images, self.closed_form))
 
     def _train_feedback(self, passes: Sequence[StagePass]) -> dict[str, Tensor]:
         """Train the feedback weights, if the method has any to train, around the clean pass of one batch."""
@@ -73,7 +75,8 @@ class TargetAlgorithm(Algorithm):
     def _learn(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Gradients]:
         # both phases see the same forward weights: one pass serves them
         passes = run_stages(self.network, images, self.closed_form)
-        losses = self._train_feedback(passes)
+        with preserve_buffers(self.network):  # statistics of batch norm are those of clean passes
+            losses = self._train_feedback(passes)
         return losses, self._local_gradients(passes, labels)
 
     def _gradients(self, images: Tensor, labels: Tensor) -> Gradients:

@@ -137,7 +137,7 @@ def ldrl_closed_form(
     gradient, second_term, *squares = sums
     # <V, wgrad(V^T D2, D2)> = |V^T D2|^2 is the second term of the loss, -2 <V, wgrad(eps, D1)> the first
     loss = (2.0 * _inner(feedback, gradient) - second_term) / batch
-    known = feedback.new_full((len(feedback),), 2.0 * sigma**2)
+    known = feedback.new_full((len(feedback),), 2.0 * sigma**2 * clean.output[0, 0].numel())
     curvature = squares[0].mul_(2.0 / batch) if squares else known
     return FeedbackGradient({"weight": gradient.mul_(2.0 / batch)}, loss, curvature)
 

@@ -4,8 +4,8 @@ Each function is the one place where its gradient is formed: what replaces the p
 replaces it here.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 class RunsStage(Protocol):
     """A forward stage ``F^n``."""
 
-    def run(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+    def run(self, inputs: Tensor) -> tuple[Tensor, Any]:
         """Return the output and the switches of this pass."""
 
 
@@ -41,6 +41,16 @@ class MapsBack(Protocol):
         """Compute ``G^n``."""
 
 
+class Reconstructs(Protocol):
+    """A feedback operator ``G^n`` of any kind."""
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Return its parameters by name."""
+
+    def __call__(self, outputs: Tensor, switches: Any) -> Tensor:
+        """Compute ``G^n``."""
+
+
 class FeedbackGradient(NamedTuple):
     """Gradient of a feedback loss with respect to the parameters of ``G^n``, the loss, and a scale for the step.
 
@@ -48,12 +58,13 @@ class FeedbackGradient(NamedTuple):
         parameters: gradient by name of the parameter, in its shape; those whose gradient is exactly zero are left out.
         loss: the loss, a scalar.
         curvature: ``D_o >= 0``, one value for each unit or channel of the stage's output (``[units]``): the
-            curvature of the loss along the weights that leave it. None where the loss offers no cheap estimate.
+            curvature of the loss along the weights that leave it. By name of the parameter where a mirror has several
+            weights. None where the loss offers no cheap estimate.
     """
 
     parameters: dict[str, Tensor]
     loss: Tensor
-    curvature: Tensor | None
+    curvature: Tensor | Mapping[str, Tensor] | None
 
     @property
     def weight(self) -> Tensor:
@@ -107,13 +118,14 @@ def ldrl_gradient(
 
     Returns:
         The gradient; its curvature is that of the second term, ``2 mean_batch sum_positions
-        (phi(s^n + eta) - phi(s^n))_o^2``, read off the same samples (``2 sigma^2`` where ``phi`` is the identity).
+        (phi(s^n + eta) - phi(s^n))_o^2``, read off the same samples (``2 sigma^2`` a position where ``phi`` is the
+        identity).
     """
     signs = (1.0, -1.0) if antithetic else (1.0,)
     with torch.no_grad():
         noisy = [stage.run(inputs + sign * input_noise) for sign in signs]
         if mirror.is_linear:
-            curvature = output.new_full((output.shape[1],), 2.0 * sigma**2)
+            curvature = output.new_full((output.shape[1],), 2.0 * sigma**2 * output[0, 0].numel())
         else:
             curvature = 2.0 * unit_square_sums(mirror.phi(output + output_noise) - mirror.phi(output))
     with torch.enable_grad():
@@ -129,7 +141,7 @@ def ldrl_gradient(
 
 
 def reconstruction_gradient(
-    stage: RunsStage, mirror: MapsBack, inputs: Tensor, input_noise: Tensor
+    stage: RunsStage, mirror: Reconstructs, inputs: Tensor, input_noise: Tensor
 ) -> FeedbackGradient:
     """Gradient of the reconstruction loss of difference target propagation (Lee et al., 2015).
 
@@ -148,7 +160,7 @@ def reconstruction_gradient(
     noisy = inputs + input_noise
     with torch.no_grad():
         output, switches = stage.run(noisy)
-    parameters = {"weight": mirror.weight} | ({} if mirror.bias is None else {"bias": mirror.bias})
+    parameters = dict(mirror.named_parameters())
     with torch.enable_grad():
         loss = (noisy - mirror(output, switches)).flatten(1).square().sum(1).mean()
     gradients = torch.autograd.grad(loss, list(parameters.values()))

@@ -1,5 +1,7 @@
 """Steps of feedback weights that need no learning rate of their own for each stage."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,30 @@ def normalized_step(weight: Tensor, gradient: FeedbackGradient, eta: float) -> N
     Raises:
         ValueError: if the gradient carries no curvature.
     """
-    if gradient.curvature is None:
+    if not isinstance(gradient.curvature, Tensor):
         raise ValueError("the normalized step needs a feedback loss that estimates its curvature")
-    curvature = gradient.curvature + CURVATURE_FLOOR * gradient.curvature.mean()
-    weight -= eta * gradient.weight / curvature.view(-1, *[1] * (weight.dim() - 1))
+    _step(weight, gradient.weight, gradient.curvature, eta)
+
+
+@torch.no_grad()
+def normalized_steps(weights: Mapping[str, Tensor], gradient: FeedbackGradient, eta: float) -> None:
+    """`normalized_step` for each of several weights, in place, by the curvature of its own.
+
+    Args:
+        weights: by name.
+        gradient: of the feedback loss, for all or some of the names, with a curvature for each.
+        eta: fraction of the Newton step.
+
+    Raises:
+        ValueError: if the gradient carries no curvatures.
+    """
+    if not isinstance(gradient.curvature, Mapping):
+        normalized_step(weights["weight"], gradient, eta)
+        return
+    for name, curvature in gradient.curvature.items():
+        _step(weights[name], gradient.parameters[name], curvature, eta)
+
+
+def _step(weight: Tensor, gradient: Tensor, curvature: Tensor, eta: float) -> None:
+    curvature = curvature + CURVATURE_FLOOR * curvature.mean()
+    weight -= eta * gradient / curvature.view(-1, *[1] * (weight.dim() - 1))

@@ -60,17 +60,29 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def preserve_buffers(module: nn.Module) -> Iterator[None]:
+    """Put copies in the places of the buffers, so that passes in training mode move no statistics of batch norm.
+
+    The buffers themselves are not even written to: a graph made before, which refers to them, can still be used.
+    """
+    owners = [
+        (owner, name, buffer) for owner in module.modules() for name, buffer in owner.named_buffers(recurse=False)
+    ]
+    try:
+        for owner, name, buffer in owners:
+            setattr(owner, name, buffer.detach().clone())
+        yield
+    finally:
+        for owner, name, buffer in owners:
+            setattr(owner, name, buffer)
+
+
+@contextmanager
 def preserve_state(module: nn.Module) -> Iterator[None]:
     """Put buffers and random generators back afterwards, so that a measurement leaves no trace.
 
     Without it a forward pass in training mode would move batch-norm statistics and draw dropout masks.
     """
-    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     devices = {parameter.device for parameter in module.parameters() if parameter.device.type == "cuda"}
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+    with preserve_buffers(module), torch.random.fork_rng(devices=devices):
+        yield

@@ -8,7 +8,8 @@ class Speed:
     """How feedback gradients are computed.
 
     Args:
-        closed_form: by closed forms, for the kinds of stages that have them; false: by plain autograd everywhere.
+        closed_form: by closed forms, for the kinds of stages that have them; false: by plain autograd
+            everywhere but in the layers of residual stages.
         compile: compile the point-wise parts of the closed forms, which takes up to a minute at the first batch and
             needs a C++ compiler (or Triton, on a GPU): for long runs.
         bfloat16: compute convolutions and matrix products of feedback training in bfloat16, out of float32 weights

@@ -5,6 +5,7 @@ Meulemans et al. (2020) have it, so that ``g`` keeps to the range of the activat
 """
 
 from math import prod
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from bioprop.errors import UserError
 from bioprop.functional.activations import ActivationName, forward_activation, identity
-from bioprop.networks.mirrors import build_mirror
+from bioprop.networks.mirrors import LayerMirror, build_mirror
 from bioprop.networks.stages import LayerStage, Stage
 
 
@@ -97,7 +98,7 @@ class Decoder(nn.Module):
                 f"a {type(stage).__name__} has no layer to send targets back through: DTPDRL needs linear or conv "
                 "stages, DDTPLinear takes any"
             )
-        mirror = build_mirror(stage, "exact")
+        mirror = cast(LayerMirror, build_mirror(stage, "exact"))
         mirror.phi, mirror.is_linear = identity, True  # the activation comes behind the weights
         self.mirror = mirror
         self._rho = forward_activation(below.activation if isinstance(below, LayerStage) else "identity")

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import cache
 from math import prod
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bioprop.errors import UserError
 from bioprop.functional.closed_forms import LayerPair
@@ -13,7 +13,7 @@ from bioprop.functional.layer_products import ConvProducts, LayerProducts, Linea
 from bioprop.functional.pool_windows import NO_POOL, ConvGeometry
 from bioprop.functional.pooling import Places, Pool, Size, gather_less
 from bioprop.functional.speed import Speed
-from bioprop.networks.mirrors import ConvMirror, LinearMirror, Mirror
+from bioprop.networks.mirrors import ConvMirror, LinearMirror, Mirror, unread_border
 from bioprop.networks.stages import ConvStage, LinearStage, Stage
 
 UnpoolLess = Callable[[Tensor, Places | None, Tensor], Tensor]
@@ -32,15 +32,25 @@ def layer_products(stage: Stage, reduced: bool = False) -> LayerProducts | None:
         return LinearProducts(reduced)
     if type(stage) is not ConvStage:
         return None
-    (stride, _), (padding, _) = stage.conv.stride, (int(side) for side in stage.conv.padding)
-    shape, size = stage.weight.shape, (stage.input_shape[1], stage.input_shape[2])
-    if prod(size) <= prod(shape[2:]):
-        return SmallMapProducts(shape, stride, padding, size, stage.map_size, reduced)
-    unread = [
-        side - ((out - 1) * stride - 2 * padding + kernel)
-        for side, out, kernel in zip(size, stage.map_size, shape[2:], strict=True)
-    ]
-    return ConvProducts(shape, stride, padding, (unread[0], unread[1]), reduced)
+    return conv_products(stage.conv, (stage.input_shape[1], stage.input_shape[2]), stage.map_size, reduced)
+
+
+def conv_products(
+    conv: nn.Conv2d, input_size: tuple[int, int], output_size: tuple[int, int], reduced: bool = False
+) -> LayerProducts:
+    """Return the products of a convolution.
+
+    Args:
+        conv: with a square kernel, the same in both directions.
+        input_size: height and width of its input.
+        output_size: height and width of its output.
+        reduced: whether the products are computed in bfloat16.
+    """
+    (stride, _), (padding, _) = conv.stride, (int(side) for side in conv.padding)
+    if prod(input_size) <= prod(conv.weight.shape[2:]):
+        return SmallMapProducts(conv.weight.shape, stride, padding, input_size, output_size, reduced)
+    unread = unread_border(conv, input_size, output_size)
+    return ConvProducts(conv.weight.shape, stride, padding, unread, reduced)
 
 
 def expected_geometry(name: str, stage: Stage) -> ConvGeometry:

@@ -10,6 +10,7 @@ stage.weight`` is the symmetric case (``G = F^T`` on a linear stage). Two forms:
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import singledispatch
 from math import prod
 from typing import cast
@@ -21,11 +22,36 @@ from torch import Tensor, nn
 from bioprop.errors import UserError
 from bioprop.functional.activations import MirrorName, feedback_activation
 from bioprop.functional.pooling import Places, overwriting_places, unpool
-from bioprop.networks.stages import ConvStage, LayerStage, LinearStage, Stage
+from bioprop.networks.stages import ConvStage, LayerStage, LinearStage, Stage, Switches
 
 
 class Mirror(nn.Module, ABC):
-    """Feedback operator of one stage, linear in its own weights after the activation ``phi``.
+    """Feedback operator of one stage. Its parameters are the feedback weights, and biases named ``bias``."""
+
+    @abstractmethod
+    def pairs(self, stage: Stage) -> list[tuple[Tensor, Tensor]]:
+        """Return each forward weight of the stage with the feedback weight that is its counterpart."""
+
+    @abstractmethod
+    def forward(self, outputs: Tensor, switches: Switches) -> Tensor:
+        """Compute ``G(outputs)``, ``[batch, *output_shape]`` to ``[batch, *input_shape]``.
+
+        Args:
+            outputs: activations of the stage, or targets for them.
+            switches: those of the pass that made the stage's activations.
+        """
+
+    @abstractmethod
+    def difference(self, outputs: Tensor, step: Tensor, switches: Switches) -> Tensor:
+        """Compute ``G(outputs + step) - G(outputs)``."""
+
+    def difference_parameters(self) -> dict[str, Tensor]:
+        """Return the parameters that a difference of ``G`` depends on, by name: biases cancel."""
+        return {name: parameter for name, parameter in self.named_parameters() if name != "bias"}
+
+
+class LayerMirror(Mirror):
+    """Mirror of a stage of one layer, linear in its own weights after the activation ``phi``.
 
     Attributes:
         weight: feedback weight ``V``, in the layout of the stage's forward weight; drawn independently of it.
@@ -60,14 +86,14 @@ class Mirror(nn.Module, ABC):
         return [(cast(LayerStage, stage).weight, self.weight)]
 
     @abstractmethod
-    def features(self, outputs: Tensor, switches: Tensor | None) -> Tensor:
+    def features(self, outputs: Tensor, switches: Switches) -> Tensor:
         """What the feedback weights are applied to: the unpooled ``phi(outputs)``."""
 
     @abstractmethod
     def project(self, features: Tensor, bias: Tensor | None = None) -> Tensor:
         """Apply the feedback weights: the part of ``G`` that is linear."""
 
-    def forward(self, outputs: Tensor, switches: Tensor | None) -> Tensor:
+    def forward(self, outputs: Tensor, switches: Switches) -> Tensor:
         """Compute ``G(outputs)``, ``[batch, *output_shape]`` to ``[batch, *input_shape]``.
 
         Args:
@@ -76,7 +102,7 @@ class Mirror(nn.Module, ABC):
         """
         return self.project(self.features(outputs, switches), self.bias)
 
-    def difference(self, outputs: Tensor, step: Tensor, switches: Tensor | None) -> Tensor:
+    def difference(self, outputs: Tensor, step: Tensor, switches: Switches) -> Tensor:
         """Compute ``G(outputs + step) - G(outputs)`` with the weights applied once, to the difference.
 
         In float32 this keeps digits that subtracting two projections loses: on LeNet's conv1, symmetric, with beta
@@ -85,7 +111,7 @@ class Mirror(nn.Module, ABC):
         return self.project(self.features(outputs + step, switches) - self.features(outputs, switches))
 
 
-class LinearMirror(Mirror):
+class LinearMirror(LayerMirror):
     """``G(y) = V^T phi(y) + bias``, shaped back like the stage's input; ``V`` is ``[out_features, in_features]``."""
 
     def __init__(self, stage: LinearStage, form: MirrorName) -> None:
@@ -112,21 +138,15 @@ class LinearMirror(Mirror):
         return F.linear(features, self.weight.t(), bias).view(-1, *self.input_shape)
 
 
-class ConvMirror(Mirror):
+class ConvMirror(LayerMirror):
     """Transposed convolution of the unpooled maps; ``V`` is ``[out_channels, in_channels, kernel, kernel]``."""
 
     def __init__(self, stage: ConvStage, form: MirrorName) -> None:
         super().__init__(stage, form)
         self.pool, self.map_size = stage.pool, stage.map_size
         (self.stride, _), (self.padding, _) = stage.conv.stride, (int(p) for p in stage.conv.padding)
-        kernel = self.weight.shape[-1]
-        # rows and columns at the far border that a strided convolution never reads
-        rows, columns = (
-            side - ((out - 1) * self.stride - 2 * self.padding + kernel)
-            for side, out in zip(stage.input_shape[1:], stage.map_size, strict=True)
-        )
-        self.output_padding = (rows, columns)
-        self._draw(paper_fan_in=stage.input_shape[0] * kernel**2)
+        self.output_padding = unread_border(stage.conv, stage.input_shape[1:], stage.map_size)
+        self._draw(paper_fan_in=self.weight[0].numel())
         self.to(memory_format=torch.channels_last)
 
     def project(self, features: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -151,6 +171,16 @@ class ConvMirror(Mirror):
     def unpool(self, pooled: Tensor, places: Places | None) -> Tensor:
         """Put values back to their places, ``[batch, out_channels, *map_size]``."""
         return pooled if places is None or self.pool is None else unpool(pooled, places, self.pool, self.map_size)
+
+
+def unread_border(conv: nn.Conv2d, input_size: Sequence[int], output_size: Sequence[int]) -> tuple[int, int]:
+    """Return how many rows and columns at the far border a strided convolution never reads."""
+    (stride, _), (padding, _) = conv.stride, (int(side) for side in conv.padding)
+    rows, columns = (
+        side - ((out - 1) * stride - 2 * padding + kernel)
+        for side, out, kernel in zip(input_size, output_size, conv.weight.shape[2:], strict=True)
+    )
+    return rows, columns
 
 
 @singledispatch

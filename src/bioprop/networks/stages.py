@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,16 @@ from bioprop.errors import UserError
 from bioprop.functional.activations import FLAT, ActivationName, forward_activation
 from bioprop.functional.pooling import Pool, max_pool
 
+#: What a pass hands to the mirror besides the output: max-pool switches (a tensor), for other kinds of stages a tuple
+#: of whatever their mirror needs, or None. Only the stage's own mirror looks into it.
+Switches = Any
+
 
 class StageOutput(NamedTuple):
-    """What a stage hands to the next one, and the max-pool switches of that very pass (None without pooling)."""
+    """What a stage hands to the next one, and the switches of that very pass (None without pooling)."""
 
     output: Tensor
-    switches: Tensor | None
+    switches: Switches
 
 
 class StagePass(NamedTuple):
@@ -27,13 +31,13 @@ class StagePass(NamedTuple):
         inputs: ``s^{n-1}``, ``[batch, *input_shape]``.
         affine: what the activation and the pooling are applied to, for the stages that consist of one layer.
         output: ``s^n``, ``[batch, *output_shape]``; for other stages it carries the graph of this very pass.
-        switches: max-pool switches of this pass, None without pooling.
+        switches: those of this pass.
     """
 
     inputs: Tensor
     affine: Tensor | None
     output: Tensor
-    switches: Tensor | None
+    switches: Switches
 
 
 class Stage(nn.Module, ABC):
