@@ -27,6 +27,9 @@ from benchmarks.twins import assert_equal
 from benchmarks.variants import Variant, variants
 from bioprop.errors import UserError
 
+#: Columns of the console that the tables need.
+WIDTH = 110
+
 
 @dataclass(frozen=True)
 class Amounts:
@@ -86,6 +89,7 @@ def measure(settings: Mapping[str, Setting], amounts: Amounts, threads: int, out
     torch.set_num_threads(threads)
     run = {"threads": threads, "torch": torch.__version__, "cpu": processor()}
     console = Console()
+    console.width = max(console.width, WIDTH)
     rows: list[Row] = []
     values: list[Row] = []
     for name, setting in settings.items():

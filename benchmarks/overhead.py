@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
+from torch.utils.data import DataLoader
 
 from benchmarks.learners import algorithm_learner
 from bioprop.algorithms import LDRL, Algorithm, Backprop
@@ -75,7 +76,7 @@ def _overhead(make: Callable[[], Algorithm], data: list[tuple[torch.Tensor, torc
                 enable_checkpointing=False,
                 default_root_dir=folder,
             )
-            trainer.fit(make(), data)
+            trainer.fit(make(), DataLoader(data, batch_size=None))  # type: ignore[arg-type]
         finally:
             logger.setLevel(level)
     usual = median(outside[first:])

@@ -104,10 +104,11 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
 
 def timing_table(title: str, rows: Sequence[Row]) -> Table:
     """Show rows that were timed, in the order they come."""
-    headings = ("ms", "min..max", "speed-up\nover plain", "ratio\nto BP", "GF", "GF/s", "of conv\nrate")
-    table = Table("part", "variant", title=title)
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    table = Table(title=title)
+    table.add_column("part", no_wrap=True)
+    table.add_column("variant", no_wrap=True)
+    for heading in ("ms", "min", "max", "speed-up\nover plain", "ratio\nto BP", "GF", "GF/s", "of conv\nrate"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         assert row.seconds_median is not None
         assert row.seconds_min is not None
@@ -116,7 +117,8 @@ def timing_table(title: str, rows: Sequence[Row]) -> Table:
             row.part,
             row.variant,
             f"{1e3 * row.seconds_median:.1f}",
-            f"{1e3 * row.seconds_min:.1f}..{1e3 * row.seconds_max:.1f}",
+            f"{1e3 * row.seconds_min:.1f}",
+            f"{1e3 * row.seconds_max:.1f}",
             "" if row.ratio_to_plain is None else f"{1 / row.ratio_to_plain:.2f}",
             "" if row.ratio_to_bp is None else f"{row.ratio_to_bp:.1f}",
             f"{row.gigaflop:.1f}",
