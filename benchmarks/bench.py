@@ -93,7 +93,8 @@ def measure(settings: Mapping[str, Setting], amounts: Amounts, threads: int, out
     rows: list[Row] = []
     values: list[Row] = []
     for name, setting in settings.items():
-        timed, rate = _time(name, setting, amounts)
+        with console.status(f"measuring {name}"):
+            timed, rate = _time(name, setting, amounts)
         title = f"{name}, batch {setting.batch}, {threads} threads, torch {run['torch']}, {run['cpu']}"
         console.print(timing_table(f"{title}\none iteration of a stage; a whole training step", timed))
         if amounts.memory:
@@ -137,9 +138,10 @@ def _steps(name: str, setting: Setting, amounts: Amounts, rate: float | None) ->
     images, labels = setting.draw()
     learners = {variant: each.make(setting) for variant, each in compared.items()}
     seconds = interleaved(
-        {variant: lambda step=learner.step: step(images, labels) for variant, learner in learners.items()},
+        {variant: lambda learner=learner: learner.step(images, labels) for variant, learner in learners.items()},
         amounts.rounds,
         {variant: each.repeats for variant, each in compared.items()},
+        {variant: lambda learner=learner: learner.warm_up(images, labels) for variant, learner in learners.items()},
     )
     for variant, learner in learners.items():
         if not all(bool(weight.isfinite().all()) for weight in learner.weights):

@@ -7,23 +7,28 @@ from time import perf_counter
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], object]], rounds: int, repeats: Mapping[str, int] | None = None
+    runs: Mapping[str, Callable[[], object]],
+    rounds: int,
+    repeats: Mapping[str, int] | None = None,
+    warm_ups: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, list[float]]:
     """Run everything in turns and return the seconds of each call.
 
     Args:
         runs: what to run, by name.
-        rounds: timed rounds, after one that is not: for warming up and compiling.
+        rounds: timed rounds.
         repeats: calls a round, by name; 1 where missing.
+        warm_ups: what to run before the first round, in place of everything once: for allocating and compiling.
     """
+    for warm_up in (warm_ups or runs).values():
+        warm_up()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 1):
+    for _ in range(rounds):
         for name, run in runs.items():
             for _ in range((repeats or {}).get(name, 1)):
                 start = perf_counter()
                 run()
-                if turn:
-                    seconds[name].append(perf_counter() - start)
+                seconds[name].append(perf_counter() - start)
     return seconds
 
 

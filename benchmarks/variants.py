@@ -33,7 +33,7 @@ class Variant(NamedTuple):
 def plain_learner(setting: Setting) -> Learner:
     """L-DRL written plainly."""
     plain = plain_twin(setting.ldrl())
-    return Learner(plain.step, [weight for stage in plain.stages for weight in stage.parameters()])
+    return Learner(plain.step, [weight for stage in plain.stages for weight in stage.parameters()], plain)
 
 
 def plain_backprop(setting: Setting) -> Learner:
