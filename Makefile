@@ -29,7 +29,7 @@ test: .venv/ready  ## run the tests
 test-slow: .venv/ready  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
-bench: .venv/ready  ## compare the speed of L-DRL's closed forms with plain autograd and BP (MINUTES minutes on 2 cores)
+bench: .venv/ready  ## compare the speed of L-DRL's closed forms with plain autograd and BP (some ten minutes on 2 cores)
 	$(BIN)/python -m benchmarks.bench
 
 lint: .venv/ready  ## check style and types

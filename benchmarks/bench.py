@@ -26,9 +26,10 @@ from benchmarks.settings import PUBLISHED, Setting
 from benchmarks.twins import assert_equal
 from benchmarks.variants import Variant, variants
 from bioprop.errors import UserError
+from bioprop.functional.compiled import refuse_without_compiler
 
 #: Columns of the console that the tables need.
-WIDTH = 110
+WIDTH = 120
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Amounts:
         rounds: timed rounds of the whole steps.
         stage_rounds: timed rounds of the single stages and of the convolutions.
         stage_iterations: feedback iterations of a stage in each of them, at most.
-        compile: with the compiled variants.
+        compile: with the compiled variants, where there is a C++ compiler.
         memory: with the peak memory of a step.
         lightning_batches: batches that Lightning's overhead is measured on, 0 for none.
         images: images in memory that the loaders are compared on, 0 for none.
@@ -71,7 +72,7 @@ def bench(
         rounds: timed rounds of everything.
         threads: of torch.
         out: folder of bench.csv.
-        compile: with the compiled variants, which need a C++ compiler and a minute more.
+        compile: with the compiled variants, where there is a C++ compiler.
         data: with Lightning's overhead and the loaders, which do not depend on the network.
     """
     if rounds < 5:
@@ -90,6 +91,12 @@ def measure(settings: Mapping[str, Setting], amounts: Amounts, threads: int, out
     run = {"threads": threads, "torch": torch.__version__, "cpu": processor()}
     console = Console()
     console.width = max(console.width, WIDTH)
+    if amounts.compile:
+        try:
+            refuse_without_compiler()
+        except UserError as error:
+            console.print(f"without the compiled variants: {error}")
+            amounts = replace(amounts, compile=False)
     rows: list[Row] = []
     values: list[Row] = []
     for name, setting in settings.items():
@@ -179,4 +186,7 @@ def _loading(amounts: Amounts) -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    auto_cli(bench, as_positional=False)
+    try:
+        auto_cli(bench, as_positional=False)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -116,16 +116,20 @@ def timing_table(title: str, rows: Sequence[Row]) -> Table:
         table.add_row(
             row.part,
             row.variant,
-            f"{1e3 * row.seconds_median:.1f}",
-            f"{1e3 * row.seconds_min:.1f}",
-            f"{1e3 * row.seconds_max:.1f}",
+            _digits(1e3 * row.seconds_median),
+            _digits(1e3 * row.seconds_min),
+            _digits(1e3 * row.seconds_max),
             "" if row.ratio_to_plain is None else f"{1 / row.ratio_to_plain:.2f}",
             "" if row.ratio_to_bp is None else f"{row.ratio_to_bp:.1f}",
-            f"{row.gigaflop:.1f}",
+            _digits(row.gigaflop or 0.0),
             f"{row.gflops_rate:.0f}",
             "" if row.fraction_of_conv_rate is None else f"{row.fraction_of_conv_rate:.2f}",
         )
     return table
+
+
+def _digits(value: float) -> str:
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
 def value_table(rows: Sequence[Row]) -> Table:
@@ -134,5 +138,5 @@ def value_table(rows: Sequence[Row]) -> Table:
     table.add_column("value", justify="right")
     table.add_column("unit")
     for row in rows:
-        table.add_row(row.network, row.part, row.variant, f"{row.value:,.4g}", row.unit)
+        table.add_row(row.network, row.part, row.variant, f"{row.value:,.1f}", row.unit)
     return table

@@ -17,11 +17,12 @@ from bioprop.errors import UserError
 from tests.benchmarks.test_twins import SETTINGS
 
 SMALL = Amounts(
-    rounds=2, stage_rounds=2, stage_iterations=1, compile=False, memory=False, lightning_batches=20, images=300
+    rounds=2, stage_rounds=2, stage_iterations=1, compile=True, memory=False, lightning_batches=20, images=300
 )
 
 
-def test_tables_and_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_and_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")  # compiling takes half a minute
     rows = measure({"tiny": SETTINGS["lenet"], "vgg": SETTINGS["vgg"]}, SMALL, threads=1, out=tmp_path / "new")
 
     with (tmp_path / "new" / "bench.csv").open(newline="") as file:
@@ -40,6 +41,7 @@ def test_tables_and_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         "step",
     }
     shown = capsys.readouterr().out
+    assert "without the compiled variants: speed.compile needs a C++ compiler, and no-such-compiler" in shown
     assert "closed form, antithetic" in shown
     assert "torchvision, one process" in shown
 
