@@ -5,7 +5,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format clean
+.PHONY: help setup demo test test-slow bench lint format clean
 
 help:  ## say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ test: .venv/ready  ## run the tests
 
 test-slow: .venv/ready  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+bench: .venv/ready  ## compare the speed of L-DRL's closed forms with plain autograd and BP (some ten minutes on 2 cores)
+	$(BIN)/python -m benchmarks.bench
 
 lint: .venv/ready  ## check style and types
 	$(BIN)/ruff check .

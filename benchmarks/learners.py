@@ -1,0 +1,46 @@
+"""Whole training steps outside of Lightning."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from bioprop.algorithms import Algorithm
+
+
+class Learner(NamedTuple):
+    """Something that trains.
+
+    Attributes:
+        step: one whole training step on images and labels.
+        weights: what it moves.
+        method: what the step belongs to; trains feedback weights if it has ``iterations``, one number a stage.
+    """
+
+    step: Callable[[Tensor, Tensor], None]
+    weights: list[nn.Parameter]
+    method: Any = None
+
+    def warm_up(self, images: Tensor, labels: Tensor) -> None:
+        """Step with one feedback iteration a stage: all that is compiled or allocated once, in little time."""
+        iterations = getattr(self.method, "iterations", None)
+        if iterations is None:
+            self.step(images, labels)
+            return
+        self.method.iterations = (1,) * len(iterations)
+        self.step(images, labels)
+        self.method.iterations = iterations
+
+
+def algorithm_learner(algorithm: Algorithm) -> Learner:
+    """Wrap the step of one of our algorithms: learn, hand the gradients over, step the forward weights."""
+    (optimizer, *_), _ = algorithm.configure_optimizers()
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        _, gradients = algorithm._learn(images, labels)
+        for name, parameter in algorithm.network.named_parameters():
+            parameter.grad = algorithm.gradient_scale * gradients.forward[name]
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Learner(step, list(algorithm.parameters()), algorithm)

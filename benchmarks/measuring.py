@@ -1,0 +1,40 @@
+"""Timing in turns, so that whatever else the machine does falls on all alike."""
+
+import platform
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from time import perf_counter
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], object]],
+    rounds: int,
+    repeats: Mapping[str, int] | None = None,
+    warm_ups: Mapping[str, Callable[[], object]] | None = None,
+) -> dict[str, list[float]]:
+    """Run everything in turns and return the seconds of each call.
+
+    Args:
+        runs: what to run, by name.
+        rounds: timed rounds.
+        repeats: calls a round, by name; 1 where missing.
+        warm_ups: what to run before the first round, in place of everything once: for allocating and compiling.
+    """
+    for warm_up in (warm_ups or runs).values():
+        warm_up()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            for _ in range((repeats or {}).get(name, 1)):
+                start = perf_counter()
+                run()
+                seconds[name].append(perf_counter() - start)
+    return seconds
+
+
+def processor() -> str:
+    """Name of the processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

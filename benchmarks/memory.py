@@ -1,0 +1,43 @@
+"""Peak memory of a whole step, in a process that does nothing else."""
+
+import resource
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from benchmarks.settings import Setting
+from benchmarks.variants import variants
+
+
+def peak_memory(setting: Setting, variant: str, threads: int) -> tuple[float, float]:
+    """Measure a step with one feedback iteration a stage, in a fresh process.
+
+    Returns:
+        Peak memory in MiB, and how much of it came on top of the process with the network and the batch in memory.
+    """
+    setting = replace(setting, iterations=(1,) * len(setting.iterations))
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(_measure, setting, variant, threads).result()
+
+
+def _measure(setting: Setting, variant: str, threads: int) -> tuple[float, float]:
+    torch.set_num_threads(threads)
+    learner = variants(compile=False)[variant].make(setting)
+    images, labels = setting.draw()
+    before = _peak()
+    for _ in range(2):  # momentum is there from the second step on
+        learner.step(images, labels)
+    after = _peak()
+    return after, after - before
+
+
+def _peak() -> float:
+    """Most memory that this process has had so far, in MiB."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux's getrusage reports the parent's peak where that was higher
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS counts bytes

@@ -1,0 +1,85 @@
+"""The whole training steps that are compared, each outside of Lightning."""
+
+from collections.abc import Callable
+from typing import NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.learners import Learner, algorithm_learner
+from benchmarks.settings import Setting
+from benchmarks.twins import plain_twin
+from bioprop.algorithms.ldrl import Sampling
+from bioprop.functional.speed import Speed
+
+
+class Variant(NamedTuple):
+    """One line of the table.
+
+    Attributes:
+        make: builds it.
+        plain: the variant that is plain autograd for the same method, to compare with.
+        repeats: steps a round; short ones are noisy.
+        counted_as: the variant whose arithmetic is the same, if this one cannot be looked into.
+    """
+
+    make: Callable[[Setting], Learner]
+    plain: str | None = "plain"
+    repeats: int = 1
+    counted_as: str | None = None
+
+
+def plain_learner(setting: Setting) -> Learner:
+    """L-DRL written plainly."""
+    plain = plain_twin(setting.ldrl())
+    return Learner(plain.step, [weight for stage in plain.stages for weight in stage.parameters()], plain)
+
+
+def plain_backprop(setting: Setting) -> Learner:
+    """BP written plainly, in torch's default layout."""
+    stages = plain_twin(setting.ldrl()).stages
+    weights = [weight for stage in stages for weight in stage.layer.parameters()]
+    optimizer = torch.optim.SGD(weights, lr=0.05, momentum=0.9, weight_decay=1e-4)
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        state = images
+        for stage in stages:
+            state, _ = stage.run(state)
+        optimizer.zero_grad()
+        F.cross_entropy(state, labels).backward()
+        optimizer.step()
+
+    return Learner(step, weights)
+
+
+def variants(compile: bool) -> dict[str, Variant]:
+    """List what is compared, by name.
+
+    Args:
+        compile: with those that a compiler speeds up.
+    """
+    found = {
+        "BP": Variant(lambda setting: algorithm_learner(setting.backprop()), plain=None, repeats=3),
+        "BP, plain": Variant(plain_backprop, plain=None, repeats=3),
+        "plain": Variant(plain_learner),
+        "autograd": _ldrl(Speed(closed_form=False)),
+        "closed form": _ldrl(Speed()),
+        "closed form, antithetic": _ldrl(Speed(), sampling="antithetic"),
+        "closed form, bfloat16": _ldrl(Speed(bfloat16=True)),
+    }
+    if "expected" in get_args(Sampling):
+        found["closed form, expected"] = _ldrl(Speed(), sampling="expected")
+    if compile:
+        found["compiled"] = _ldrl(Speed(compile=True), "closed form")
+        found["compiled, bfloat16"] = _ldrl(Speed(compile=True, bfloat16=True), "closed form, bfloat16")
+    return found | {
+        "DTP, autograd": Variant(
+            lambda setting: algorithm_learner(setting.dtp(speed=Speed(closed_form=False))), plain="DTP, autograd"
+        ),
+        "DTP, closed form": Variant(lambda setting: algorithm_learner(setting.dtp()), plain="DTP, autograd"),
+    }
+
+
+def _ldrl(speed: Speed, counted_as: str | None = None, **changes: str) -> Variant:
+    return Variant(lambda setting: algorithm_learner(setting.ldrl(speed=speed, **changes)), counted_as=counted_as)

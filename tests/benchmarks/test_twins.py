@@ -1,0 +1,103 @@
+"""The plain twin that speed-ups are measured against computes what the package computes."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.plain_ldrl import PlainLDRL
+from benchmarks.settings import Setting
+from benchmarks.twins import assert_equal
+from bioprop.errors import UserError
+from bioprop.networks import LeNet, SimpleVGG
+
+SETTINGS = {
+    # windows overlap
+    "lenet": Setting(
+        network=partial(LeNet, (3, 16, 16), 10, channels=(4, 5), hidden=12),
+        batch=8,
+        beta=0.7,
+        noise=(0.4, 0.3, 0.1),
+        feedback_lr=(1e-3, 2e-3, 3e-2),
+        iterations=(3, 2, 1),
+    ),
+    # the last map is 2x2, where ours is a dense matrix
+    "vgg": Setting(
+        network=partial(SimpleVGG, (3, 16, 16), 10, channels=(4, 5, 6, 7)),
+        batch=8,
+        beta=0.7,
+        noise=(0.4, 0.3, 0.2, 0.1),
+        feedback_lr=(1e-3, 2e-3, 3e-3, 3e-2),
+        iterations=(2, 3, 1, 2),
+    ),
+    "vgg without bias": Setting(
+        network=partial(SimpleVGG, (1, 8, 8), 5, channels=(4, 5), bias=False),
+        batch=8,
+        beta=0.5,
+        noise=(0.4, 0.3),
+        feedback_lr=(1e-3, 3e-2),
+        iterations=(2, 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+def test_plain_closed_form_and_autograd_train_alike(setting: Setting) -> None:
+    assert_equal(setting)
+
+
+def flip_target(plain: PlainLDRL) -> None:
+    plain.beta = -plain.beta
+
+
+def negate_back(number: int) -> Callable[[PlainLDRL], None]:
+    def change(plain: PlainLDRL) -> None:
+        stage = plain.stages[number]
+        back = stage.back
+
+        def negated(outputs: Tensor, switches: Tensor | None, shape: torch.Size) -> Tensor:
+            return -back(outputs, switches, shape)
+
+        stage.back = negated
+
+    return change
+
+
+def forget_momentum(plain: PlainLDRL) -> None:
+    for optimizer in plain.feedback_optimizers:
+        optimizer.param_groups[0]["momentum"] = 0.0
+
+
+def add_overlapping_values(plain: PlainLDRL) -> None:
+    def unpool(outputs: Tensor, switches: Tensor, shape: torch.Size) -> Tensor:
+        maps = outputs.new_zeros(*outputs.shape[:2], shape[2] * shape[3])
+        return maps.scatter_add(2, switches.flatten(2), outputs.flatten(2)).view(*outputs.shape[:2], *shape[2:])
+
+    plain.stages[1].unpool = unpool
+
+
+@pytest.mark.parametrize(
+    ("change", "weight"),
+    [
+        (flip_target, "conv1's weight"),
+        (negate_back(1), "conv1's weight"),
+        (negate_back(3), "fc2's feedback weight"),
+        (forget_momentum, "fc1's feedback weight"),
+        (add_overlapping_values, "conv2's feedback weight"),
+    ],
+    ids=["output target", "feedback of conv2", "feedback of fc2", "momentum", "unpooling"],
+)
+def test_a_mistake_in_the_twin_is_noticed(change: Callable[[PlainLDRL], None], weight: str) -> None:
+    with pytest.raises(UserError, match="not the same method") as raised:
+        assert_equal(SETTINGS["lenet"], change)
+    assert weight in str(raised.value)
+
+
+def test_a_stage_that_the_twin_lacks_is_refused() -> None:
+    setting = replace(SETTINGS["lenet"], network=partial(LeNet, (3, 16, 16), 10, activation="tanh"))
+
+    with pytest.raises(UserError, match="no stage like this"):
+        assert_equal(setting)
