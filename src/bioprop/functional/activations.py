@@ -62,7 +62,7 @@ SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
     "elu": lambda y: (y + 1.0).clamp_max(1.0),
     "relu": lambda y: (y > 0).to(y.dtype),
     "tanh": lambda y: 1.0 - y.square(),
-    "leaky_relu": lambda y: torch.where(y > 0, 1.0, 0.01),
+    "leaky_relu": lambda y: torch.where(y > 0, 1.0, torch.full_like(y, 0.01)),  # a bare 0.01 would be float32
     "identity": torch.ones_like,
 }
 
