@@ -178,7 +178,11 @@ class LayerwiseFeedback(TargetAlgorithm):
             normalized_steps(dict(mirror.named_parameters()), gradient, lr)
             return
         for name, parameter in mirror.named_parameters():
-            parameter.grad = gradient.parameters.get(name)
+            found = gradient.parameters.get(name)
+            if found is not None and found.stride() != parameter.stride():
+                # the fused step goes through memory, whatever the order of the dimensions in it
+                found = torch.empty_like(parameter).copy_(found)
+            parameter.grad = found
         self._feedback_optimizer.step()  # the other stages' gradients are None: they stay as they are
         self._feedback_optimizer.zero_grad()
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import cache
 from math import prod
 
+import torch
 from torch import Tensor, nn
 
 from bioprop.errors import UserError
@@ -28,9 +29,9 @@ def layer_products(stage: Stage, reduced: bool = False) -> LayerProducts | None:
         stage: any stage.
         reduced: whether the products are computed in bfloat16.
     """
-    if type(stage) is LinearStage:
+    if type(stage) is LinearStage and _is_plain(stage.linear):
         return LinearProducts(reduced)
-    if type(stage) is not ConvStage:
+    if type(stage) is not ConvStage or not _is_plain(stage.conv):
         return None
     return conv_products(stage.conv, (stage.input_shape[1], stage.input_shape[2]), stage.map_size, reduced)
 
@@ -71,6 +72,20 @@ def expected_geometry(name: str, stage: Stage) -> ConvGeometry:
     return ConvGeometry(size, stage.weight.shape[-1], stride, padding, stage.pool or NO_POOL)
 
 
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is what its stage built: not replaced, without hooks, its weight a parameter of its own."""
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return False
+    if type(layer) is nn.Linear:
+        return True
+    return (
+        type(layer) is nn.Conv2d
+        and (layer.dilation, layer.groups, layer.padding_mode) == ((1, 1), 1, "zeros")
+        and len({*layer.stride}) == len({*layer.padding}) == len({*layer.kernel_size}) == 1
+        and not isinstance(layer.padding, str)
+    )
+
+
 def noise_shape(stage: Stage, inputs: Tensor) -> tuple[int, ...]:
     """Shape in which noise at a stage's input is drawn; the same numbers whichever way the gradient is computed."""
     return (len(inputs), inputs[0].numel()) if isinstance(stage, LinearStage) else tuple(inputs.shape)
@@ -83,12 +98,20 @@ def layer_pair(stage: Stage, mirror: Mirror, speed: Speed) -> LayerPair | None:
         stage: any stage.
         mirror: its feedback operator.
         speed: how they are computed.
+
+    Raises:
+        UserError: if bfloat16 is asked for and the weights are not float32.
     """
     products = layer_products(stage, speed.bfloat16)
     if products is None or not isinstance(stage, LinearStage | ConvStage):
         return None
     if type(mirror) is not LinearMirror and type(mirror) is not ConvMirror:
         return None
+    if speed.bfloat16 and stage.weight.dtype is not torch.float32:
+        raise UserError(
+            f"speed.bfloat16 computes with float32 weights, and these are {stage.weight.dtype}: leave it out, or train "
+            "with --trainer.precision=32-true"
+        )
     pooled = isinstance(mirror, ConvMirror) and mirror.pool is not None
     less = _fused_unpool_less(mirror.pool, mirror.map_size) if speed.compile and pooled else None
     return LayerPair(

@@ -1,0 +1,253 @@
+"""Whole training steps by the closed forms: those of autograd and of the plain implementation, on any geometry."""
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bioprop.algorithms import DTP, LDRL, LayerwiseFeedback
+from bioprop.algorithms.random_streams import NoiseStream
+from bioprop.functional import closed_forms
+from bioprop.functional.layer_products import ConvProducts
+from bioprop.functional.pooling import Pool
+from bioprop.functional.speed import Speed
+from bioprop.networks import ConvStage, LinearStage, Network
+from bioprop.networks.layer_pairs import layer_pair
+from tests.algorithms.plain import PlainLearner
+from tests.algorithms.plain_geometry import general_stage
+from tests.geometries import few, networks
+
+BATCH, STEPS = 6, 2
+BETA, NOISE, ITERATIONS = 0.7, [0.3, 0.2], [2, 1]
+RATE = {LDRL: 0.05, DTP: 0.005}
+Weights = dict[str, Tensor]
+
+forms = st.sampled_from(["paper", "exact"])
+ldrl_rules = st.fixed_dictionaries(
+    {
+        "switches": st.sampled_from(["noisy", "clean"]),
+        "sampling": st.sampled_from(["independent", "antithetic"]),
+        "feedback_step": st.sampled_from(["sgd", "normalized"]),
+    }
+)
+
+
+def make(algorithm: type[LayerwiseFeedback], network: Network, closed_form: bool, **rules: Any) -> LayerwiseFeedback:
+    """An algorithm in float64 on a copy of a network, its random numbers from the same seed every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        rules = {"beta": BETA, "noise": NOISE, "iterations": ITERATIONS, "feedback_lr": RATE[algorithm]} | rules
+        return algorithm(deepcopy(network), speed=Speed(closed_form=closed_form), **rules).double()
+
+
+def draw_batches(network: Network) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    shape = (BATCH, *network.stages()[0][1].input_shape)
+    images = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(STEPS)]
+    return [(each, torch.arange(BATCH) % 3) for each in images]
+
+
+def train(algorithm: LayerwiseFeedback) -> list[Tensor]:
+    """Two whole steps; the feedback losses."""
+    optimizer = torch.optim.SGD(algorithm.network.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
+    losses: list[Tensor] = []
+    for images, labels in draw_batches(algorithm.network):
+        found, gradients = algorithm._learn(images, labels)
+        losses += found.values()
+        for name, parameter in algorithm.network.named_parameters():
+            parameter.grad = algorithm.gradient_scale * gradients.forward[name]
+        optimizer.step()
+    return losses
+
+
+def weights_of(algorithm: LayerwiseFeedback) -> Weights:
+    return {name: parameter.detach().clone() for name, parameter in algorithm.named_parameters()}
+
+
+def assert_same_change(before: Weights, found: Weights, expected: Weights, tolerance: float = 1e-12) -> None:
+    """Relative to the change of each weight as a whole; beside that, the rounding of the weights themselves."""
+    assert set(found) == set(expected) == set(before)
+    for name, start in before.items():
+        change, wanted = found[name] - start, expected[name] - start
+        rounding = 1e-15 * start.norm()
+        assert (change - wanted).norm() <= tolerance * wanted.norm() + rounding, name
+
+
+def assert_closed_form_is_autograd(algorithm: type[LayerwiseFeedback], network: Network, **rules: Any) -> None:
+    closed, plain = (make(algorithm, network, closed_form, **rules) for closed_form in (True, False))
+    before = weights_of(closed)
+    for _, stage, mirror in closed.mirrored_stages():
+        assert layer_pair(stage, mirror, closed.speed) is not None
+    losses, expected = train(closed), train(plain)
+    torch.testing.assert_close(torch.stack(losses), torch.stack(expected), rtol=1e-11, atol=1e-13)
+    assert_same_change(before, weights_of(closed), weights_of(plain))
+    moved = {name for name, start in before.items() if not torch.equal(start, weights_of(closed)[name])}
+    assert {name for name in moved if name.startswith("network")}
+    assert {name for name in moved if name.startswith("feedback")}
+
+
+@few(80)
+@given(network=networks(), mirror=forms, rules=ldrl_rules)
+def test_ldrl_steps_are_those_of_autograd(network: Network, mirror: str, rules: dict[str, str]) -> None:
+    assert_closed_form_is_autograd(LDRL, network, mirror=mirror, **rules)
+
+
+@few(80)
+@given(network=networks(), mirror=forms)
+def test_dtp_steps_are_those_of_autograd(network: Network, mirror: str) -> None:
+    assert_closed_form_is_autograd(DTP, network, mirror=mirror)
+
+
+class Recording(list[Tensor]):
+    """Noise, which hypothesis would otherwise write out number by number."""
+
+    def __repr__(self) -> str:
+        return "recording"
+
+
+@pytest.fixture
+def recorded_noise(monkeypatch: pytest.MonkeyPatch) -> Recording:
+    """All noise that is drawn, in order, of standard deviation 1."""
+    draws = Recording()
+    draw = NoiseStream.draw
+
+    def record(self: NoiseStream, iteration: int, sigma: float, *shapes: tuple[int, ...]) -> list[Tensor]:
+        drawn = draw(self, iteration, sigma, *shapes)
+        draws.extend(tensor / sigma for tensor in drawn)
+        return drawn
+
+    monkeypatch.setattr(NoiseStream, "draw", record)
+    return draws
+
+
+def train_against_plain(
+    algorithm: type[LayerwiseFeedback], network: Network, draws: Recording, mirror: str, **rules: Any
+) -> None:
+    ours = make(algorithm, network, True, mirror=mirror, **rules)
+    before = weights_of(ours)
+    mirrors = [None, *(each for _, _, each in ours.mirrored_stages())]
+    plain = PlainLearner(
+        [general_stage(stage, each) for (_, stage), each in zip(ours.network.stages(), mirrors, strict=True)],
+        "dtp" if algorithm is DTP else "ldrl",
+        mirror,
+        BETA,
+        ITERATIONS,
+        [RATE[algorithm]] * 2,
+        rules.get("feedback_step", "sgd") == "normalized",
+        rules.get("switches") == "clean",
+    )
+    draws.clear()
+    train(ours)
+    noise: Iterator[Tensor] = iter(list(draws))
+    for images, labels in draw_batches(network):
+        plain.training_step(images, labels, noise, NOISE)
+    expected: Weights = {}
+    for (name, stage), weights in zip(ours.network.stages(), plain.stages, strict=True):
+        expected |= {f"network.{name}.{stage.layer_name}.{kind}": getattr(weights, kind) for kind in ("weight", "bias")}
+        if name in ours.feedback:
+            expected |= {f"feedback.{name}.weight": weights.feedback, f"feedback.{name}.bias": weights.feedback_bias}
+    assert_same_change(before, weights_of(ours), {name: value.detach() for name, value in expected.items()}, 1e-10)
+
+
+@few(25)
+@given(network=networks(bias=True), mirror=forms, switches=st.sampled_from(["noisy", "clean"]), newton=st.booleans())
+def test_ldrl_steps_are_those_of_the_formulas(
+    recorded_noise: Recording, network: Network, mirror: str, switches: str, newton: bool
+) -> None:
+    # one dead ReLU unit has next to no curvature, and a Newton step magnifies rounding without bounds
+    assume(not newton or network.middle.activation != "relu")
+    step = "normalized" if newton else "sgd"
+    train_against_plain(LDRL, network, recorded_noise, mirror, switches=switches, feedback_step=step)
+
+
+@few(20)
+@given(network=networks(bias=True), mirror=forms)
+def test_dtp_steps_are_those_of_the_formulas(recorded_noise: Recording, network: Network, mirror: str) -> None:
+    train_against_plain(DTP, network, recorded_noise, mirror)
+
+
+def overlapping_network() -> Network:
+    below = ConvStage((1, 7, 6), 2, 1, activation="tanh")
+    middle = ConvStage((2, 7, 6), 3, 3, padding=1, pool=Pool(3, 2, 1))
+    return Network({"below": below, "middle": middle, "top": LinearStage(middle.output_shape, 3, "identity")}, {})
+
+
+def flipped_change(pair: Any, clean: Any, change: Tensor, clean_switches: bool) -> Tensor:
+    return -FEATURES_CHANGE(pair, clean, change, clean_switches)
+
+
+def other_switches(pair: Any, clean: Any, change: Tensor, clean_switches: bool) -> Tensor:
+    return FEATURES_CHANGE(pair, clean, change, not clean_switches)
+
+
+FEATURES_CHANGE = closed_forms._features_change
+
+
+@pytest.mark.parametrize("mutation", [flipped_change, other_switches], ids=["sign flipped", "other pass's switches"])
+@pytest.mark.parametrize("switches", ["noisy", "clean"])
+def test_another_first_term_is_noticed(
+    mutation: Callable[..., Tensor], switches: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(closed_forms, "_features_change", mutation)
+    with pytest.raises(AssertionError):
+        assert_closed_form_is_autograd(LDRL, overlapping_network(), switches=switches)
+
+
+@pytest.mark.parametrize("algorithm", [LDRL, DTP])
+def test_another_factor_is_noticed(algorithm: type[LayerwiseFeedback], monkeypatch: pytest.MonkeyPatch) -> None:
+    """``1/batch`` instead of ``2/batch``."""
+    gradient = ConvProducts.weight_gradient
+    monkeypatch.setattr(ConvProducts, "weight_gradient", lambda *given: 0.5 * gradient(*given))
+    with pytest.raises(AssertionError):
+        assert_closed_form_is_autograd(algorithm, overlapping_network())
+
+
+def test_a_missing_second_term_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        ConvProducts, "backward", lambda self, outputs, prepared: outputs.new_zeros(len(outputs), 2, 7, 6)
+    )
+    with pytest.raises(AssertionError):
+        assert_closed_form_is_autograd(LDRL, overlapping_network())
+
+
+@pytest.mark.parametrize("sampling", ["independent", "antithetic"])
+@pytest.mark.parametrize("step", ["sgd", "normalized"])
+def test_a_batch_in_blocks_learns_as_one_in_a_piece(sampling: str, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the batch: here one of 67 samples in blocks of 17 and less."""
+    images = torch.randn(67, 1, 7, 6, dtype=torch.float64)
+    ends = []
+    for limit in (closed_forms.BLOCK_BYTES, 1):
+        monkeypatch.setattr(closed_forms, "BLOCK_BYTES", limit)
+        algorithm = make(LDRL, overlapping_network_of_seed(), True, sampling=sampling, feedback_step=step)
+        losses = algorithm.train_feedback(images)
+        ends.append([*weights_of(algorithm).values(), *losses.values()])
+    pieces = closed_forms.blocks(torch.empty(67, 3, 7, 6))
+    assert len(pieces) > 1
+    assert torch.equal(torch.cat([torch.arange(67)[piece] for piece in pieces]), torch.arange(67))
+    for whole, cut in zip(*ends, strict=True):
+        torch.testing.assert_close(cut, whole, rtol=1e-12, atol=1e-14)
+
+
+def overlapping_network_of_seed() -> Network:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return overlapping_network()
+
+
+def test_a_forgotten_block_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(closed_forms, "blocks", lambda affine: [slice(0, len(affine) // 2)])
+    with pytest.raises(AssertionError):
+        assert_closed_form_is_autograd(LDRL, overlapping_network())
+
+
+def test_a_gradient_in_another_layout_than_its_weight_steps_the_same_weights() -> None:
+    """One output channel: the products hand a contiguous gradient out, and the weight is channels-last."""
+    below = ConvStage((1, 7, 5), 2, 1, activation="tanh")
+    middle = ConvStage((2, 7, 5), 1, 3)
+    network = Network({"below": below, "middle": middle, "top": LinearStage(middle.output_shape, 3, "identity")}, {})
+    assert_closed_form_is_autograd(DTP, network)
