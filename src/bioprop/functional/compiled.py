@@ -57,7 +57,7 @@ def compiled(function: Callable[P, R], dynamic: bool = False) -> Callable[P, R]:
         try:
             return fast(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = " ".join(str(error).split("\n\n")[0].split())  # what follows is advice on debugging
             raise UserError(f"speed.compile: the compiler failed ({reason}): leave speed.compile out") from error
 
     return run
