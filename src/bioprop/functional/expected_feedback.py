@@ -72,10 +72,10 @@ class ExpectedLoss(NamedTuple):
 
 
 class _Noise(NamedTuple):
-    """Noise of size 1 in the image, as a window of each class sees it: ``[rows, columns, units, places, places]``.
+    """Noise of the image as a window of each class sees it: ``[rows, columns, units, places, places]``.
 
     Attributes:
-        factor: ``L``, lower triangular, in double precision. Invertible: a place without noise has a 1 of its own.
+        factor: ``sigma L``, lower triangular, in double precision. Invertible: a place without noise has a 1 instead.
         spread: the same without that 1.
     """
 
@@ -107,7 +107,9 @@ def normals_shape(batch: int, geometry: ConvGeometry, samples: int = 1) -> tuple
     """Shape of the standard normals that `expected_loss` asks for, None for a stage that needs none.
 
     One vector for each window of each image and sample, ``[samples, batch, places, pooled height, pooled width]``,
-    shared by all channels: each channel's rows of ``A`` are as accurate as with normals of their own.
+    shared by all channels. That makes each channel's rows of ``A`` no less accurate, but lets their errors go together:
+    small maps want more samples. One sample has 200 to 500 times (``noisy`` switches) or 1,500 to 12,000 times
+    (``clean``) less variance than one of the plain gradient, on the stages of SimpleVGG as drawn and twice as large.
     """
     places = geometry.pool.kernel_size**2
     return (samples, batch, places, *geometry.pooled_size) if places > 1 else None
