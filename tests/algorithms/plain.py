@@ -133,7 +133,7 @@ class PlainLearner:
                     change = stage.phi(states[n + 1] + eta, self.form) - stage.phi(states[n + 1], self.form)
                     curvature = 2 * (change**2).transpose(0, 1).flatten(1).sum(1) / len(change)
                     if stage.is_output:  # phi is the identity, so the expectation is known
-                        curvature = torch.full_like(curvature, 2 * sigma[n - 1] ** 2)
+                        curvature = torch.full_like(curvature, 2 * sigma[n - 1] ** 2 * change[0, 0].numel())
                     self.newton_step(stage, curvature, self.feedback_lr[n - 1])
                 else:
                     optimizer.step()

@@ -55,7 +55,7 @@ def test_windows_hold_what_pooling_sees(geometry: ConvGeometry, memory_format: t
     chosen = choose_places(switches, geometry, maps.dtype)
     assert torch.equal(chosen.sum(3), torch.ones_like(chosen[:, :, :, 0]))
     joined = join_windows(pooled.permute(2, 3, 0, 1).unsqueeze(3), chosen, geometry)
-    torch.testing.assert_close(joined, unpool_adding(pooled, switches, geometry.map_size))
+    torch.testing.assert_close(joined, unpool_adding(pooled, switches, geometry.pool, geometry.map_size))
     assert joined.is_contiguous(memory_format=torch.channels_last)
 
 

@@ -2,7 +2,7 @@
 
 With ``G(y) = V^T features(y) + bias`` every difference of two ``G`` is ``V^T`` of a difference of features, and
 ``<x, V^T d> = <V, weight_gradient(x, d)>``: weight gradients are all that is needed, no pass through ``G`` for the
-loss, no graph. For L-DRL that is four products of the layer's size an iteration, where autograd takes eight.
+loss, no graph. For L-DRL that is four products of the layer's size an iteration, where autograd takes seven.
 """
 
 from collections.abc import Callable
