@@ -7,7 +7,10 @@ from bioprop.algorithms.dtp import DTP
 from bioprop.algorithms.feedback_alignment import FeedbackAlignment
 from bioprop.algorithms.layerwise_feedback import LayerwiseFeedback
 from bioprop.algorithms.ldrl import LDRL
+from bioprop.algorithms.mirrored_feedback import MirroredFeedback
+from bioprop.algorithms.parallel_ldrl import ParallelLDRL
 from bioprop.algorithms.target_algorithm import TargetAlgorithm
+from bioprop.algorithms.target_propagation import TargetPropagation
 
 __all__ = [
     "DTP",
@@ -17,5 +20,8 @@ __all__ = [
     "DirectFeedbackAlignment",
     "FeedbackAlignment",
     "LayerwiseFeedback",
+    "MirroredFeedback",
+    "ParallelLDRL",
     "TargetAlgorithm",
+    "TargetPropagation",
 ]

@@ -1,12 +1,38 @@
-"""Steps of feedback weights that need no learning rate of their own for each stage."""
+"""Steps of feedback weights that need no learning rate of their own for each stage; means of gradients for a step."""
+
+from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
 
-from bioprop.functional.feedback_losses import FeedbackGradient
+from bioprop.functional.feedback_losses import FeedbackGradient, FeedbackObjective
 
 #: Share of the mean curvature that is added to every unit's, so that a silent unit takes no giant step.
 CURVATURE_FLOOR = 0.03
+
+
+def mean_gradient(gradient_at: FeedbackObjective, draws: Sequence[int]) -> FeedbackGradient:
+    """Average a feedback gradient over draws of its noise; its loss and curvature too.
+
+    Args:
+        gradient_at: the gradient on fresh noise, by the number of the draw.
+        draws: those numbers, at least one, in order.
+    """
+    total, count = reduce(_add, map(gradient_at, draws)), len(draws)
+    return FeedbackGradient(
+        {name: gradient / count for name, gradient in total.parameters.items()},
+        total.loss / count,
+        None if total.curvature is None else total.curvature / count,
+    )
+
+
+def _add(one: FeedbackGradient, other: FeedbackGradient) -> FeedbackGradient:
+    return FeedbackGradient(
+        {name: gradient + other.parameters[name] for name, gradient in one.parameters.items()},
+        one.loss + other.loss,
+        None if one.curvature is None or other.curvature is None else one.curvature + other.curvature,
+    )
 
 
 @torch.no_grad()
