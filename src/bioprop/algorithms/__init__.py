@@ -5,6 +5,8 @@ from bioprop.algorithms.base import Algorithm
 from bioprop.algorithms.direct_feedback_alignment import DirectFeedbackAlignment
 from bioprop.algorithms.dtp import DTP
 from bioprop.algorithms.feedback_alignment import FeedbackAlignment
+from bioprop.algorithms.fixed_weight_dtp import FixedWeightDTP
+from bioprop.algorithms.gait_prop import GAITProp
 from bioprop.algorithms.layerwise_feedback import LayerwiseFeedback
 from bioprop.algorithms.ldrl import LDRL
 from bioprop.algorithms.mirrored_feedback import MirroredFeedback
@@ -19,6 +21,8 @@ __all__ = [
     "Backprop",
     "DirectFeedbackAlignment",
     "FeedbackAlignment",
+    "FixedWeightDTP",
+    "GAITProp",
     "LayerwiseFeedback",
     "MirroredFeedback",
     "ParallelLDRL",

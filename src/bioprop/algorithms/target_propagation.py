@@ -2,10 +2,13 @@
 
 from typing import cast
 
+import torch
+from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from bioprop.algorithms.dtp import DTP
+from bioprop.algorithms.dtp import DTP, PenultimateTarget, ReconstructingMirrorName
 from bioprop.networks.mirrors import Mirror
+from bioprop.networks.network import Network
 from bioprop.networks.stages import StagePass
 
 
@@ -15,10 +18,52 @@ class TargetPropagation(DTP):
     Feedback is trained as in `DTP`, to reconstruct. Targets are what it makes of the target above,
     ``t^{n-1} = G^n(t^n)``: if ``G^n`` is the inverse of ``F^n``, then ``F^n(t^{n-1}) = t^n``. If it is not, the target
     carries the whole error of reconstruction, which ``beta`` does not scale: below the output, updates in units of the
-    BP gradient grow as ``1 / beta``, and training needs feedback that reconstructs well.
+    BP gradient grow as ``1 / beta``, and training needs feedback that reconstructs well, and an optimizer that does not
+    mind the size of a gradient (Adam).
 
-    The arguments are those of `DTP`.
+    Hyperparameters of feedback training are one value for all stages or exactly one for each stage that has feedback.
+
+    Args:
+        network: the forward network.
+        beta: step of the output target along the gradient, above 0.
+        noise: standard deviation of the noise that feedback learns to reconstruct through, see `DTP`.
+        feedback_lr: learning rate of the feedback weights (SGD).
+        iterations: feedback iterations a batch, 0 to leave a stage's feedback as it was drawn.
+        mirror: the form of the feedback operator, see `DTP`.
+        penultimate_target: where the last hidden stage has its target from, see `DTP`.
+        feedback_momentum: of the feedback weights' SGD.
+        optimizer: makes the optimizer of the forward weights.
+        scheduler: makes its learning-rate schedule, stepped once an epoch; None for a constant rate.
+
+    Raises:
+        UserError: if a hyperparameter is out of its range, a list has the wrong length, or a stage has no mirror.
     """
+
+    def __init__(
+        self,
+        network: Network,
+        beta: float = 0.5,
+        noise: float | tuple[float, ...] = 0.1,
+        feedback_lr: float | tuple[float, ...] = 1e-3,
+        iterations: int | tuple[int, ...] = 1,
+        mirror: ReconstructingMirrorName = "exact",
+        penultimate_target: PenultimateTarget = "feedback",
+        feedback_momentum: float = 0.9,
+        optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-4),
+        scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__(
+            network,
+            beta=beta,
+            noise=noise,
+            feedback_lr=feedback_lr,
+            iterations=iterations,
+            mirror=mirror,
+            penultimate_target=penultimate_target,
+            feedback_momentum=feedback_momentum,
+            optimizer=optimizer,
+            scheduler=scheduler,
+        )
 
     def difference_below(self, name: str, clean: StagePass, difference: Tensor) -> Tensor:
         """Return ``t^{n-1} - s^{n-1} = G^n(t^n) - s^{n-1}``."""
