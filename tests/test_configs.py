@@ -15,7 +15,16 @@ from bioprop.cli import main
 
 CONFIGS = Path(__file__).parents[1] / "lightning_configs"
 LAYERS = {"smoke.yaml", "wandb.yaml"}
-ALGORITHMS = {"backprop": "Backprop", "dtp": "DTP", "ldrl": "LDRL", "dfa": "DirectFeedbackAlignment"}
+ALGORITHMS = {
+    "backprop": "Backprop",
+    "dtp": "DTP",
+    "ldrl": "LDRL",
+    "dfa": "DirectFeedbackAlignment",
+    "tp": "TargetPropagation",
+    "parallelldrl": "ParallelLDRL",
+    "fwdtp": "FixedWeightDTP",
+    "gaitprop": "GAITProp",
+}
 RUNS = sorted(path.name for path in CONFIGS.glob("*.yaml") if path.name not in LAYERS)
 
 

@@ -28,8 +28,9 @@ class FixedWeightDTP(MirroredFeedback):
     Where the network standardises a stage over the batch (``MLP(standardize=true)``), so does the feedback to it, in
     two places: ``G^n = BN(tanh(z B_n^T))``, and ``t^{n-1} = BN(s^{n-1} + G^n(t^n) - G^n(s^n))``.
 
-    With the small weights of the default, targets of lower stages lie closer to the activations by orders of magnitude
-    for each stage: they need an optimizer that does not mind the size of a gradient (Adam), or standardisation.
+    With the small weights of the default, targets lie closer to the activations by about two orders of magnitude for
+    each stage. Standardisation undoes that. Without it only an optimizer that does not mind the size of a gradient
+    moves the lower stages, and Adam not below its ``eps``: ``orthogonal`` feedback is the better choice there.
 
     Args:
         network: the forward network; the published one is an MLP of tanh stages.

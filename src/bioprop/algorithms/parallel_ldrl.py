@@ -48,14 +48,14 @@ class ParallelLDRL(LDRL):
         network: Network,
         beta: float = 0.5,
         noise: float | tuple[float, ...] = 0.1,
-        feedback_lr: float | tuple[float, ...] = 0.2,
+        feedback_lr: float | tuple[float, ...] = 0.5,
         iterations: int | tuple[int, ...] = 1,
         samples: int = 10,
         switches: SwitchesOf = "clean",
         mirror: MirrorName = "exact",
         feedback_step: FeedbackStep = "normalized",
         feedback_momentum: float = 0.9,
-        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.02, momentum=0.9, weight_decay=1e-4),
+        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.01, momentum=0.9, weight_decay=1e-4),
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(
@@ -76,28 +76,29 @@ class ParallelLDRL(LDRL):
         self.remember(samples=self.samples)
 
     def _train_feedback(self, passes: Sequence[StagePass]) -> dict[str, Tensor]:
-        course: dict[str, list[Tensor]] = {}
+        stages = self.mirrored_stages()
+        course: dict[str, list[Tensor]] = {name: [] for name, _, _ in stages}
+        settings = enumerate(zip(stages, passes[1:], self.noise, self.iterations, strict=True))
         with torch.no_grad():
             objectives = {
                 name: self.feedback_objective(stage, mirror, clean, sigma, self.streams.noise(place, clean.inputs))
-                for place, ((name, stage, mirror), clean, sigma) in enumerate(
-                    zip(self.mirrored_stages(), passes[1:], self.noise, strict=True)
-                )
+                for place, ((name, stage, mirror), clean, sigma, iterations) in settings
+                if iterations
             }
             for iteration in range(max(self.iterations, default=0)):
                 draws = range(iteration * self.samples, (iteration + 1) * self.samples)
                 gradients = {
-                    name: mean_gradient(gradient_at, draws)
-                    for (name, gradient_at), iterations in zip(objectives.items(), self.iterations, strict=True)
+                    name: mean_gradient(objectives[name], draws)
+                    for (name, _, _), iterations in zip(stages, self.iterations, strict=True)
                     if iteration < iterations
                 }
                 self._step_all_stages(gradients)
-                for name, stage, mirror in self.mirrored_stages():
+                for name, stage, mirror in stages:
                     if name in gradients:
-                        course.setdefault(name, []).append(gradients[name].loss)
+                        course[name].append(gradients[name].loss)
                         self._tell_observers(name, stage, mirror, iteration, gradients[name].loss)
         self.streams.next_batch()
-        return {name: torch.stack(course[name]).mean() for name in objectives if name in course}
+        return {name: torch.stack(losses).mean() for name, losses in course.items() if losses}
 
     def _step_all_stages(self, gradients: Mapping[str, FeedbackGradient]) -> None:
         """Take one step of the feedback weights of all stages together."""

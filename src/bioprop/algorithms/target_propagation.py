@@ -17,15 +17,17 @@ class TargetPropagation(DTP):
 
     Feedback is trained as in `DTP`, to reconstruct. Targets are what it makes of the target above,
     ``t^{n-1} = G^n(t^n)``: if ``G^n`` is the inverse of ``F^n``, then ``F^n(t^{n-1}) = t^n``. If it is not, the target
-    carries the whole error of reconstruction, which ``beta`` does not scale: below the output, updates in units of the
-    BP gradient grow as ``1 / beta``, and training needs feedback that reconstructs well, and an optimizer that does not
-    mind the size of a gradient (Adam).
+    carries the whole error of reconstruction, which ``beta`` does not scale. Training therefore needs feedback that
+    reconstructs well, a ``beta`` so large that the step at the output does not drown in that error, and an optimizer
+    that does not mind the size of a gradient (Adam). The output stage can hardly be inverted, having fewer units than
+    it reads: ``penultimate_target="gradient"`` goes around it.
 
     Hyperparameters of feedback training are one value for all stages or exactly one for each stage that has feedback.
 
     Args:
         network: the forward network.
-        beta: step of the output target along the gradient, above 0.
+        beta: step of the output target along the gradient, above 0. Where errors of reconstruction prevail, updates of
+            hidden stages grow as ``1 / beta`` in units of the BP gradient.
         noise: standard deviation of the noise that feedback learns to reconstruct through, see `DTP`.
         feedback_lr: learning rate of the feedback weights (SGD).
         iterations: feedback iterations a batch, 0 to leave a stage's feedback as it was drawn.
@@ -42,7 +44,7 @@ class TargetPropagation(DTP):
     def __init__(
         self,
         network: Network,
-        beta: float = 0.5,
+        beta: float = 10.0,
         noise: float | tuple[float, ...] = 0.1,
         feedback_lr: float | tuple[float, ...] = 1e-3,
         iterations: int | tuple[int, ...] = 1,
