@@ -215,6 +215,13 @@ class AlgorithmContract(ABC):
         make_trainer(tmp_path, max_epochs=30).fit(algorithm, make_loader(1))
         assert self.loss(algorithm(images), labels) < self.loss_falls_to * before
 
+    def test_the_loss_of_training_is_logged(self, tmp_path: Path) -> None:
+        algorithm, trainer = self.make(small_lenet()), make_trainer(tmp_path, max_epochs=1)
+        images, labels = draw_batch(8)
+        before = self.loss(algorithm(images), labels).item()
+        trainer.fit(algorithm, make_loader(1))
+        assert trainer.callback_metrics["train/loss"].item() == pytest.approx(before, rel=1e-5)
+
     # -- exactness ---------------------------------------------------------------------------------------------------
 
     def test_the_same_seed_gives_the_same_weights(self, tmp_path: Path) -> None:
