@@ -74,16 +74,24 @@ def test_supported_precisions_train(precision: str, tmp_path: Path) -> None:
     assert F.cross_entropy(algorithm.float()(draw_batch()[0]), draw_batch()[1]) < 0.9 * before
 
 
-class TestBackpropOnSquaredError(AlgorithmContract):
-    """The baseline of algorithms that descend the squared error."""
+class SquaredErrorSuite(TestBackprop):
+    """The checks that look at the loss, on the one of algorithms that descend the squared error."""
 
-    loss_falls_to = 0.1
+    __test__ = False
 
     def make(self, network: Network, **settings: Any) -> Backprop:
         return Backprop(network, **({"loss": "squared_error"} | settings))
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return 0.5 * (logits - torch.eye(logits.shape[1])[labels]).square().sum(1).mean()
+
+
+def test_the_suite_holds_on_squared_error(tmp_path: Path) -> None:
+    suite = SquaredErrorSuite()
+    suite.test_the_loss_of_one_batch_falls(tmp_path)
+    suite.test_the_loss_of_training_is_logged(tmp_path)
+    suite.test_evaluation_trains_nothing(tmp_path)
+    suite.test_a_checkpoint_brings_everything_back(small_lenet, tmp_path)
 
 
 def test_an_unknown_loss_is_refused() -> None:

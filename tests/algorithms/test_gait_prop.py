@@ -68,14 +68,25 @@ class TestGAITProp(AlgorithmContract):
         assert changed(copy_state(algorithm), copy_state(loaded)) == set()
 
 
-class TestGAITPropOnCrossEntropy(TestGAITProp):
+class CrossEntropySuite(TestGAITProp):
+    """The checks that look at the loss, on the other one."""
+
+    __test__ = False
     loss_falls_to = 0.5
 
     def make(self, network: Network, **settings: Any) -> GAITProp:
-        return GAITProp(as_invertible(network), **({"loss": "cross_entropy"} | settings))
+        return super().make(network, **({"loss": "cross_entropy"} | settings))
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits, labels)
+
+
+def test_the_suite_holds_on_cross_entropy(tmp_path: Path) -> None:
+    suite = CrossEntropySuite()
+    suite.test_the_loss_of_one_batch_falls(tmp_path)
+    suite.test_the_loss_of_training_is_logged(tmp_path)
+    suite.test_evaluation_trains_nothing(tmp_path)
+    suite.test_a_checkpoint_brings_everything_back(small_lenet, tmp_path)
 
 
 # -- the paper's formulas, taken literally ----------------------------------------------------------------------------

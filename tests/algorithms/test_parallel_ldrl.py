@@ -1,5 +1,6 @@
 """L-DRL with the feedback of all stages trained at once."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,12 +48,23 @@ class TestParallelLDRL(TargetPropagationContract):
             torch.testing.assert_close(losses[name], mean)
 
 
-class TestParallelLDRLWithSGD(TargetPropagationContract):
-    test_observers_see_every_iteration = TestParallelLDRL.test_observers_see_every_iteration
+class SGDSuite(TestParallelLDRL):
+    """The checks that look at the feedback optimizer, with one."""
+
+    __test__ = False
 
     def make(self, network: Network, **settings: Any) -> ParallelLDRL:
-        sgd = {"feedback_step": "sgd", "feedback_lr": 0.2}
-        return ParallelLDRL(network, **({"samples": 2, "noise": 0.2} | sgd | settings))
+        sgd = {"feedback_step": "sgd", "feedback_lr": 0.2, "noise": 0.2}
+        return super().make(network, **(sgd | settings))
+
+
+def test_the_suite_holds_with_a_feedback_optimizer(tmp_path: Path) -> None:
+    suite = SGDSuite()
+    suite.test_phase_1_trains_every_feedback_weight()
+    suite.test_every_batch_draws_noise_of_its_own()
+    suite.test_the_feedback_optimizers_momentum_survives_a_checkpoint(tmp_path)
+    suite.test_a_resumed_run_equals_the_uninterrupted_one(tmp_path)
+    suite.test_the_loss_of_one_batch_falls(tmp_path)
 
 
 STEPS = {
@@ -123,9 +135,9 @@ def step_taken(algorithm: LDRL, images: Tensor) -> Tensor:
 
 def test_both_forms_agree_in_expectation() -> None:
     """On a linear stage ``E[dL/dV] = 2 sigma^2 (V - W)``, from many samples at once or from many batches of one."""
-    sigma, many = 0.5, 3000
+    sigma, many = 0.5, 800
     settings: dict[str, Any] = {"noise": sigma, "feedback_step": "sgd", "feedback_lr": 1e-9, "feedback_momentum": 0.0}
-    network, images = linear_mlp(), torch.rand(16, 1, 4, 4, dtype=torch.float64)
+    network, images = linear_mlp(), torch.rand(64, 1, 4, 4, dtype=torch.float64)
     parallel = ParallelLDRL(network, samples=many, **settings).double()
     sequential = LDRL(network, iterations=many, **settings).double()
     sequential.feedback.load_state_dict(parallel.feedback.state_dict())
