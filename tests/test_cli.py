@@ -189,7 +189,7 @@ def test_diverging_run_stops_names_the_culprit_and_keeps_the_checkpoint() -> Non
     ("arguments", "sentence"),
     [
         (["--model=Foo", "--data=Digits"], "Foo, which is not a class that can be used here: choose one of "),
-        (["--model=LDRL", "--model.network=Foo", "--data=Digits"], "choose one of LeNet, MLP, "),
+        (["--model=LDRL", "--model.network=Foo", "--data=Digits"], "choose one of InvertibleMLP, LeNet, MLP, "),
         ([*LDRL_TINY, "--model.noize=1"], "did you mean noise?"),
         ([*LDRL_TINY, "--model.noise=loud"], "noise is loud, but it must be a number or a list"),
         ([*LDRL_TINY, "--model.noise=[0.1,0.2]"], "3 stages need one each (conv2, fc1, fc2)"),

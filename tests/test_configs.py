@@ -24,6 +24,10 @@ ALGORITHMS = {
     "dtp": "DTP",
     "dtpdrl": "DTPDRL",
     "ldrl": "LDRL",
+    "tp": "TargetPropagation",
+    "parallelldrl": "ParallelLDRL",
+    "fwdtp": "FixedWeightDTP",
+    "gaitprop": "GAITProp",
 }
 RUNS = sorted(path.name for path in CONFIGS.glob("*.yaml") if path.name not in LAYERS)
 # two batches of a ResNet-18 take 4 to 10 seconds on one thread

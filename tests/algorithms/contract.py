@@ -139,6 +139,10 @@ class AlgorithmContract(ABC):
         """What the forward optimizer is to be handed, in units of `forward_gradients`."""
         return 1.0
 
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss that the algorithm descends and logs."""
+        return F.cross_entropy(logits, labels)
+
     def fit(self, algorithm: Algorithm, folder: Path, epochs: int = 1, **settings: Any) -> Trainer:
         trainer = make_trainer(folder, max_epochs=epochs)
         trainer.fit(algorithm, make_loader(), **settings)
@@ -207,9 +211,16 @@ class AlgorithmContract(ABC):
     def test_the_loss_of_one_batch_falls(self, tmp_path: Path) -> None:
         algorithm = self.made_from_seed(0, optimizer=partial(torch.optim.Adam, lr=0.005))
         images, labels = draw_batch(8)
-        before = F.cross_entropy(algorithm(images), labels)
+        before = self.loss(algorithm(images), labels)
         make_trainer(tmp_path, max_epochs=30).fit(algorithm, make_loader(1))
-        assert F.cross_entropy(algorithm(images), labels) < self.loss_falls_to * before
+        assert self.loss(algorithm(images), labels) < self.loss_falls_to * before
+
+    def test_the_loss_of_training_is_logged(self, tmp_path: Path) -> None:
+        algorithm, trainer = self.make(small_lenet()), make_trainer(tmp_path, max_epochs=1)
+        images, labels = draw_batch(8)
+        before = self.loss(algorithm(images), labels).item()
+        trainer.fit(algorithm, make_loader(1))
+        assert trainer.callback_metrics["train/loss"].item() == pytest.approx(before, rel=1e-5)
 
     # -- exactness ---------------------------------------------------------------------------------------------------
 
@@ -297,7 +308,7 @@ class AlgorithmContract(ABC):
         logits = algorithm(images)
         torch.testing.assert_close(probabilities, logits.softmax(1))
         for split, figures in (("val", validated), ("test", tested)):
-            assert figures[f"{split}/loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+            assert figures[f"{split}/loss"] == pytest.approx(self.loss(logits, labels).item(), rel=1e-5)
             hits = (logits.argmax(1) == labels).float().mean().item()
             assert figures[f"{split}/accuracy"] == pytest.approx(hits, abs=1e-6)
             top5 = (logits.topk(5).indices == labels[:, None]).any(1).float().mean().item()

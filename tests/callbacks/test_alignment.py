@@ -49,6 +49,17 @@ def test_backprop_is_aligned_with_itself(batch: tuple[Tensor, Tensor]) -> None:
         assert float(value.norm_ratio) == pytest.approx(1.0, abs=1e-12)
 
 
+def test_an_algorithm_is_compared_with_bp_on_its_own_loss(batch: tuple[Tensor, Tensor]) -> None:
+    algorithm = Backprop(network(), loss="squared_error").double()
+    assert max(float(value.angle) for value in alignment_to_backprop(algorithm, *batch).values()) < 1e-9
+
+    algorithm.output_loss = Backprop.output_loss
+    assert float(alignment_to_backprop(algorithm, *batch)["overall"].angle) < 1e-9
+    crossed = Backprop(algorithm.network, loss="squared_error")
+    crossed._gradients = algorithm._gradients  # of cross-entropy, compared on the squared error
+    assert float(alignment_to_backprop(crossed, *batch)["overall"].angle) > 10
+
+
 def test_a_rotated_stage_shows_its_angle_and_norm_alone(batch: tuple[Tensor, Tensor]) -> None:
     aligned = alignment_to_backprop(Rotated(network()).double(), *batch)
 

@@ -1,10 +1,10 @@
-"""The normalized step of feedback weights."""
+"""Steps of feedback weights, and means of their gradients."""
 
 import pytest
 import torch
 
 from bioprop.functional.feedback_losses import FeedbackGradient
-from bioprop.functional.feedback_steps import normalized_step, normalized_steps
+from bioprop.functional.feedback_steps import mean_gradient, normalized_step, normalized_steps
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (3, 2, 5, 5)], ids=["linear", "conv"])
@@ -60,3 +60,19 @@ def test_a_single_weight_steps_as_alone() -> None:
     )
     normalized_steps({"weight": weight, "bias": torch.ones(2)}, gradient, eta=0.5)
     torch.testing.assert_close(weight, torch.full((2, 2), 1 - 0.5 / 1.03))
+
+
+@pytest.mark.parametrize("curved", [True, False], ids=["with curvature", "without"])
+def test_gradients_are_averaged_over_draws(curved: bool) -> None:
+    def gradient_at(draw: int) -> FeedbackGradient:
+        asked.append(draw)
+        values = {"weight": torch.full((2, 3), float(draw)), "bias": torch.full((3,), 2.0 * draw)}
+        return FeedbackGradient(values, torch.tensor(draw + 1.0), torch.full((2,), draw / 2) if curved else None)
+
+    asked: list[int] = []
+    mean = mean_gradient(gradient_at, range(4, 8))
+    assert asked == [4, 5, 6, 7]
+    assert torch.equal(mean.parameters["weight"], torch.full((2, 3), 5.5))
+    assert torch.equal(mean.parameters["bias"], torch.full((3,), 11.0))
+    assert mean.loss.item() == 6.5
+    assert mean.curvature is None if not curved else torch.equal(mean.curvature, torch.full((2,), 2.75))

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bioprop.functional.gradients import backprop_gradients, preserve_buffers, preserve_state
+from bioprop.functional.gradients import backprop_gradients, input_gradient, preserve_buffers, preserve_state
 
 
 def make_network() -> nn.Sequential:
@@ -21,6 +21,26 @@ def test_backprop_gradients_are_those_of_the_mean_loss() -> None:
     assert list(gradients) == [name for name, _ in network.named_parameters()]
     for name, parameter in network.named_parameters():
         assert torch.equal(gradients[name], parameter.grad)
+
+
+def test_backprop_gradients_are_those_of_another_loss_if_asked() -> None:
+    network, images, labels = make_network(), torch.randn(6, 3, 2, 2), torch.randint(4, (6,))
+    gradients, _ = backprop_gradients(network, images, labels, lambda logits, labels: logits.square().sum())
+    network(images).square().sum().backward()
+    for name, parameter in network.named_parameters():
+        assert torch.equal(gradients[name], parameter.grad)
+
+
+def test_an_error_at_the_output_comes_down_by_the_transposed_jacobian() -> None:
+    stage = nn.Sequential(nn.Linear(5, 4), nn.Tanh()).double()
+    inputs, error = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    slope = 1 - torch.tanh(inputs @ stage[0].weight.T + stage[0].bias) ** 2
+    with torch.no_grad():
+        found = input_gradient(stage, inputs, error)
+    torch.testing.assert_close(found, (error * slope) @ stage[0].weight)
+    assert not found.requires_grad
+    assert not inputs.requires_grad
+    assert all(parameter.grad is None for parameter in stage.parameters())
 
 
 def test_frozen_parameters_have_no_gradient() -> None:

@@ -10,9 +10,14 @@ from bioprop.algorithms.direct_feedback_alignment import DirectFeedbackAlignment
 from bioprop.algorithms.dtp import DTP
 from bioprop.algorithms.dtp_drl import DTPDRL
 from bioprop.algorithms.feedback_alignment import FeedbackAlignment
+from bioprop.algorithms.fixed_weight_dtp import FixedWeightDTP
+from bioprop.algorithms.gait_prop import GAITProp
 from bioprop.algorithms.layerwise_feedback import LayerwiseFeedback
 from bioprop.algorithms.ldrl import LDRL
+from bioprop.algorithms.mirrored_feedback import MirroredFeedback
+from bioprop.algorithms.parallel_ldrl import ParallelLDRL
 from bioprop.algorithms.target_algorithm import TargetAlgorithm
+from bioprop.algorithms.target_propagation import TargetPropagation
 
 __all__ = [
     "DDTPRHL",
@@ -26,6 +31,11 @@ __all__ = [
     "DifferenceReconstruction",
     "DirectFeedbackAlignment",
     "FeedbackAlignment",
+    "FixedWeightDTP",
+    "GAITProp",
     "LayerwiseFeedback",
+    "MirroredFeedback",
+    "ParallelLDRL",
     "TargetAlgorithm",
+    "TargetPropagation",
 ]

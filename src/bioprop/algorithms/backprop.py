@@ -6,16 +6,21 @@ from torch import Tensor
 
 from bioprop.algorithms.base import Algorithm, Gradients
 from bioprop.functional.gradients import backprop_gradients
+from bioprop.functional.output_losses import OutputLossName, output_loss
 from bioprop.networks.network import Network
 
 
 class Backprop(Algorithm):
-    """Backpropagation of the mean cross-entropy (Rumelhart, Hinton & Williams, 1986).
+    """Backpropagation of the mean loss (Rumelhart, Hinton & Williams, 1986).
 
     Args:
         network: the forward network.
+        loss: ``cross_entropy``, or ``squared_error`` beside algorithms that descend that one.
         optimizer: makes the optimizer of the weights.
         scheduler: makes its learning-rate schedule, stepped once an epoch; None for a constant rate.
+
+    Raises:
+        UserError: if the loss is not known.
     """
 
     precisions = ("32-true", "64-true", "bf16-mixed", "bf16-true")
@@ -23,11 +28,13 @@ class Backprop(Algorithm):
     def __init__(
         self,
         network: Network,
+        loss: OutputLossName = "cross_entropy",
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-4),
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(network, optimizer, scheduler)
-        self.remember()
+        self.output_loss = output_loss(loss)
+        self.remember(loss=loss)
 
     def _gradients(self, images: Tensor, labels: Tensor) -> Gradients:
-        return Gradients(*backprop_gradients(self.network, images, labels))
+        return Gradients(*backprop_gradients(self.network, images, labels, self.output_loss.mean))

@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
@@ -13,6 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from bioprop.algorithms.checkpoints import Checkpointed, describe_optimization
 from bioprop.errors import UserError
 from bioprop.functional.gradients import preserve_state
+from bioprop.functional.output_losses import CROSS_ENTROPY, OutputLoss
 
 Batch = tuple[Tensor, Tensor]
 SPLITS = ("train", "val", "test")
@@ -40,6 +40,8 @@ class Algorithm(Checkpointed, ABC):
 
     #: Lightning precisions under which the algorithm's arithmetic keeps its meaning.
     precisions: tuple[str, ...] = ("32-true", "64-true")
+    #: What the updates descend, what is logged as the loss, and whose BP gradient the updates are compared with.
+    output_loss: OutputLoss = CROSS_ENTROPY
 
     def __init__(self, network: nn.Module, optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None) -> None:
         super().__init__(network)
@@ -55,7 +57,7 @@ class Algorithm(Checkpointed, ABC):
         images, labels = self._as_network(batch)
         feedback_losses, gradients = self._learn(images, labels)
         self._step_forward_weights(gradients.forward)
-        loss = F.cross_entropy(gradients.logits, labels)
+        loss = self.output_loss.mean(gradients.logits, labels)
         self._log_batch("train", gradients.logits, labels, loss)
         if feedback_losses:
             self.log("train/feedback_loss", torch.stack(list(feedback_losses.values())).sum(), **PER_EPOCH)
@@ -137,7 +139,7 @@ class Algorithm(Checkpointed, ABC):
     def _evaluate(self, split: str, batch: Batch) -> None:
         images, labels = self._as_network(batch)
         logits = self(images)
-        self._log_batch(split, logits, labels, F.cross_entropy(logits, labels))
+        self._log_batch(split, logits, labels, self.output_loss.mean(logits, labels))
 
     def _log_batch(self, split: str, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
         if not self.accuracies:

@@ -1,19 +1,20 @@
-"""What methods with a feedback operator at every stage share: the operators, and the loop that trains them."""
+"""What methods that train a feedback operator a stage share: their settings, and the loop that trains them."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor, nn
+from torch import Tensor
 
+from bioprop.algorithms.mirrored_feedback import MirroredFeedback
 from bioprop.algorithms.random_streams import NoiseStream, RandomStreams
 from bioprop.algorithms.recorded import Recorded
 from bioprop.algorithms.settings import check_range, number, per_stage
-from bioprop.algorithms.target_algorithm import TargetAlgorithm
 from bioprop.errors import UserError
 from bioprop.functional.activations import MirrorName
 from bioprop.functional.angles import angle_degrees, flatten_all
@@ -44,11 +45,12 @@ class FeedbackIteration(NamedTuple):
     angle: Tensor
 
 
-class LayerwiseFeedback(TargetAlgorithm):
-    """Difference targets through a feedback operator ``G^n`` a stage; subclasses say how its weights are trained.
+class LayerwiseFeedback(MirroredFeedback):
+    """Difference targets through trained feedback operators; subclasses say how their weights are trained.
 
-    Hidden targets are ``t^{n-1} = s^{n-1} + G^n(t^n) - G^n(s^n)`` (Lee et al., 2015). Feedback training is layer-wise:
-    some iterations for each stage on every batch, independently of the others.
+    Feedback training is layer-wise: some iterations for each stage on every batch, independently of the others. As many
+    stages as ``gradient_stages`` says, counted from the output, pass their target down by the gradient instead: they
+    have no feedback operator, and no hyperparameters of its training.
     """
 
     def __init__(
@@ -60,10 +62,11 @@ class LayerwiseFeedback(TargetAlgorithm):
         feedback_momentum: float,
         feedback_step: FeedbackStep,
         iterations: int | Sequence[int],
-        mirror: MirrorName,
+        mirror: str,
         optimizer: OptimizerCallable,
         scheduler: LRSchedulerCallable | None,
         speed: Speed,
+        gradient_stages: int = 0,
         **settings: Any,
     ) -> None:
         super().__init__(network, beta, optimizer, scheduler)
@@ -71,8 +74,9 @@ class LayerwiseFeedback(TargetAlgorithm):
         self.closed_form = speed.closed_form
         if speed.compile:
             refuse_without_compiler()
-        mirrored = network.stages()[1:]  # G^1 would reach the input: nothing needs it
-        names = [name for name, _ in mirrored]
+        pairs = list(pairwise(network.stages()))
+        mirrored = pairs[: max(0, len(pairs) - gradient_stages)]
+        names = [name for _, (name, _) in mirrored]
         self.feedback_momentum = number("feedback_momentum", feedback_momentum)
         self.noise = per_stage("noise", noise, names)
         self.feedback_lr = per_stage("feedback_lr", feedback_lr, names)
@@ -91,7 +95,8 @@ class LayerwiseFeedback(TargetAlgorithm):
                 f"feedback_lr {max(self.feedback_lr)} is above 1, beyond which the normalized feedback step "
                 "overshoots: use a value in (0, 1], such as 0.1"
             )
-        self.feedback = nn.ModuleDict({name: build_mirror(stage, mirror) for name, stage in mirrored})
+        for (_, below), (name, stage) in mirrored:
+            self.feedback[name] = self._build_mirror(below, stage, mirror)
         self.streams = RandomStreams()
         self._recorded: dict[str, Recorded] = {}
         self._observers: list[Callable[[FeedbackIteration], None]] = []
@@ -107,9 +112,9 @@ class LayerwiseFeedback(TargetAlgorithm):
             **settings,
         )
 
-    def mirrored_stages(self) -> list[tuple[str, Stage, Mirror]]:
-        """Return name, stage and feedback operator of every stage that has one, from the input to the output."""
-        return [(name, stage, cast(Mirror, self.feedback[name])) for name, stage in self.network.stages()[1:]]
+    def _build_mirror(self, below: Stage, stage: Stage, form: str) -> Mirror:
+        """Build ``G^n`` of a stage, given the one below it too, in the form of mirror asked for."""
+        return build_mirror(stage, cast(MirrorName, form))
 
     # -- phase 1: the feedback weights ---------------------------------------------------------------------------
 
@@ -132,7 +137,9 @@ class LayerwiseFeedback(TargetAlgorithm):
 
     def _train_feedback(self, passes: Sequence[StagePass]) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = {}
-        settings = zip(self.mirrored_stages(), passes[1:], self.noise, self.feedback_lr, self.iterations, strict=True)
+        stages = self.mirrored_stages()
+        passes = passes[1 : 1 + len(stages)]
+        settings = zip(stages, passes, self.noise, self.feedback_lr, self.iterations, strict=True)
         with torch.no_grad():
             for place, ((name, stage, mirror), clean, sigma, lr, iterations) in enumerate(settings):
                 if not iterations:
@@ -164,9 +171,7 @@ class LayerwiseFeedback(TargetAlgorithm):
             gradient = gradient_at(iteration)
             self._step_feedback_weights(mirror, gradient, lr)
             course.append(gradient.loss)
-            for observe in self._observers:
-                forward, feedback = (flatten_all(side) for side in zip(*mirror.pairs(stage), strict=True))
-                observe(FeedbackIteration(name, iteration, gradient.loss, angle_degrees(forward, feedback)))
+            self._tell_observers(name, stage, mirror, iteration, gradient.loss)
         return torch.stack(course).mean()
 
     def _may_record(self, clean: StagePass) -> bool:
@@ -177,14 +182,24 @@ class LayerwiseFeedback(TargetAlgorithm):
         if self._feedback_optimizer is None:
             normalized_steps(dict(mirror.named_parameters()), gradient, lr)
             return
+        self._hand_over(mirror, gradient)
+        self._feedback_optimizer.step()  # the other stages' gradients are None: they stay as they are
+        self._feedback_optimizer.zero_grad()
+
+    @staticmethod
+    def _hand_over(mirror: Mirror, gradient: FeedbackGradient) -> None:
+        """Put a gradient where the feedback optimizer looks for it."""
         for name, parameter in mirror.named_parameters():
             found = gradient.parameters.get(name)
             if found is not None and found.stride() != parameter.stride():
                 # the fused step goes through memory, whatever the order of the dimensions in it
                 found = torch.empty_like(parameter).copy_(found)
             parameter.grad = found
-        self._feedback_optimizer.step()  # the other stages' gradients are None: they stay as they are
-        self._feedback_optimizer.zero_grad()
+
+    def _tell_observers(self, name: str, stage: Stage, mirror: Mirror, iteration: int, loss: Tensor) -> None:
+        for observe in self._observers:
+            forward, feedback = (flatten_all(side) for side in zip(*mirror.pairs(stage), strict=True))
+            observe(FeedbackIteration(name, iteration, loss, angle_degrees(forward, feedback)))
 
     @contextmanager
     def observe_feedback(self, observer: Callable[[FeedbackIteration], None]) -> Iterator[None]:
@@ -194,34 +209,6 @@ class LayerwiseFeedback(TargetAlgorithm):
             yield
         finally:
             self._observers.remove(observer)
-
-    # -- phase 2: the targets ------------------------------------------------------------------------------------
-
-    def target_differences(self, passes: Sequence[StagePass], output: Tensor) -> list[Tensor]:
-        """Return ``t^n - s^n`` for every stage, from the input to the output, given the output's.
-
-        Args:
-            passes: the clean pass of every stage.
-            output: ``t^N - s^N``, ``[batch, classes]``.
-        """
-        differences = [output]
-        for (_, _, mirror), clean in zip(self.mirrored_stages()[::-1], passes[:0:-1], strict=True):
-            differences.append(mirror.difference(clean.output.detach(), differences[-1], clean.switches))
-        return differences[::-1]
-
-    # -- feedback weights as a whole -----------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def symmetrize_feedback(self) -> None:
-        """Copy every forward weight into its feedback weight, ``G^n = (F^n)^T``: a copy, never the same tensor."""
-        for _, stage, mirror in self.mirrored_stages():
-            for forward, feedback in mirror.pairs(stage):
-                feedback.copy_(forward)
-
-    def feedback_angles(self) -> dict[str, float]:
-        """Return degrees between each stage's forward and feedback weights, by name of stage."""
-        pairs = {name: zip(*mirror.pairs(stage), strict=True) for name, stage, mirror in self.mirrored_stages()}
-        return {name: float(angle_degrees(*(flatten_all(side) for side in sides))) for name, sides in pairs.items()}
 
     def configure_optimizers(self) -> Any:
         """Add the feedback optimizer behind the forward one, so that checkpoints hold its momentum."""

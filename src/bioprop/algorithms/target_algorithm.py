@@ -85,7 +85,8 @@ class TargetAlgorithm(Algorithm):
     def _local_gradients(self, passes: Sequence[StagePass], labels: Tensor) -> Gradients:
         logits = passes[-1].output.detach()
         with torch.no_grad():
-            differences = self.target_differences(passes, output_difference(logits, labels, self.beta))
+            output = output_difference(logits, labels, self.beta, self.output_loss)
+            differences = self.target_differences(passes, output)
         # d/ds of mean_batch 1/2 |s - t|^2 is (s - t)/batch; over beta, for the units of the BP gradient
         errors = [difference / (-self.beta * len(labels)) for difference in differences]
         return Gradients(local_gradients(self.network, passes, errors), logits)

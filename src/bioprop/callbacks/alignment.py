@@ -23,7 +23,7 @@ class Alignment(NamedTuple):
 
 
 def alignment_to_backprop(algorithm: Algorithm, images: Tensor, labels: Tensor) -> dict[str, Alignment]:
-    """Compare `forward_gradients` with the BP gradient on one batch; changes nothing.
+    """Compare `forward_gradients` with the BP gradient of the algorithm's own loss on one batch; changes nothing.
 
     Args:
         algorithm: whose updates are compared.
@@ -36,7 +36,7 @@ def alignment_to_backprop(algorithm: Algorithm, images: Tensor, labels: Tensor) 
     """
     updates = algorithm.forward_gradients(images, labels)
     with preserve_state(algorithm):
-        gradients, _ = backprop_gradients(algorithm.network, images, labels)
+        gradients, _ = backprop_gradients(algorithm.network, images, labels, algorithm.output_loss.mean)
     return _align_stages(algorithm, updates, gradients)
 
 

@@ -51,6 +51,10 @@ class Reconstructs(Protocol):
         """Compute ``G^n``."""
 
 
+#: One value for each output unit of the only weight, or of each weight by its name.
+Curvature = Tensor | Mapping[str, Tensor]
+
+
 class FeedbackGradient(NamedTuple):
     """Gradient of a feedback loss with respect to the parameters of ``G^n``, the loss, and a scale for the step.
 
@@ -64,7 +68,7 @@ class FeedbackGradient(NamedTuple):
 
     parameters: dict[str, Tensor]
     loss: Tensor
-    curvature: Tensor | Mapping[str, Tensor] | None
+    curvature: Curvature | None
 
     @property
     def weight(self) -> Tensor:

@@ -1,14 +1,44 @@
-"""Steps of feedback weights that need no learning rate of their own for each stage."""
+"""Steps of feedback weights that need no learning rate of their own for each stage; means of gradients for a step."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
 
-from bioprop.functional.feedback_losses import FeedbackGradient
+from bioprop.functional.feedback_losses import Curvature, FeedbackGradient, FeedbackObjective
 
 #: Share of the mean curvature that is added to every unit's, so that a silent unit takes no giant step.
 CURVATURE_FLOOR = 0.03
+
+
+def mean_gradient(gradient_at: FeedbackObjective, draws: Sequence[int]) -> FeedbackGradient:
+    """Average a feedback gradient over draws of its noise; its loss and curvature too.
+
+    Args:
+        gradient_at: the gradient on fresh noise, by the number of the draw.
+        draws: those numbers, at least one, in order.
+    """
+    gradients = [gradient_at(draw) for draw in draws]
+    curvatures = [gradient.curvature for gradient in gradients]
+    curvature: Curvature | None = None
+    if isinstance(curvatures[0], Tensor):
+        curvature = _mean([each for each in curvatures if isinstance(each, Tensor)])
+    elif curvatures[0] is not None:
+        curvature = _mean_by_name([each for each in curvatures if isinstance(each, Mapping)])
+    return FeedbackGradient(
+        _mean_by_name([gradient.parameters for gradient in gradients]),
+        _mean([gradient.loss for gradient in gradients]),
+        curvature,
+    )
+
+
+def _mean(values: Sequence[Tensor]) -> Tensor:
+    return reduce(torch.add, values) / len(values)
+
+
+def _mean_by_name(values: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: _mean([each[name] for each in values]) for name in values[0]}
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Gradients as values: nothing here touches ``.grad``."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -8,13 +8,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def backprop_gradients(network: nn.Module, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Gradient of the mean cross-entropy with respect to every trainable parameter.
+def backprop_gradients(
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    mean_loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Gradient of the mean loss with respect to every trainable parameter.
 
     Args:
         network: any module from images to logits.
         images: ``[batch, channels, height, width]``.
         labels: ``[batch]``.
+        mean_loss: of the logits and the labels, a mean over the batch.
 
     Returns:
         The gradient by parameter name, of those the forward pass uses, and the logits ``[batch, classes]``.
@@ -22,10 +28,24 @@ def backprop_gradients(network: nn.Module, images: Tensor, labels: Tensor) -> tu
     parameters = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
     with torch.enable_grad():
         logits: Tensor = network(images)
-        loss = F.cross_entropy(logits, labels)
+        loss = mean_loss(logits, labels)
     gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     used = {name: gradient for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
     return used, logits.detach()
+
+
+def input_gradient(stage: Callable[[Tensor], Tensor], inputs: Tensor, error: Tensor) -> Tensor:
+    """``J^T error``: what an error at a stage's output is at its input, by the transposed Jacobian.
+
+    Args:
+        stage: ``F^n``.
+        inputs: ``s^{n-1}``, ``[batch, *input_shape]``.
+        error: like the stage's output.
+    """
+    with torch.enable_grad():
+        inputs = inputs.detach().requires_grad_()
+        output = stage(inputs)
+    return torch.autograd.grad(output, inputs, error)[0]
 
 
 def stage_gradients(module: nn.Module, outputs: Sequence[Tensor], errors: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -41,6 +61,8 @@ def stage_gradients(module: nn.Module, outputs: Sequence[Tensor], errors: Sequen
     """
     trained = [(output, error) for output, error in zip(outputs, errors, strict=True) if output.requires_grad]
     parameters = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    if not parameters:
+        return {}
     gradients = torch.autograd.grad(
         [output for output, _ in trained], list(parameters.values()), [error for _, error in trained]
     )

@@ -7,15 +7,14 @@ Working with ``d`` instead of ``t`` keeps the digits that subtracting two nearly
 step ``beta`` is small.
 """
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from bioprop.functional.output_losses import CROSS_ENTROPY, OutputLoss
 
-def output_difference(logits: Tensor, labels: Tensor, beta: float) -> Tensor:
-    """``d^N = t^N - s^N = -beta dL/ds^N`` per sample: ``-beta (softmax(s^N) - onehot(y))``.
+
+def output_difference(logits: Tensor, labels: Tensor, beta: float, loss: OutputLoss = CROSS_ENTROPY) -> Tensor:
+    """``d^N = t^N - s^N = -beta dL/ds^N`` per sample; for cross-entropy ``-beta (softmax(s^N) - onehot(y))``.
 
     Ernoult et al. (2022); not divided by the batch. Shapes ``[batch, classes]``, ``[batch]`` -> ``[batch, classes]``.
     """
-    onehot = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
-    return -beta * (torch.softmax(logits, dim=1) - onehot)
+    return -beta * loss.gradient(logits, labels)

@@ -3,6 +3,7 @@
 from bioprop.functional.activations import ActivationName
 from bioprop.networks.network import ImageShape, Network, check_sizes
 from bioprop.networks.stages import LinearStage, Stage
+from bioprop.networks.standardized import StandardizedStage
 
 
 class MLP(Network):
@@ -14,6 +15,7 @@ class MLP(Network):
         hidden: units of each hidden stage.
         activation: of the hidden stages.
         bias: whether the stages have biases.
+        standardize: whether hidden stages standardise their activations over the batch (`StandardizedStage`).
 
     Raises:
         UserError: if a size is not positive.
@@ -26,12 +28,14 @@ class MLP(Network):
         hidden: tuple[int, ...] = (256, 256),
         activation: ActivationName = "elu",
         bias: bool = True,
+        standardize: bool = False,
     ) -> None:
         check_sizes("MLP", image_shape, num_classes, hidden=hidden)
         stages: dict[str, Stage] = {}
         shape: tuple[int, ...] = tuple(image_shape)
         for number, width in enumerate(hidden, start=1):
-            stages[f"fc{number}"] = LinearStage(shape, width, activation, bias)
+            layer = LinearStage(shape, width, activation, bias)
+            stages[f"fc{number}"] = StandardizedStage(layer) if standardize else layer
             shape = (width,)
         stages[f"fc{len(hidden) + 1}"] = LinearStage(shape, num_classes, "identity", bias)
         super().__init__(
@@ -42,5 +46,6 @@ class MLP(Network):
                 "hidden": list(hidden),
                 "activation": activation,
                 "bias": bias,
+                "standardize": standardize,
             },
         )

@@ -1,0 +1,159 @@
+"""L-DRL with the feedback of all stages trained at once."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bioprop.algorithms import LDRL, ParallelLDRL
+from bioprop.networks import MLP, Network
+from bioprop.networks.local_gradients import run_stages
+from tests.algorithms.contract import (
+    WITHOUT_VALIDATION,
+    changed,
+    copy_state,
+    draw_batch,
+    refused,
+    small_lenet,
+)
+from tests.algorithms.target_propagation_contract import TargetPropagationContract
+from tests.algorithms.test_whole_steps import recorded_noise
+
+pytestmark = WITHOUT_VALIDATION
+__all__ = ["recorded_noise"]  # the fixture
+
+
+class TestParallelLDRL(TargetPropagationContract):
+    loss_falls_to = 0.5
+
+    def make(self, network: Network, **settings: Any) -> ParallelLDRL:
+        return ParallelLDRL(network, **({"samples": 3} | settings))
+
+    def test_observers_see_every_iteration(self) -> None:
+        """Iteration by iteration, since all stages step together."""
+        algorithm, events = self.make(small_lenet(), iterations=(2, 0, 3)), []
+        with algorithm.observe_feedback(events.append):
+            losses = algorithm.train_feedback(draw_batch()[0])
+        assert [(event.iteration, event.stage) for event in events] == [
+            (0, "conv2"),
+            (0, "fc2"),
+            (1, "conv2"),
+            (1, "fc2"),
+            (2, "fc2"),
+        ]
+        for name in ("conv2", "fc2"):
+            mean = torch.stack([event.loss for event in events if event.stage == name]).mean()
+            torch.testing.assert_close(losses[name], mean)
+
+
+class SGDSuite(TestParallelLDRL):
+    """The checks that look at the feedback optimizer, with one."""
+
+    __test__ = False
+
+    def make(self, network: Network, **settings: Any) -> ParallelLDRL:
+        sgd = {"feedback_step": "sgd", "feedback_lr": 0.2, "noise": 0.2}
+        return super().make(network, **(sgd | settings))
+
+
+def test_the_suite_holds_with_a_feedback_optimizer(tmp_path: Path) -> None:
+    suite = SGDSuite()
+    suite.test_phase_1_trains_every_feedback_weight()
+    suite.test_every_batch_draws_noise_of_its_own()
+    suite.test_the_feedback_optimizers_momentum_survives_a_checkpoint(tmp_path)
+    suite.test_a_resumed_run_equals_the_uninterrupted_one(tmp_path)
+    suite.test_the_loss_of_one_batch_falls(tmp_path)
+
+
+STEPS = {
+    "sgd": {"feedback_step": "sgd", "feedback_lr": (0.01, 0.02, 0.03)},
+    "normalized": {"feedback_step": "normalized", "feedback_lr": (0.1, 0.2, 0.3)},
+}
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+def test_with_one_sample_it_is_the_sequential_form(step: dict[str, Any]) -> None:
+    """Equal noise, equal gradient, equal step: bit for bit, over several batches and iterations."""
+    ends = []
+    for make in (lambda network: LDRL(network, iterations=2, **step), one_sample(step)):
+        torch.manual_seed(4)
+        algorithm = make(small_lenet())
+        for seed in range(2):
+            algorithm.train_feedback(draw_batch(seed=seed)[0])
+        ends.append(copy_state(algorithm.feedback))
+    assert changed(*ends) == set()
+
+
+def one_sample(step: dict[str, Any]) -> Any:
+    return lambda network: ParallelLDRL(network, iterations=2, samples=1, **step)
+
+
+def plain_loss_gradient(algorithm: LDRL, name: str, clean: Any, eps: Tensor, eta: Tensor) -> Tensor:
+    """Of ``mean[ -2 <eps, G(F(s + eps)) - G(s')> + |G(s' + eta) - G(s')|^2 ]`` for linear ``F`` and ``G``."""
+    stage, weight = algorithm.network.get_submodule(name), algorithm.feedback[name].weight.detach().requires_grad_()
+    noisy = (clean.inputs + eps) @ stage.weight.T + stage.bias
+    first = (eps * ((noisy - clean.output) @ weight)).sum()
+    second = ((eta @ weight) ** 2).sum()
+    return torch.autograd.grad((second - 2 * first) / len(eps), weight)[0].detach()
+
+
+def linear_mlp() -> Network:
+    return MLP((1, 4, 4), 5, hidden=(8, 6), activation="identity")
+
+
+def test_a_step_is_the_mean_over_the_samples(recorded_noise: list[Tensor]) -> None:
+    sigma, lr, samples = 0.3, 0.05, 4
+    algorithm = ParallelLDRL(
+        linear_mlp(), noise=sigma, samples=samples, feedback_step="sgd", feedback_lr=lr, feedback_momentum=0.0
+    ).double()
+    images = torch.rand(6, 1, 4, 4, dtype=torch.float64)
+    passes, before = run_stages(algorithm.network, images), copy_state(algorithm.feedback)
+    recorded_noise.clear()
+    gradients: dict[str, Tensor] = {}
+    with torch.no_grad():
+        algorithm.train_feedback(images)
+    draws, after = iter([sigma * draw for draw in recorded_noise]), copy_state(algorithm.feedback)
+    algorithm.feedback.load_state_dict(before)
+    for name, clean in zip(("fc2", "fc3"), passes[1:], strict=True):
+        pairs = [(next(draws), next(draws)) for _ in range(samples)]
+        each = [plain_loss_gradient(algorithm, name, clean, *pair) for pair in pairs]
+        gradients[name] = sum(each) / samples
+        expected = before[f"{name}.weight"] - lr * gradients[name]
+        torch.testing.assert_close(after[f"{name}.weight"], expected, rtol=1e-10, atol=1e-13)
+        with pytest.raises(AssertionError):  # one sample's gradient alone is another
+            torch.testing.assert_close(after[f"{name}.weight"], before[f"{name}.weight"] - lr * each[0])
+    assert next(draws, None) is None
+
+
+def step_taken(algorithm: LDRL, images: Tensor) -> Tensor:
+    before = algorithm.feedback["fc3"].weight.detach().clone()
+    algorithm.train_feedback(images)
+    return before - algorithm.feedback["fc3"].weight.detach()
+
+
+def test_both_forms_agree_in_expectation() -> None:
+    """On a linear stage ``E[dL/dV] = 2 sigma^2 (V - W)``, from many samples at once or from many batches of one."""
+    sigma, many = 0.5, 800
+    settings: dict[str, Any] = {"noise": sigma, "feedback_step": "sgd", "feedback_lr": 1e-9, "feedback_momentum": 0.0}
+    network, images = linear_mlp(), torch.rand(64, 1, 4, 4, dtype=torch.float64)
+    parallel = ParallelLDRL(network, samples=many, **settings).double()
+    sequential = LDRL(network, iterations=many, **settings).double()
+    sequential.feedback.load_state_dict(parallel.feedback.state_dict())
+    difference = parallel.feedback["fc3"].weight.detach() - network.get_submodule("fc3").weight.detach()
+    expected = 2 * sigma**2 * difference
+    for algorithm, steps in ((parallel, 1), (sequential, many)):
+        gradient = step_taken(algorithm, images) / (1e-9 * steps)
+        assert (gradient - expected).norm() < 0.05 * expected.norm()
+        assert (gradient + expected).norm() > expected.norm()
+
+
+def test_samples_are_checked_and_remembered() -> None:
+    with refused("samples is 0", "at least 1"):
+        ParallelLDRL(small_lenet(), samples=0)
+    with refused("samples holds 2.5", "a whole number"):
+        ParallelLDRL(small_lenet(), samples=2.5)
+    algorithm = ParallelLDRL(small_lenet(), samples=7)
+    assert algorithm.hparams["samples"] == 7
+    assert algorithm.hparams["iterations"] == [1, 1, 1]
