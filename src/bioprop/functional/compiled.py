@@ -6,6 +6,7 @@ Nothing here is compiled before it is first used; `compiled` asks for it.
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from functools import cache, wraps
 from types import FunctionType
@@ -29,11 +30,12 @@ def refuse_without_compiler() -> None:
     Raises:
         UserError: if there is none.
     """
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
-    if not any(shutil.which(name) for name in names):
+    # torch's own choice; the variable may hold a launcher before the compiler's name
+    name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if not shutil.which(name.split()[0]):
         raise UserError(
-            f"speed.compile needs a C++ compiler, and {' or '.join(names)} is not found: install one, name it in the "
-            "environment variable CXX, or leave speed.compile out"
+            f"speed.compile needs a C++ compiler, and {name} is not found: install one, name it in the environment "
+            "variable CXX, or leave speed.compile out"
         )
 
 
@@ -67,7 +69,8 @@ def counter_noise(keys: Tensor, sigma: Tensor, count: int) -> Tensor:
     """``count`` numbers of ``N(0, sigma^2)``, a function of the keys and of each number's place alone.
 
     A counter goes through a keyed mixing function three times; two of the results make a pair of normal numbers (Box &
-    Muller, 1958). Three keys of 32 bits, since streams of a single one collide within one long run.
+    Muller, 1958). Several keys of 32 bits, since streams of a single one collide within one run; the last turns the
+    pairs only, so the first two must differ between streams.
 
     Args:
         keys: three int32.
