@@ -48,7 +48,8 @@ def conv_products(
         reduced: whether the products are computed in bfloat16.
     """
     (stride, _), (padding, _) = conv.stride, (int(side) for side in conv.padding)
-    if prod(input_size) <= prod(conv.weight.shape[2:]):
+    # on a GPU the many copies between kernel and matrix cost more than they save
+    if conv.weight.device.type == "cpu" and prod(input_size) <= prod(conv.weight.shape[2:]):
         return SmallMapProducts(conv.weight.shape, stride, padding, input_size, output_size, reduced)
     unread = unread_border(conv, input_size, output_size)
     return ConvProducts(conv.weight.shape, stride, padding, unread, reduced)
