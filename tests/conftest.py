@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.processes import ProcessPool, process_pool
+
 Batch = tuple[Tensor, Tensor]
 
 
@@ -21,6 +23,13 @@ def _seed() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2022)
         yield
+
+
+@pytest.fixture(scope="session")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessPool]:
+    """Two processes that train together."""
+    with process_pool(tmp_path_factory.mktemp("processes")) as pool:
+        yield pool
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from bioprop.callbacks import AlignmentToBackprop, DivergenceGuard, EpochSeconds
 from bioprop.callbacks.run_folder import experiment_folder, run_folder
 from bioprop.cli_messages import OneSentenceParser
 from bioprop.datamodules import ImageDataModule
+from bioprop.distributed import averaging_for_several_devices
 from bioprop.errors import UserError
 
 #: Arguments of a network that flow from the data.
@@ -46,7 +47,7 @@ class BiopropCLI(LightningCLI):
             ImageDataModule,
             save_config_callback=SaveRunConfig,
             save_config_kwargs={"save_to_log_dir": False},
-            # one process: gradients are not averaged over several yet, and Lightning's "auto" takes every GPU it finds
+            # one process unless asked for more: Lightning's "auto" takes every GPU it finds
             trainer_defaults={"callbacks": [DivergenceGuard(), EpochSeconds(), PredictionsFile()], "devices": 1},
             seed_everything_default=0,
             subclass_mode_model=True,
@@ -128,7 +129,8 @@ class BiopropCLI(LightningCLI):
             UserError: if it refuses one of its arguments.
         """
         try:
-            return super().instantiate_trainer(**kwargs)
+            with averaging_for_several_devices():
+                return super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError) as error:
             raise UserError(" ".join(str(error).split())) from error
 

@@ -19,6 +19,7 @@ from bioprop.algorithms import Algorithm
 from bioprop.errors import UserError
 from bioprop.functional.pooling import Pool
 from bioprop.networks import MLP, ConvStage, LeNet, LinearStage, Network, SimpleVGG
+from tests.processes import ProcessPool
 
 Batch = tuple[Tensor, Tensor]
 Weights = dict[str, Tensor]
@@ -272,6 +273,22 @@ class AlgorithmContract(ABC):
         other = self.make(LeNet(SHAPE, CLASSES, channels=(3, 4), hidden=13))
         with refused("network.init_args.hidden was 12 and is now 13"):
             self.fit(other, tmp_path, epochs=2, ckpt_path=tmp_path / "half.ckpt")
+
+    # -- several processes -------------------------------------------------------------------------------------------
+
+    def test_two_processes_train_as_one(self, processes: ProcessPool) -> None:
+        """Half of every batch each, with the same noise for the same rows."""
+        from tests.algorithms.shared_training import train
+
+        # by SGD, since Adam's first steps are signs of gradients, which rounding decides where they are zero
+        settings = {"optimizer": sgd()}
+        (logged, alone), shared = train(type(self), settings), processes.run(train, type(self), settings)
+        (first_logged, first), (second_logged, second) = shared
+        for whole, one, other in zip(alone, first, second, strict=True):
+            assert changed(one, other) == set()
+            torch.testing.assert_close(one, whole, rtol=1e-9, atol=1e-12)
+        assert changed(first_logged, second_logged) == set()
+        torch.testing.assert_close(first_logged, logged, rtol=1e-6, atol=0)  # metrics add up in single precision
 
     # -- checkpoints, evaluation, precision --------------------------------------------------------------------------
 

@@ -46,7 +46,7 @@ class DrawsFromTheGlobalGenerator(LDRL):
 
     def __init__(self, network: Network, **settings: Any) -> None:
         super().__init__(network, **settings)
-        self.streams.noise = lambda place, like, compile: GlobalNoise((0, 0, 0), like.device, like.dtype)
+        self.streams.noise = lambda place, like, *_: GlobalNoise((0, 0, 0), like.device, like.dtype)
 
 
 class RepeatsItsNoise(LDRL):
@@ -54,7 +54,7 @@ class RepeatsItsNoise(LDRL):
 
     def __init__(self, network: Network, **settings: Any) -> None:
         super().__init__(network, **settings)
-        self.streams.noise = lambda place, like, compile: NoiseStream((0, 0, place), like.device, like.dtype)
+        self.streams.noise = lambda place, like, *_: NoiseStream((0, 0, place), like.device, like.dtype)
 
 
 class StepsRaw(LDRL):

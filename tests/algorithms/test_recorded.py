@@ -46,7 +46,7 @@ def record_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[LDRL], StandIn]:
 
     generators = [torch.Generator() for _ in range(3)]
 
-    def noise(self: RandomStreams, place: int, like: Tensor, compile: bool) -> NoiseStream:
+    def noise(self: RandomStreams, place: int, like: Tensor, *_: object) -> NoiseStream:
         key = int(self.seed), int(self.batches), place
         return NoiseStream(key, like.device, like.dtype, generator=generators[place])
 

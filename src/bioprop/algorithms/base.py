@@ -6,10 +6,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from bioprop.algorithms.checkpoints import Checkpointed, describe_optimization
+from bioprop.distributed import GradientAveraging, mean_over_processes, process_count
 from bioprop.errors import UserError
 from bioprop.functional.gradients import preserve_state
 from bioprop.functional.output_losses import CROSS_ENTROPY, OutputLoss
@@ -20,10 +21,17 @@ PER_EPOCH: dict[str, Any] = {"on_step": False, "on_epoch": True}
 
 
 class Gradients(NamedTuple):
-    """Gradient of every forward parameter by its name in the network, in units of the BP gradient; and the logits."""
+    """What phase 2 makes of a batch.
+
+    Attributes:
+        forward: gradient of every forward parameter by its name in the network, in units of the BP gradient.
+        logits: ``[batch, classes]``.
+        of_all_processes: whether the gradients are already those of the rows of all processes.
+    """
 
     forward: dict[str, Tensor]
     logits: Tensor
+    of_all_processes: bool = False
 
 
 class Algorithm(Checkpointed, ABC):
@@ -48,6 +56,7 @@ class Algorithm(Checkpointed, ABC):
         self.automatic_optimization = False
         self._make_optimizer = optimizer
         self._make_scheduler = scheduler
+        self.losses = nn.ModuleDict({f"{split}_set": MeanMetric(nan_strategy="disable") for split in SPLITS})
         self.accuracies = nn.ModuleDict()  # filled by the first batch, which shows the number of classes
 
     # -- the algorithm -------------------------------------------------------------------------------------------
@@ -56,11 +65,12 @@ class Algorithm(Checkpointed, ABC):
         """Phase 1 trains the feedback weights, phase 2 the forward weights, on the same batch."""
         images, labels = self._as_network(batch)
         feedback_losses, gradients = self._learn(images, labels)
-        self._step_forward_weights(gradients.forward)
+        self._step_forward_weights(self._direction(self._average(gradients)))
         loss = self.output_loss.mean(gradients.logits, labels)
         self._log_batch("train", gradients.logits, labels, loss)
         if feedback_losses:
-            self.log("train/feedback_loss", torch.stack(list(feedback_losses.values())).sum(), **PER_EPOCH)
+            total = torch.stack(list(feedback_losses.values())).sum()
+            self.log("train/feedback_loss", total, sync_dist=True, **PER_EPOCH)
         return {"loss": loss, "feedback_losses": feedback_losses}
 
     def _learn(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Gradients]:
@@ -70,6 +80,21 @@ class Algorithm(Checkpointed, ABC):
     @abstractmethod
     def _gradients(self, images: Tensor, labels: Tensor) -> Gradients:
         """Compute the gradients of one batch; buffers and random state may move."""
+
+    def _average(self, gradients: Gradients) -> dict[str, Tensor]:
+        """Average gradients, and the buffers that the batch has moved, over all processes, each in one exchange."""
+        forward = gradients.forward
+        if process_count() > 1 and not gradients.of_all_processes:
+            forward = dict(zip(forward, mean_over_processes(list(forward.values())), strict=True))
+            # batch norm's statistics are each process's own, and so are its running ones until here
+            buffers = [buffer for buffer in self.network.buffers() if buffer.is_floating_point()]
+            for buffer, mean in zip(buffers, mean_over_processes(buffers), strict=True):
+                buffer.copy_(mean)
+        return forward
+
+    def _direction(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the forward weights step by, given the gradients of all images of a batch."""
+        return gradients
 
     @property
     def gradient_scale(self) -> float:
@@ -89,7 +114,7 @@ class Algorithm(Checkpointed, ABC):
             A tensor for each name of ``network.named_parameters()`` that is not frozen, in the parameter's shape.
         """
         with preserve_state(self):
-            return self._gradients(images, labels).forward
+            return self._direction(self._gradients(images, labels).forward)
 
     def train_feedback(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         """Phase 1 on one batch: train the feedback weights, if the algorithm has any.
@@ -147,10 +172,12 @@ class Algorithm(Checkpointed, ABC):
                 self.accuracies[f"{name}_set"] = _accuracies(name, logits.shape[1]).to(logits.device)
         metrics = cast(MetricCollection, self.accuracies[f"{split}_set"])
         metrics.update(logits, labels)
-        self.log(f"{split}/loss", loss, batch_size=len(labels), prog_bar=split == "train", **PER_EPOCH)
+        mean_loss = cast(MeanMetric, self.losses[f"{split}_set"])
+        mean_loss.update(loss, len(labels))
+        # metrics, not numbers: over several processes, they count every image once
+        self.log(f"{split}/loss", mean_loss, prog_bar=split == "train", **PER_EPOCH)
         for name, metric in metrics.items():
-            shown = name == "val/accuracy"
-            self.log(name, metric, batch_size=len(labels), prog_bar=shown, **PER_EPOCH)
+            self.log(name, metric, prog_bar=name == "val/accuracy", **PER_EPOCH)
 
     def _as_network(self, batch: Batch) -> Batch:
         """Give the images the weights' floating-point type: data modules hand out float32."""
@@ -189,11 +216,13 @@ class Algorithm(Checkpointed, ABC):
                 f"precision {self.trainer.precision} is not supported by {type(self).__name__}: choose one of "
                 f"{', '.join(self.precisions)}"
             )
-        if self.trainer.world_size > 1:
+        if self.trainer.world_size > 1 and not isinstance(self.trainer.strategy, GradientAveraging):
             raise UserError(
-                f"{self.trainer.world_size} processes would train apart, since gradients are not averaged over "
-                "processes yet: use --trainer.devices=1"
+                f"strategy {type(self.trainer.strategy).__name__} does not average the gradients of "
+                f"{type(self).__name__}: leave --trainer.strategy out, or give Trainer(strategy=GradientAveraging())"
             )
+        if self.trainer.world_size > 1 and any(isinstance(each, nn.SyncBatchNorm) for each in self.modules()):
+            raise UserError("sync_batchnorm is not supported: batch norm takes the statistics of each process's images")
 
     def on_train_epoch_end(self) -> None:
         """Step the learning-rate schedules: Lightning leaves them alone in manual optimization.

@@ -16,7 +16,9 @@ from bioprop.algorithms.feedback_schedule import FeedbackSchedule
 from bioprop.algorithms.layerwise_feedback import FeedbackIteration
 from bioprop.algorithms.random_streams import RandomStreams
 from bioprop.algorithms.settings import check_range, count, per_stage
+from bioprop.algorithms.sharing import average_gradients
 from bioprop.algorithms.target_algorithm import TargetAlgorithm
+from bioprop.distributed import process_rank
 from bioprop.errors import UserError
 from bioprop.functional.feedback_losses import FeedbackGradient
 from bioprop.networks.local_gradients import run_stages
@@ -137,16 +139,18 @@ class DifferenceReconstruction(TargetAlgorithm):
     def _train_feedback(self, passes: Sequence[StagePass]) -> dict[str, Tensor]:
         course: list[Tensor] = []
         objectives = self.feedback_objectives(passes)
-        noises = [self.streams.noise(place, passes[0].inputs) for place in range(len(objectives))]
+        rank = process_rank()
+        noises = [self.streams.noise(place, passes[0].inputs, rank=rank) for place in range(len(objectives))]
         with torch.no_grad():
             for iteration in range(self.iterations if objectives else 0):
-                gradients = []
-                for place, (objective, stream) in enumerate(zip(objectives, noises, strict=True)):
+                gradients = {}
+                for place, (name, objective, stream) in enumerate(zip(self.feedback, objectives, noises, strict=True)):
                     states = passes[place + 1].inputs
                     (noise,) = stream.draw(iteration, self.noise[place], states.shape)
-                    gradients.append(objective(self._run_above(place, states + noise), noise))
+                    gradients[name] = objective(self._run_above(place, states + noise), noise)
+                gradients = average_gradients(gradients)
                 self._step_feedback_weights(gradients)
-                course.append(torch.stack([gradient.loss for gradient in gradients]))
+                course.append(torch.stack([gradient.loss for gradient in gradients.values()]))
                 self._tell_observers(iteration, course[-1])
         self.streams.next_batch()
         return dict(zip(self.feedback, torch.stack(course).mean(0), strict=True)) if course else {}
@@ -159,10 +163,10 @@ class DifferenceReconstruction(TargetAlgorithm):
             states = functional_call(stage, buffers, (states,)) if buffers else stage(states)
         return states
 
-    def _step_feedback_weights(self, gradients: Sequence[FeedbackGradient]) -> None:
-        for feedback, gradient in zip(self.feedback.values(), gradients, strict=True):
+    def _step_feedback_weights(self, gradients: Mapping[str, FeedbackGradient]) -> None:
+        for operator, feedback in self.feedback.items():
             for name, parameter in feedback.named_parameters():
-                parameter.grad = gradient.parameters[name]
+                parameter.grad = gradients[operator].parameters[name]
         if self._feedback_optimizer is not None:
             self._feedback_optimizer.step()
             self._feedback_optimizer.zero_grad()

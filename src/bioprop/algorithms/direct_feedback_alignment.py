@@ -71,7 +71,10 @@ class DirectFeedbackAlignment(Algorithm):
             for (name, _), output in zip(self.network.stages()[:-1], outputs[:-1], strict=True)
         ]
         gradients = stage_gradients(self.network, outputs, [*errors, error.to(logits.dtype)])
-        return Gradients(self.remedies.direction(gradients), logits)
+        return Gradients(gradients, logits)
+
+    def _direction(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.remedies.direction(gradients)
 
     def _step_forward_weights(self, gradients: dict[str, Tensor]) -> None:
         super()._step_forward_weights(gradients)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bioprop.algorithms.random_streams import NoiseStream
+from bioprop.distributed import mean_over_processes
 from bioprop.functional.expected_feedback import ExpectedLoss, expected_loss, normals_shape
 from bioprop.functional.expected_steps import expected_steps
 from bioprop.functional.feedback_steps import CURVATURE_FLOOR
@@ -44,6 +45,12 @@ def prepare_expected_loss(
         clean_switches,
         normals,
     )
+
+
+def average_expected(loss: ExpectedLoss) -> ExpectedLoss:
+    """Average the expected loss of a stage over all processes: all of its parts are sums or means over images."""
+    A, D, mean_term, mean_loss, curvature = mean_over_processes(loss[:-1])
+    return ExpectedLoss(A, D, mean_term, mean_loss, curvature, loss.batch)
 
 
 def train_expected(

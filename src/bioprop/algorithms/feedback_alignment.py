@@ -162,7 +162,7 @@ class FeedbackAlignment(Algorithm):
         matrices = {layer.weight: self.backward_matrix(name, layer.weight) for name, layer in self.layers()}
         with asymmetric_backward(matrices):
             gradients, logits = backprop_gradients(self.network, images, labels)
-        return Gradients(self.remedies.direction(gradients), logits)
+        return Gradients(gradients, logits)
 
     @torch.no_grad()
     def train_feedback(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
@@ -187,6 +187,9 @@ class FeedbackAlignment(Algorithm):
                 stored.mul_(norm / stored.norm())
             self.streams.next_batch()
         return {}
+
+    def _direction(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.remedies.direction(gradients)
 
     def _step_forward_weights(self, gradients: dict[str, Tensor]) -> None:
         super()._step_forward_weights(gradients)

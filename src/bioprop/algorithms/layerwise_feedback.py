@@ -1,7 +1,7 @@
 """What methods that train a feedback operator a stage share: their settings, and the loop that trains them."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
@@ -11,17 +11,20 @@ import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from bioprop.algorithms.base import Gradients
 from bioprop.algorithms.mirrored_feedback import MirroredFeedback
 from bioprop.algorithms.random_streams import NoiseStream, RandomStreams
 from bioprop.algorithms.recorded import Recorded
 from bioprop.algorithms.settings import check_range, number, per_stage
+from bioprop.algorithms.sharing import average_gradients, average_weights, hand_out_stages, share_stages
+from bioprop.distributed import gather_rows, process_count, process_rank
 from bioprop.errors import UserError
 from bioprop.functional.activations import MirrorName
 from bioprop.functional.angles import angle_degrees, flatten_all
 from bioprop.functional.compiled import refuse_without_compiler
 from bioprop.functional.feedback_losses import FeedbackGradient, FeedbackObjective
 from bioprop.functional.feedback_steps import normalized_steps
-from bioprop.functional.speed import Speed
+from bioprop.functional.speed import Sharing, Speed
 from bioprop.networks.mirrors import Mirror, build_mirror
 from bioprop.networks.network import Network
 from bioprop.networks.stages import Stage, StagePass
@@ -72,6 +75,8 @@ class LayerwiseFeedback(MirroredFeedback):
         super().__init__(network, beta, optimizer, scheduler)
         self.speed = speed
         self.closed_form = speed.closed_form
+        if speed.processes not in get_args(Sharing):
+            raise UserError(f"speed.processes {speed.processes!r} is not known: choose one of {get_args(Sharing)}")
         if speed.compile:
             refuse_without_compiler()
         pairs = list(pairwise(network.stages()))
@@ -139,19 +144,25 @@ class LayerwiseFeedback(MirroredFeedback):
         losses: dict[str, Tensor] = {}
         stages = self.mirrored_stages()
         passes = passes[1 : 1 + len(stages)]
+        owners = self._owners(passes)
         settings = zip(stages, passes, self.noise, self.feedback_lr, self.iterations, strict=True)
         with torch.no_grad():
             for place, ((name, stage, mirror), clean, sigma, lr, iterations) in enumerate(settings):
-                if not iterations:
+                if not iterations or not self._trains_here(name, owners):
                     continue
-                noise = self.streams.noise(place, clean.inputs, self.speed.compile)
+                noise = self._noise(place, clean)
                 train = partial(self._train_stage, name, stage, mirror, sigma, lr, iterations, noise)
                 if self._may_record(clean):
                     losses[name] = self._recorded.setdefault(name, Recorded())(train, clean, noise.generator())
                 else:
                     losses[name] = train(*clean)
         self.streams.next_batch()
-        return losses
+        return self._exchange(losses, owners)
+
+    def _noise(self, place: int, clean: StagePass) -> NoiseStream:
+        # whoever trains a stage on the images of all processes draws what one process would draw
+        rank = 0 if self._shares("stages") else process_rank()
+        return self.streams.noise(place, clean.inputs, self.speed.compile, rank)
 
     def _train_stage(
         self,
@@ -168,15 +179,16 @@ class LayerwiseFeedback(MirroredFeedback):
         gradient_at = self.feedback_objective(stage, mirror, StagePass(*clean), sigma, noise)  # type: ignore[arg-type]
         course = []
         for iteration in range(iterations):
-            gradient = gradient_at(iteration)
+            gradient = self._averaged({name: gradient_at(iteration)})[name]
             self._step_feedback_weights(mirror, gradient, lr)
             course.append(gradient.loss)
             self._tell_observers(name, stage, mirror, iteration, gradient.loss)
         return torch.stack(course).mean()
 
     def _may_record(self, clean: StagePass) -> bool:
-        """Whether a stage's iterations can be a CUDA graph: no graph of autograd, and nobody watching."""
-        return self.speed.cuda_graph and clean.inputs.is_cuda and clean.affine is not None and not self._observers
+        """Whether a stage's iterations can be a CUDA graph: no graph of autograd, no exchange, and nobody watching."""
+        alone = clean.affine is not None and not self._observers and not self._shares("gradients")
+        return self.speed.cuda_graph and clean.inputs.is_cuda and alone
 
     def _step_feedback_weights(self, mirror: Mirror, gradient: FeedbackGradient, lr: float) -> None:
         if self._feedback_optimizer is None:
@@ -195,6 +207,49 @@ class LayerwiseFeedback(MirroredFeedback):
                 # the fused step goes through memory, whatever the order of the dimensions in it
                 found = torch.empty_like(parameter).copy_(found)
             parameter.grad = found
+
+    # -- several processes ---------------------------------------------------------------------------------------
+
+    def train_feedback(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Phase 1 on one batch, of which each of several processes gives its rows, see `TargetAlgorithm`."""
+        return super().train_feedback(gather_rows(images) if self._shares("stages") else images, labels)
+
+    def _learn(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Gradients]:
+        if not self._shares("stages"):
+            return super()._learn(images, labels)
+        losses, (forward, logits, _) = super()._learn(gather_rows(images), gather_rows(labels))
+        return losses, Gradients(forward, logits[process_rank() :: process_count()], of_all_processes=True)
+
+    def _shares(self, what: Sharing) -> bool:
+        """Whether there are several processes that share feedback training in this way."""
+        return process_count() > 1 and self.speed.processes == what
+
+    def _averaged(self, gradients: dict[str, FeedbackGradient]) -> dict[str, FeedbackGradient]:
+        return average_gradients(gradients) if self._shares("gradients") else gradients
+
+    def _owners(self, passes: Sequence[StagePass]) -> dict[str, int]:
+        """Which process trains which of the stages that are trained; empty where every process trains all."""
+        if not self._shares("stages") or self._observers:  # observers want to see every stage
+            return {}
+        names = [name for (name, _, _), count in zip(self.mirrored_stages(), self.iterations, strict=True) if count]
+        clean = {name: each for name, each in zip(self.feedback, passes, strict=True) if name in names}
+        weights = {name: sum(each.numel() for each in self.feedback[name].parameters()) for name in names}
+        owners = share_stages(clean, weights, [count for count in self.iterations if count])
+        return dict(zip(names, owners, strict=True))
+
+    @staticmethod
+    def _trains_here(name: str, owners: Mapping[str, int]) -> bool:
+        return owners.get(name, process_rank()) == process_rank()
+
+    def _exchange(self, losses: dict[str, Tensor], owners: Mapping[str, int]) -> dict[str, Tensor]:
+        """Bring all processes to the same feedback weights after a batch; return the losses of all stages."""
+        if self._shares("weights"):
+            average_weights(self.feedback, self._feedback_optimizer, losses)
+        if not owners:
+            return losses
+        return hand_out_stages(dict(self.feedback.items()), self._feedback_optimizer, losses, owners)
+
+    # -- observers -----------------------------------------------------------------------------------------------
 
     def _tell_observers(self, name: str, stage: Stage, mirror: Mirror, iteration: int, loss: Tensor) -> None:
         for observe in self._observers:

@@ -6,7 +6,7 @@ import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from bioprop.algorithms.expected_sampling import prepare_expected_loss, train_expected
+from bioprop.algorithms.expected_sampling import average_expected, prepare_expected_loss, train_expected
 from bioprop.algorithms.layerwise_feedback import FeedbackStep, LayerwiseFeedback
 from bioprop.algorithms.random_streams import NoiseStream
 from bioprop.errors import UserError
@@ -135,6 +135,7 @@ class LDRL(LayerwiseFeedback):
         # all iterations at once: the gradient is linear in the weights
         layer = cast(LayerMirror, mirror)
         loss = prepare_expected_loss(stage, layer, StagePass(*clean), sigma, noise, self._clean_switches)  # type: ignore[arg-type]
+        loss = average_expected(loss) if self._shares("gradients") else loss
         return train_expected(layer, loss, lr, iterations, self._feedback_optimizer, self.feedback_momentum)
 
     def feedback_objective(

@@ -82,29 +82,30 @@ class ParallelLDRL(LDRL):
     def _train_feedback(self, passes: Sequence[StagePass]) -> dict[str, Tensor]:
         stages = self.mirrored_stages()
         course: dict[str, list[Tensor]] = {name: [] for name, _, _ in stages}
-        settings = enumerate(zip(stages, passes[1:], self.noise, self.iterations, strict=True))
+        passes = passes[1:]
+        owners = self._owners(passes)
+        settings = enumerate(zip(stages, passes, self.noise, self.iterations, strict=True))
         with torch.no_grad():
             objectives = {
-                name: self.feedback_objective(
-                    stage, mirror, clean, sigma, self.streams.noise(place, clean.inputs, self.speed.compile)
-                )
+                name: self.feedback_objective(stage, mirror, clean, sigma, self._noise(place, clean))
                 for place, ((name, stage, mirror), clean, sigma, iterations) in settings
-                if iterations
+                if iterations and self._trains_here(name, owners)
             }
             for iteration in range(max(self.iterations, default=0)):
                 draws = range(iteration * self.samples, (iteration + 1) * self.samples)
                 gradients = {
                     name: mean_gradient(objectives[name], draws)
                     for (name, _, _), iterations in zip(stages, self.iterations, strict=True)
-                    if iteration < iterations
+                    if iteration < iterations and name in objectives
                 }
-                self._step_all_stages(gradients)
+                self._step_all_stages(gradients := self._averaged(gradients))
                 for name, stage, mirror in stages:
                     if name in gradients:
                         course[name].append(gradients[name].loss)
                         self._tell_observers(name, stage, mirror, iteration, gradients[name].loss)
         self.streams.next_batch()
-        return {name: torch.stack(losses).mean() for name, losses in course.items() if losses}
+        losses = {name: torch.stack(each).mean() for name, each in course.items() if each}
+        return self._exchange(losses, owners)
 
     def _step_all_stages(self, gradients: Mapping[str, FeedbackGradient]) -> None:
         """Take one step of the feedback weights of all stages together."""

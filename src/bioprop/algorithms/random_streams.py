@@ -156,9 +156,16 @@ class RandomStreams(nn.Module):
         sequence = np.random.SeedSequence([int(self.seed), int(self.batches), place])
         return torch.Generator(device).manual_seed(int(sequence.generate_state(1)[0]))
 
-    def noise(self, place: int, like: Tensor, compile: bool = False) -> NoiseStream:
-        """Make the noise of this batch for one place, in the type and on the device of a tensor."""
-        key = int(self.seed), int(self.batches), place
+    def noise(self, place: int, like: Tensor, compile: bool = False, rank: int = 0) -> NoiseStream:
+        """Make the noise of this batch for one place, in the type and on the device of a tensor.
+
+        Args:
+            place: a stage or layer, by its number.
+            like: of the type and on the device wanted.
+            compile: see `NoiseStream`.
+            rank: of the process whose images the noise is for: each draws its own.
+        """
+        key = int(self.seed), int(self.batches), rank << 32 | place
         if like.device.type == "cpu":
             return NoiseStream(key, like.device, like.dtype, compile)
         # a recorded CUDA graph goes on drawing from the generator it was recorded with

@@ -8,6 +8,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from bioprop.algorithms.base import Algorithm, Batch
+from bioprop.distributed import gather_rows
 from bioprop.errors import UserError
 from bioprop.functional.angles import angle_degrees, flatten_all, norm_ratio
 from bioprop.functional.gauss_newton import gauss_newton_gradients
@@ -128,7 +129,7 @@ class AlignmentToBackprop(Callback):
     ) -> None:
         """Hold the first validation batch, which is on the device and normalised by now."""
         if batch_idx == 0:
-            images, labels = batch
+            images, labels = (gather_rows(tensor) for tensor in batch)  # the same ones, however many processes
             self._held = images[: self.max_images], labels[: self.max_images]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -141,7 +142,7 @@ class AlignmentToBackprop(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure once the epoch's last update is done."""
         if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            pl_module.log_dict(self._measure(pl_module))
+            pl_module.log_dict(self._measure(pl_module), sync_dist=True)  # the same in every process
 
     def _measure(self, module: LightningModule) -> dict[str, Tensor]:
         if self._held is None or not isinstance(module, Algorithm):

@@ -11,6 +11,7 @@ from torch.nn.utils import get_total_norm
 from bioprop.algorithms.base import Algorithm
 from bioprop.algorithms.difference_reconstruction import DifferenceReconstruction
 from bioprop.algorithms.layerwise_feedback import LayerwiseFeedback
+from bioprop.distributed import mean_over_processes
 from bioprop.errors import UserError
 from bioprop.networks.network import named_stages
 
@@ -43,6 +44,7 @@ class DivergenceGuard(Callback):
         norm = get_total_norm([parameter.detach() for parameter in pl_module.parameters()])
         losses: Mapping[str, Tensor] = outputs["feedback_losses"]
         watched = torch.stack([norm.float(), outputs["loss"].float(), *(loss.float() for loss in losses.values())])
+        (watched,) = mean_over_processes([watched])  # all stop together, or none
         if not torch.isfinite(watched).all():
             output, _ = named_stages(pl_module.network)[-1]
             overflow = (

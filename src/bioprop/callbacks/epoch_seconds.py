@@ -9,7 +9,8 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 class EpochSeconds(Callback):
     """Log ``train/seconds``: wall-clock time of an epoch's batches, validation and other callbacks' work left out.
 
-    On a GPU the clock is read when the device is idle, at the epoch's two ends only.
+    Over several processes it is their mean. On a GPU the clock is read when the device is idle, at the epoch's two ends
+    only.
     """
 
     def __init__(self) -> None:
@@ -28,7 +29,7 @@ class EpochSeconds(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the time in seconds."""
-        pl_module.log("train/seconds", max(self._end - self._start, 0.0))
+        pl_module.log("train/seconds", max(self._end - self._start, 0.0), sync_dist=True)
 
 
 def _now(device: torch.device) -> float:

@@ -45,7 +45,8 @@ class FeedbackRecord(Callback):
     ) -> None:
         """Write what was seen."""
         self._observing.close()
-        if not self._seen:
+        if not self._seen or not trainer.is_global_zero:
+            self._seen.clear()
             return
         path = run_folder(trainer) / "feedback_training.csv"
         path.parent.mkdir(parents=True, exist_ok=True)

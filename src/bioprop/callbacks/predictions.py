@@ -9,6 +9,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from bioprop.callbacks.run_folder import run_folder
+from bioprop.distributed import gather_rows
 
 logger = logging.getLogger(__name__)
 
@@ -28,14 +29,16 @@ class PredictionsFile(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the batch's probabilities, off the device."""
-        self._probabilities.append(outputs.float().cpu())
+        """Keep the batch's probabilities."""
+        self._probabilities.append(outputs.float())
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file once all batches are in."""
         data = trainer.datamodule  # type: ignore[attr-defined]
-        confidence, label = torch.cat(self._probabilities).max(dim=1)
+        confidence, label = self._all_probabilities().max(dim=1)
         self._probabilities.clear()
+        if not trainer.is_global_zero:
+            return
         path = run_folder(trainer) / "predictions.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="") as file:
@@ -45,3 +48,10 @@ class PredictionsFile(Callback):
             for name, index, value in zip(data.prediction_names(), label.tolist(), confidence.tolist(), strict=False):
                 writer.writerow((name, data.classes[index], f"{value:.4f}"))
         logger.info("wrote %d predictions to %s", len(label), path)
+
+    def _all_probabilities(self) -> Tensor:
+        """Those of all processes, in the order of the images; the last batch may have left this one out."""
+        counts = torch.tensor([len(self._probabilities)], device=self._probabilities[0].device)
+        for _ in range(int(gather_rows(counts).max()) - len(self._probabilities)):
+            self._probabilities.append(self._probabilities[0][:0])
+        return torch.cat([gather_rows(batch) for batch in self._probabilities]).cpu()

@@ -46,8 +46,8 @@ class ImageDataModule(LightningDataModule, ABC):
     Args:
         image_shape: (channels, height, width).
         classes: Names of the classes, in the order of the labels.
-        batch_size: Images in a batch. In training, an epoch's images that do not fill its last batch wait for another
-            epoch; evaluation has them all.
+        batch_size: Images in a batch, those of all processes together. In training, an epoch's images that do not fill
+            its last batch wait for another epoch; evaluation has them all.
         val_fraction: Fraction of the training images set aside for validation, stratified by class.
         normalization: "train" for mean and standard deviation of each channel of the training images (those left by
             split and limit, not augmented), "cifar10" or "imagenet32" for the published ones, "none" for [0, 1] alone.
@@ -173,15 +173,21 @@ class ImageDataModule(LightningDataModule, ABC):
             shuffle=not overfit,
             horizontal_flip=self.horizontal_flip,
             crop_padding=self.crop_padding,
+            equal_shares=True,
+            share=self._share(),
         )
+
+    def _share(self) -> tuple[int, int]:
+        """Which process this is, of how many: they share every batch."""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def val_dataloader(self) -> ResidentLoader:
         """Returns the validation batches: every image once, in an order shuffled by the seed, the same every time."""
-        return ResidentLoader(*self.resident["val"][:2], self.batch_size)
+        return ResidentLoader(*self.resident["val"][:2], self.batch_size, share=self._share())
 
     def test_dataloader(self) -> ResidentLoader:
         """Returns the test batches: every image once, in the order in which they are stored."""
-        return ResidentLoader(*self.resident["test"][:2], self.batch_size)
+        return ResidentLoader(*self.resident["test"][:2], self.batch_size, share=self._share())
 
     def predict_dataloader(self) -> ResidentLoader:
         """Returns the test batches."""

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, Sampler, SequentialSampler
 
+from bioprop.errors import UserError
+
 ORDER_STREAM, DRAWS_STREAM = 0, 1
 
 
@@ -64,6 +66,14 @@ class ResidentLoader:
         shuffle: A new order every epoch; otherwise the stored order, and epoch 0's draws, every time.
         horizontal_flip: Mirror each image with probability 1/2.
         crop_padding: Offsets of the crop are uniform in 0..2 * crop_padding pixels.
+        share: Number of this process among those that share every batch, and how many these are. Each has
+            `rows[rank::processes]` of every batch; of the last one some may have a row less, or none, in which case
+            they have a batch less.
+        equal_shares: Leave out the rows of a batch that some processes would have more than others: in training, where
+            they take every step together.
+
+    Raises:
+        UserError: The images, or a training batch, cannot be shared among so many processes.
     """
 
     def __init__(
@@ -76,7 +86,21 @@ class ResidentLoader:
         shuffle: bool = False,
         horizontal_flip: bool = False,
         crop_padding: int = 0,
+        share: tuple[int, int] = (0, 1),
+        equal_shares: bool = False,
     ) -> None:
+        self.rank, self.processes = share
+        if len(labels) < self.processes:
+            raise UserError(
+                f"{len(labels)} image(s) cannot be shared among {self.processes} processes: use --trainer.devices="
+                f"{len(labels)} or fewer."
+            )
+        if batch_size % self.processes and (equal_shares or batch_size < self.processes):
+            raise UserError(
+                f"batch_size {batch_size} cannot be shared equally among {self.processes} processes: it is the number "
+                f"of images of all processes together, so make it a multiple of {self.processes}."
+            )
+        self.equal_shares = equal_shares
         self.images = images
         self.labels = labels
         self.batch_size = batch_size
@@ -91,7 +115,13 @@ class ResidentLoader:
         self._resuming = False
 
     def __len__(self) -> int:
-        return len(self.batch_sampler)
+        batches = len(self.batch_sampler)
+        last = len(self.labels) - (batches - 1) * self.batch_size
+        return batches - (self._shared(last) <= self.rank)
+
+    def _shared(self, rows: int) -> int:
+        """How many rows of a batch are shared out."""
+        return rows // self.processes * self.processes if self.equal_shares else rows
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         # A generator, because Lightning makes the iterator of the first epoch before it calls set_epoch or restores
@@ -104,12 +134,15 @@ class ResidentLoader:
         for number, indices in enumerate(self.batch_sampler):
             if number < start:
                 continue
+            own = slice(self.rank, self._shared(len(indices)), self.processes)
+            chosen = torch.tensor(indices[own])
+            if not len(chosen):
+                return  # the other processes have the last images
             self._position = LoaderState(epoch=epoch, batch=number + 1)
-            chosen = torch.tensor(indices)
             # index_select is some twenty times faster than images[chosen]
             batch = (self.images.index_select(0, chosen), self.labels.index_select(0, chosen))
             first = number * self.batch_size
-            yield batch if draws is None else (*batch, draws[first : first + len(indices)])
+            yield batch if draws is None else (*batch, draws[first : first + len(indices)][own])
 
     def state_dict(self) -> LoaderState:
         """Returns the position, which Lightning saves in its checkpoints."""

@@ -1,6 +1,10 @@
 """Choices that change how fast feedback training is, not what it computes."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+#: What several processes share of feedback training, see `Speed`.
+Sharing = Literal["gradients", "weights", "stages"]
 
 
 @dataclass(frozen=True)
@@ -16,12 +20,19 @@ class Speed:
             and into float32 gradients. Angles move by some tenths of a degree.
         cuda_graph: on a GPU, record each stage's iterations once and replay them, without launching every kernel
             again; where that is impossible they run one by one.
+        processes: with several of them, how they share feedback training. ``gradients``: each has its images, and
+            gradients are averaged in every iteration, so that all is as with one process. ``weights``: each trains on
+            its images alone, and the weights are averaged once a batch, which saves exchanges and is another method:
+            the mean of several short courses on fewer images. ``stages``: each trains some of the stages on the
+            images of all (Ernoult et al., 2022, on two GPUs), with the result of one process bit for bit; the forward
+            phase is then repeated in every process.
     """
 
     closed_form: bool = True
     compile: bool = False
     bfloat16: bool = False
     cuda_graph: bool = True
+    processes: Sharing = "gradients"
 
 
 DEFAULT_SPEED = Speed()
