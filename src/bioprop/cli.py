@@ -21,7 +21,13 @@ from bioprop.callbacks import AlignmentToBackprop, DivergenceGuard, EpochSeconds
 from bioprop.callbacks.run_folder import experiment_folder, run_folder
 from bioprop.cli_messages import OneSentenceParser
 from bioprop.datamodules import ImageDataModule
-from bioprop.distributed import averaging_for_several_devices
+from bioprop.distributed import (
+    LostProcessError,
+    averaging_for_several_devices,
+    is_lost_process,
+    process_rank,
+    wait_for_the_first,
+)
 from bioprop.errors import UserError
 
 #: Arguments of a network that flow from the data.
@@ -210,8 +216,9 @@ def run() -> None:
     try:
         main()
     except UserError as error:
+        wait_for_the_first()
         sys.stderr.write(f"bioprop: error: {error}\n")
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, LostProcessError) else 2)
 
 
 @contextmanager
@@ -229,6 +236,11 @@ def _plain_user_errors() -> Iterator[None]:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, UserError):
             cause = cause.__cause__
+        if cause is None and is_lost_process(error):
+            raise LostProcessError(
+                f"process {process_rank()} lost the connection to another process, which has ended or hangs: see what "
+                "it said, then go on with --ckpt_path last"
+            ) from error
         if cause is None:
             raise
         raise cause from None

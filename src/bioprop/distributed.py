@@ -7,6 +7,7 @@ hooks of autograd: they form many gradients a batch, most of them in closed form
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,11 +19,18 @@ from pytorch_lightning.strategies import DDPStrategy, StrategyRegistry
 from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 from torch import Tensor
 
+from bioprop.errors import UserError
+
 #: Longest time that a process waits for the others: the longest that one of them may be busy alone (converting a data
 #: set, say). A process that died is noticed at once where it closed its connections, within seconds on one machine.
 PATIENCE = timedelta(minutes=30)
 #: Seconds between two looks at whether the process that started this one still lives.
 WATCH_SECONDS = 2.0
+#: Seconds that a process other than the first waits before it says what went wrong: the first says it for all, unless
+#: it was not the same for all.
+AFTER_THE_FIRST = 3.0
+#: What the libraries underneath say where another process is gone.
+GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "Timed out")
 #: Environment variable that tells processes which one started them.
 LAUNCHER = "BIOPROP_LAUNCHER"
 
@@ -95,6 +103,21 @@ def gather_rows(rows: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in range(count)]
     dist.all_gather(parts, padded)
     return torch.stack(parts, dim=1).flatten(0, 1)[: int(sum(lengths))]
+
+
+class LostProcessError(UserError):
+    """Another process has ended, or hangs."""
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether an exchange failed because another process is gone."""
+    return isinstance(error, RuntimeError) and process_count() > 1 and any(sign in str(error) for sign in GONE)
+
+
+def wait_for_the_first() -> None:
+    """Leave the first process time to say what went wrong, and to end this one."""
+    if process_rank():
+        time.sleep(AFTER_THE_FIRST)
 
 
 class GradientAveraging(DDPStrategy):

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch.utils.data import SequentialSampler
@@ -119,3 +121,29 @@ def test_a_saved_position_is_resumed_once_and_in_its_own_epoch_only():
     resumed.load_state_dict(state)
     resumed.sampler.set_epoch(3)
     assert len(list(resumed)) == 4
+
+
+@pytest.mark.parametrize("augmented", [False, True])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_processes_share_every_row_of_every_batch(processes: int, augmented: bool) -> None:
+    settings: dict[str, Any] = {"seed": 4, "horizontal_flip": augmented, "crop_padding": 2 * augmented}
+    whole = list(ResidentLoader(IMAGES, LABELS, 6, **settings))
+    shares = [list(ResidentLoader(IMAGES, LABELS, 6, share=(rank, processes), **settings)) for rank in range(processes)]
+    assert [len(share) for share in shares] == [
+        len(ResidentLoader(IMAGES, LABELS, 6, share=(rank, processes), **settings)) for rank in range(processes)
+    ]
+    for number, batch in enumerate(whole):
+        own = [share[number] for share in shares if number < len(share)]
+        for rank, parts in enumerate(own):
+            for part, full in zip(parts, batch, strict=True):
+                assert torch.equal(part, full[rank::processes])
+        assert sum(len(parts[1]) for parts in own) == len(batch[1])
+
+
+def test_in_training_all_processes_have_the_same_number_of_rows() -> None:
+    shares = [
+        [len(labels) for _, labels in ResidentLoader(IMAGES, LABELS, 6, share=(rank, 2), equal_shares=True)]
+        for rank in range(2)
+    ]
+    assert shares[0] == shares[1]
+    assert sum(shares[0]) == len(LABELS) // 2

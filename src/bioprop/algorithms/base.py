@@ -173,7 +173,7 @@ class Algorithm(Checkpointed, ABC):
         metrics = cast(MetricCollection, self.accuracies[f"{split}_set"])
         metrics.update(logits, labels)
         mean_loss = cast(MeanMetric, self.losses[f"{split}_set"])
-        mean_loss.update(loss, len(labels))
+        mean_loss.update(loss.expand(len(labels)))  # torchmetrics 1.9 drops weights where NaN is let through
         # metrics, not numbers: over several processes, they count every image once
         self.log(f"{split}/loss", mean_loss, prog_bar=split == "train", **PER_EPOCH)
         for name, metric in metrics.items():
