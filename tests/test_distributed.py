@@ -26,6 +26,7 @@ from bioprop.distributed import (
     mean_over_processes,
     process_count,
     process_rank,
+    refuse_strangers,
 )
 from bioprop.errors import UserError
 from bioprop.networks import MLP
@@ -145,6 +146,15 @@ def test_other_strategies_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(algorithm, "_trainer", trainer)
     with pytest.raises(UserError, match="strategy DDPStrategy does not average the gradients of Backprop"):
         algorithm.on_fit_start()
+
+
+def test_processes_that_nobody_counts_on_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_strangers(1)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refuse_strangers(2)
+    with pytest.raises(UserError, match="torchrun started 2 processes, but the trainer counts on 1"):
+        refuse_strangers(1)
 
 
 # -- whole commands ------------------------------------------------------------------------------------------------

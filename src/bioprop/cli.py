@@ -26,6 +26,7 @@ from bioprop.distributed import (
     averaging_for_several_devices,
     is_lost_process,
     process_rank,
+    refuse_strangers,
     wait_for_the_first,
 )
 from bioprop.errors import UserError
@@ -146,6 +147,7 @@ class BiopropCLI(LightningCLI):
         Raises:
             UserError: if there is no such file, or a command that evaluates was given no checkpoint.
         """
+        refuse_strangers(self.trainer.world_size)
         config = self.config_init[self.subcommand]
         if config.ckpt_path in ("last", "best"):
             config.ckpt_path = str(newest_checkpoint(experiment_folder(self.trainer), config.ckpt_path))

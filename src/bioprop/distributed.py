@@ -176,6 +176,20 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True, name="parent-watch").start()
 
 
+def refuse_strangers(world_size: int) -> None:
+    """Compare the number of processes that a trainer counts on with what torchrun has started.
+
+    Raises:
+        UserError: if they differ: each process would train alone.
+    """
+    started = int(os.environ.get("WORLD_SIZE", 1)) if "TORCHELASTIC_RUN_ID" in os.environ else world_size
+    if started != world_size:
+        raise UserError(
+            f"torchrun started {started} processes, but the trainer counts on {world_size}: give --trainer.devices "
+            "(for each node) and --trainer.num_nodes as torchrun has them"
+        )
+
+
 @contextmanager
 def averaging_for_several_devices() -> Iterator[None]:
     """Make `GradientAveraging` what a trainer built within the context takes for more than one device."""
