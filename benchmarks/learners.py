@@ -38,8 +38,9 @@ def algorithm_learner(algorithm: Algorithm) -> Learner:
 
     def step(images: Tensor, labels: Tensor) -> None:
         _, gradients = algorithm._learn(images, labels)
+        forward = algorithm._average(gradients)
         for name, parameter in algorithm.network.named_parameters():
-            parameter.grad = algorithm.gradient_scale * gradients.forward[name]
+            parameter.grad = algorithm.gradient_scale * forward[name]
         optimizer.step()
         optimizer.zero_grad()
 
