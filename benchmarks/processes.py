@@ -42,15 +42,15 @@ def measure(
     alone = algorithm_learner(PUBLISHED[network].ldrl())
     batch = PUBLISHED[network].draw()
     alone.warm_up(*batch)
-    seconds: dict[str, list[float]] = {
-        f"one process, {count} thread(s)": [] for count in (threads, threads // processes)
-    }
-    seconds |= {f"{processes} processes share {way}": [] for way in WAYS}
+    counts = threads, threads // processes
+    names = [f"one process, {count} thread(s)" for count in counts]
+    names += [f"{processes} processes share {way}" for way in WAYS]
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     with TemporaryDirectory() as folder:
         connections = _start(network, processes, threads // processes, Path(folder) / "meeting")
         for _ in range(rounds):
             runs = iter(seconds.values())
-            for count in (threads, threads // processes):
+            for count in counts:
                 torch.set_num_threads(count)
                 next(runs).append(_seconds(alone, *batch))
             for way in WAYS:
