@@ -10,6 +10,8 @@ from bioprop.functional.fixed_weights import FixedWeightName, draw_fixed_weight
 
 def drawn(kind: FixedWeightName, shape: tuple[int, ...], scale: float = 1e-3, sparsity: float = 0.9) -> Tensor:
     weight = torch.full(shape, torch.nan, dtype=torch.float64)
+    if len(shape) == 4:  # as the weights of conv stages lie in memory
+        weight = weight.contiguous(memory_format=torch.channels_last)
     draw_fixed_weight(weight, kind, scale, sparsity)
     return weight
 

@@ -28,13 +28,15 @@ def draw_fixed_weight(weight: Tensor, kind: FixedWeightName, scale: float, spars
     """
     if kind not in get_args(FixedWeightName):
         raise UserError(f"feedback_init {kind!r} is not known: choose one of {', '.join(get_args(FixedWeightName))}")
+    drawn = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)  # of rows one after the other in memory
     if kind == "gaussian":
-        nn.init.normal_(weight, std=scale)
+        nn.init.normal_(drawn, std=scale)
     elif kind == "orthogonal":
-        nn.init.orthogonal_(weight, gain=scale)
+        nn.init.orthogonal_(drawn, gain=scale)
     else:
-        nn.init.uniform_(weight, -scale, scale)
+        nn.init.uniform_(drawn, -scale, scale)
     if kind == "sparse":
-        columns = weight.flatten(1)
+        columns = drawn.flatten(1)
         ranks = torch.rand_like(columns).argsort(0).argsort(0)
         columns[ranks < round(sparsity * len(columns))] = 0.0
+    weight.copy_(drawn)
