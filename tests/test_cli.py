@@ -220,7 +220,6 @@ def test_diverging_run_stops_names_the_culprit_and_keeps_the_checkpoint() -> Non
         (["--model=mine.Algorithm", "--data=Digits"], "no module mine is found from here"),
         (["--config=empty.yaml"], "a --config file is empty"),
         (["--config=tab.yaml"], "not valid YAML, at line 2"),
-        ([*LDRL_TINY, "--trainer.precision=bf16-mixed"], "precision bf16-mixed is not supported by LDRL"),
     ],
 )
 def test_mistakes_end_in_one_sentence_and_status_2(

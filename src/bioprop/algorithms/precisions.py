@@ -21,8 +21,8 @@ REASONS = {
     "16-mixed": HALF,
     "16-true": HALF,
     "bf16-true": "a weight in bfloat16 loses every step below 1/512 of its size",
-    "transformer-engine": "it trains in other layers than those that have feedback weights",
-    "transformer-engine-float16": "it trains in other layers than those that have feedback weights",
+    "transformer-engine": "its layers are not those that have feedback weights",
+    "transformer-engine-float16": "its layers are not those that have feedback weights",
 }
 
 
