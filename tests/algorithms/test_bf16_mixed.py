@@ -167,6 +167,15 @@ def test_the_way_back_through_a_block_carries_differences() -> None:
     assert (found - exact).norm() < 0.01 * exact.norm() < (naive - exact).norm()
 
 
+def test_the_reference_of_angles_is_in_float32() -> None:
+    algorithm = Backprop(tanh_mlp())
+    exact = algorithm.forward_gradients(*draw_batch(64))
+    with reduced():
+        rounding = angle(algorithm.forward_gradients(*draw_batch(64)), exact)
+        measured = alignment_to_backprop(algorithm, *draw_batch(64))["overall"].angle
+    assert float(measured) == pytest.approx(rounding, rel=1e-3)
+
+
 # -- feedback training -----------------------------------------------------------------------------------------------
 
 TRAINED: dict[str, tuple[Callable[..., LayerwiseFeedback], Callable[[], Network]]] = {
@@ -225,6 +234,22 @@ def test_autocast_itself_would_multiply_by_stale_weights(monkeypatch: pytest.Mon
     _, expected = course(make, build, torch.autocast("cpu", torch.bfloat16, cache_enabled=False))
     _, found = course(make, build, reduced())
     assert {name for name in found if "weight" in name} <= changed(found, expected)
+
+
+@pytest.mark.slow  # a compiler takes its time
+def test_compiled_parts_are_left_as_they_are() -> None:
+    found = []
+    for around in (nullcontext(), reduced()):
+        torch.manual_seed(5)
+        algorithm = LDRL(small_lenet(), iterations=20, feedback_lr=0.1, speed=Speed(compile=True))
+        before = algorithm.feedback_angles()
+        with around:
+            for seed in range(3):
+                algorithm.train_feedback(draw_batch(64, seed)[0])
+        assert all(angle < before[name] - 5 for name, angle in algorithm.feedback_angles().items())
+        found.append(algorithm.feedback_angles())
+    assert found[1] == pytest.approx(found[0], abs=2.0)
+    assert found[1] != found[0]
 
 
 # -- whole runs ------------------------------------------------------------------------------------------------------

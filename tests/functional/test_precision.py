@@ -212,7 +212,7 @@ def test_backward_matrices_are_used_and_rounded_like_weights(kind: str) -> None:
     own, same = gradients({}), gradients({above.weight: above.weight})
     for found, expected in zip(same, own, strict=True):
         assert found.dtype == torch.float32
-        assert (found - expected).norm() < 0.01 * expected.norm()
+        assert (found - expected).norm() < 1e-4 * expected.norm()  # by bfloat16 operands, or it would be 1e-3
     matrix = torch.randn_like(above.weight)
     other = gradients({above.weight: matrix})
     assert torch.equal(other[2], same[2])
@@ -220,4 +220,4 @@ def test_backward_matrices_are_used_and_rounded_like_weights(kind: str) -> None:
     with torch.no_grad():
         above.weight.copy_(matrix)  # the error below is formed by B as if it were W
     for found, expected in zip(other[:2], gradients({})[:2], strict=True):
-        assert (found - expected).norm() < 0.01 * expected.norm()
+        assert (found - expected).norm() < 1e-4 * expected.norm()
