@@ -220,7 +220,12 @@ def test_diverging_run_stops_names_the_culprit_and_keeps_the_checkpoint() -> Non
         (["--model=mine.Algorithm", "--data=Digits"], "no module mine is found from here"),
         (["--config=empty.yaml"], "a --config file is empty"),
         (["--config=tab.yaml"], "not valid YAML, at line 2"),
-        ([*LDRL_TINY, "--trainer.precision=bf16-mixed"], "precision bf16-mixed is not supported by LDRL"),
+        ([*LDRL_TINY, "--trainer.precision=16-mixed"], "16-mixed is not supported by LDRL, since"),
+        ([*LDRL_TINY, "--trainer.precision=16"], "choose one of 32-true, 64-true, bf16-mixed"),
+        ([*LDRL_TINY, "--trainer.precision=16-true"], "16-true is not supported by LDRL, since"),
+        ([*LDRL_TINY, "--trainer.precision=bf16-true"], "loses every step below 1/512"),
+        ([*LDRL_TINY, "--trainer.precision=transformer-engine"], "transformer-engine is not supported by LDRL"),
+        ([*LDRL_TINY, "--trainer.precision=8"], "precision is 8, but it must be one of 32-true, 64-true, bf16-mixed"),
     ],
 )
 def test_mistakes_end_in_one_sentence_and_status_2(
@@ -240,6 +245,22 @@ def test_mistakes_end_in_one_sentence_and_status_2(
     assert sentence in said
     assert "Traceback" not in said
     assert len(said.strip().splitlines()) == 1
+
+
+def test_a_precision_is_refused_before_a_folder_is_made() -> None:
+    with pytest.raises(UserError, match="16-mixed is not supported"):  # on a CPU, too, where Lightning takes another
+        main(["fit", *LDRL_TINY, "--trainer.precision=16-mixed"])
+    assert not Path("runs").exists()
+
+
+def test_a_whole_run_in_bf16_mixed() -> None:
+    first = main(["fit", *LDRL_TINY, "--trainer.precision=bf16-mixed", "--trainer.max_epochs=1"])
+    resumed = main(["fit", *LDRL_TINY, "--trainer.precision=bf16-mixed", "--trainer.max_epochs=2", "--ckpt_path=last"])
+    assert resumed.trainer.global_step == 2 * first.trainer.global_step
+    tested = main(["test", *LDRL_TINY, "--trainer.precision=bf16-mixed", "--ckpt_path=best"])
+    assert 0.0 <= tested.trainer.callback_metrics["test/accuracy"] <= 1.0
+    main(["predict", *LDRL_TINY, "--trainer.precision=bf16-mixed", "--ckpt_path=best"])
+    assert list(Path("runs").rglob("predictions.csv"))
 
 
 def test_process_prints_the_sentence_and_exits_with_2() -> None:

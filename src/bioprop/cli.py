@@ -6,7 +6,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from pydoc import locate
+from typing import Any, cast
 
 import yaml
 from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
@@ -17,6 +18,7 @@ from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCL
 
 from bioprop.algorithms import Algorithm
 from bioprop.algorithms.checkpoints import read_checkpoint
+from bioprop.algorithms.precisions import check_precision
 from bioprop.callbacks import AlignmentToBackprop, DivergenceGuard, EpochSeconds, PredictionsFile
 from bioprop.callbacks.run_folder import experiment_folder, run_folder
 from bioprop.cli_messages import OneSentenceParser
@@ -112,6 +114,9 @@ class BiopropCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Log to ``runs/<algorithm>[_<rule>]_<network>_<data>/version_<n>`` unless a logger was named."""
         config = self.config[self.subcommand]
+        algorithm = cast(type[Algorithm], locate(config.model.class_path))
+        # before Lightning turns "16-mixed" on a CPU into another one, and before there is a run's folder
+        check_precision(config.trainer.precision, algorithm.__name__, algorithm.precisions, algorithm.precision_reason)
         typed = [key for key in DECIDED_BY_DATA if config.model.init_args.network.init_args.get(key) is not None]
         if typed:
             raise UserError(f"{typed[0]} of the network is decided by the data: leave it out")

@@ -52,6 +52,8 @@ def explain(message: str) -> str:
     given = _given_value(message)
     if keys and given is not None:
         key = keys[-1].rpartition(".")[2]
+        if key == "precision":  # Lightning lists many, also by other names
+            return f"precision is {given}, but it must be one of {', '.join(Algorithm.precisions)}"
         if key in KINDS or ("dot import path string" in message and not _is_number(given)):
             return f"{key} is {given}, which is not a class that can be used here: {_known_classes(key)}"
         return f"{key} is {given}, but it must be {_expected(message)}"

@@ -131,6 +131,8 @@ class AlgorithmContract(ABC):
     #: The methods that train feedback weights, form the forward gradients, and step the forward weights.
     phases = ("train_feedback", "_gradients", "_step_forward_weights")
     loss_falls_to = 0.75
+    #: How far the fall of the loss may be from that in float32, as a share of it.
+    bf16_mixed_differs_by = 0.1
 
     @abstractmethod
     def make(self, network: Network, **settings: Any) -> Algorithm:
@@ -350,6 +352,56 @@ class AlgorithmContract(ABC):
         assert all(value.dtype == torch.float64 for value in floating)
         gradients = algorithm.forward_gradients(draw_batch()[0].double(), draw_batch()[1])
         assert all(value.dtype == torch.float64 for value in gradients.values())
+
+    def test_bf16_mixed_trains_like_float32_and_keeps_float32(self, tmp_path: Path) -> None:
+        settings = {"optimizer": partial(torch.optim.Adam, lr=0.005)}
+        reduced, exact = (self.made_from_seed(0, **settings) for _ in range(2))
+        if "bf16-mixed" not in exact.precisions:
+            with refused("precision bf16-mixed is not supported", "since ", "32-true"):
+                make_trainer(tmp_path, max_epochs=1, precision="bf16-mixed").fit(exact, make_loader(1))
+            return
+        images, labels = draw_batch(8)
+        before = self.loss(exact(images), labels).item()
+        make_trainer(tmp_path, max_epochs=20).fit(exact, make_loader(1))
+        trainer = make_trainer(tmp_path, max_epochs=20, precision="bf16-mixed")
+        trainer.fit(reduced, make_loader(1))
+        losses = [self.loss(one(images), labels).item() for one in (reduced, exact)]
+        assert losses[0] == pytest.approx(losses[1], abs=self.bf16_mixed_differs_by * abs(losses[1] - before))
+        assert {name for name in copy_state(exact.network) if "weight" in name} <= changed(
+            copy_state(exact.network), copy_state(reduced.network)
+        )
+        kept = [*reduced.state_dict().values(), *trainer.callback_metrics.values()]
+        kept += [value for one in trainer.optimizers for state in one.state.values() for value in state.values()]
+        assert {value.dtype for value in kept if value.is_floating_point()} == {torch.float32}
+
+    def test_a_resumed_run_in_bf16_mixed_equals_the_uninterrupted_one(self, tmp_path: Path) -> None:
+        whole, half, resumed = (self.made_from_seed(seed) for seed in (1, 1, 7))
+        if "bf16-mixed" not in whole.precisions:
+            return  # the refusal is tested above
+        trainers = [make_trainer(tmp_path, max_epochs=epochs, precision="bf16-mixed") for epochs in (2, 1, 2)]
+        trainers[0].fit(whole, make_loader())
+        trainers[1].fit(half, make_loader())
+        trainers[1].save_checkpoint(tmp_path / "half.ckpt")
+        trainers[2].fit(resumed, make_loader(), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+        assert changed(copy_state(whole), copy_state(resumed)) == set()
+
+    def test_bf16_mixed_evaluates_in_float32_probabilities(self, tmp_path: Path) -> None:
+        algorithm, trainer = self.make(small_lenet()), make_trainer(tmp_path, precision="bf16-mixed")
+        if "bf16-mixed" not in algorithm.precisions:
+            return  # the refusal is tested above
+        before = copy_state(algorithm)
+        (validated,) = trainer.validate(algorithm, make_loader(), verbose=False)
+        (tested,) = trainer.test(algorithm, make_loader(), verbose=False)
+        probabilities = torch.cat(trainer.predict(algorithm, make_loader()))
+        images, labels = draw_batch(24)
+        logits = algorithm(images)
+        assert changed(before, copy_state(algorithm)) == set()
+        assert probabilities.dtype == torch.float32
+        torch.testing.assert_close(probabilities.sum(1), torch.ones(24), rtol=0, atol=1e-6)
+        difference = (probabilities - logits.softmax(1)).abs().max()
+        assert 0 < difference < 0.01  # rounded, but close
+        for split, figures in (("val", validated), ("test", tested)):
+            assert figures[f"{split}/loss"] == pytest.approx(self.loss(logits, labels).item(), rel=0.01)
 
     def test_mixed_half_precision_is_refused(self, tmp_path: Path) -> None:
         # as a plugin: on a CPU, Lightning turns the name "16-mixed" into another precision

@@ -273,15 +273,6 @@ def test_a_model_that_is_no_chain_is_refused() -> None:
 # -- precision, layout -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_half_precisions_train(precision: str, tmp_path: Path) -> None:
-    algorithm = DirectFeedbackAlignment(small_lenet(), optimizer=partial(torch.optim.Adam, lr=0.01))
-    images, labels = draw_batch()
-    before = F.cross_entropy(algorithm(images), labels)
-    make_trainer(tmp_path, max_epochs=20, precision=precision).fit(algorithm, make_loader(1))
-    assert F.cross_entropy(algorithm.float()(images), labels) < 0.85 * before
-
-
 def test_bf16_mixed_gradients_are_float32_and_close() -> None:
     algorithm = DirectFeedbackAlignment(MLP(SHAPE, CLASSES, hidden=(12, 9), activation="tanh"))
     expected = algorithm.forward_gradients(*draw_batch())

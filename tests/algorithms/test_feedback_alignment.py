@@ -17,6 +17,7 @@ from bioprop.algorithms import Backprop, FeedbackAlignment
 from bioprop.algorithms.feedback_alignment import Rule
 from bioprop.callbacks.alignment import alignment_to_backprop
 from bioprop.functional.gradients import backprop_gradients
+from bioprop.functional.precision import bfloat16_products
 from bioprop.networks import MLP, Network
 from tests.algorithms.contract import (
     CLASSES,
@@ -546,19 +547,21 @@ def test_bf16_mixed_gradients_are_float32_and_autograds(rule: Rule) -> None:
     twin = with_backward_matrices(algorithm.network, matrices)
     with torch.autocast("cpu", torch.bfloat16):
         found = algorithm.forward_gradients(*draw_batch())
+    with bfloat16_products():
         expected, _ = backprop_gradients(twin, *draw_batch())
     for name, value in expected.items():
         assert found[name].dtype == torch.float32
         assert (found[name] - value).norm() <= 0.02 * value.norm()
 
 
-@pytest.mark.parametrize(("rule", "precision"), [*WITH_PRECISIONS, *((rule, "bf16-true") for rule in RULES)])
-def test_half_precisions_train(rule: Rule, precision: str, tmp_path: Path) -> None:
+@with_every_rule
+def test_every_rule_trains_in_bf16_mixed(rule: Rule, tmp_path: Path) -> None:
     algorithm = FeedbackAlignment(small_lenet(), rule=rule, decay=0.2, optimizer=partial(torch.optim.Adam, lr=0.01))
     images, labels = draw_batch()
     before = F.cross_entropy(algorithm(images), labels)
-    make_trainer(tmp_path, max_epochs=30, precision=precision).fit(algorithm, make_loader(1))
-    assert F.cross_entropy(algorithm.float()(images), labels) < 0.8 * before
+    make_trainer(tmp_path, max_epochs=30, precision="bf16-mixed").fit(algorithm, make_loader(1))
+    assert F.cross_entropy(algorithm(images), labels) < 0.8 * before
+    assert {value.dtype for value in algorithm.backward_weights.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("build", [RESNETS["resnet"], PLAIN["plain residual"]], ids=["resnet", "plain"])

@@ -40,6 +40,7 @@ def standardized_mlp() -> Network:
 class TestFixedWeightDTP(AlgorithmContract):
     phases = ("_train_feedback", "_local_gradients", "_step_forward_weights")
     loss_falls_to = 0.9
+    bf16_mixed_differs_by = 0.3  # its lower stages barely move: Adam makes steps of gradients near its eps
 
     def make(self, network: Network, **settings: Any) -> FixedWeightDTP:
         return FixedWeightDTP(network, **settings)

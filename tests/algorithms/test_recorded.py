@@ -92,3 +92,12 @@ def test_what_cannot_be_recorded_runs_one_by_one_after_one_warning() -> None:
         results.append(recorded(double, [torch.tensor(3.0)], torch.Generator()))
     assert results == [6.0] * 3
     assert len(calls) == 3
+
+
+def test_another_precision_is_recorded_anew(record_on_cpu: Callable[[LDRL], StandIn]) -> None:
+    algorithm = LDRL(small_lenet(), iterations=1)
+    backend = record_on_cpu(algorithm)
+    for reduced in (False, False, True, True, False, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=reduced):
+            algorithm.train_feedback(draw_batch()[0])
+    assert (backend.recordings, backend.replays) == (9, 9)

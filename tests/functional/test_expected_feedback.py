@@ -14,6 +14,7 @@ from bioprop.functional.feedback_losses import FeedbackGradient
 from bioprop.functional.gaussian_moments import Moments
 from bioprop.functional.pool_windows import ConvGeometry, WindowClasses, window_classes
 from bioprop.functional.pooling import Pool
+from bioprop.functional.precision import bfloat16_products
 from tests.functional.plain_ldrl import PLAIN, PlainStage
 
 ONE_PIXEL = ConvGeometry((1, 1), 1)
@@ -303,7 +304,7 @@ def test_memory_format_autocast_and_precision_change_nothing(clean_switches: boo
     plain = expected_gradient(expected_loss(*arguments(stage), *settings), stage.feedback).weight
     last = [each.to(memory_format=torch.channels_last) for each in arguments(stage)]
     torch.testing.assert_close(expected_gradient(expected_loss(*last, *settings), stage.feedback).weight, plain)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16), bfloat16_products():
         prepared = expected_loss(*arguments(stage, torch.float32), *settings)
     single = expected_gradient(prepared, stage.feedback.float()).weight
     assert single.dtype == torch.float32

@@ -23,8 +23,6 @@ class Backprop(Algorithm):
         UserError: if the loss is not known.
     """
 
-    precisions = ("32-true", "64-true", "bf16-mixed", "bf16-true")
-
     def __init__(
         self,
         network: Network,

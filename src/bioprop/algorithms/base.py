@@ -10,6 +10,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from bioprop.algorithms.checkpoints import Checkpointed, describe_optimization
+from bioprop.algorithms.precisions import check_precision, products_in_autocast_type
 from bioprop.distributed import GradientAveraging, mean_over_processes, process_count
 from bioprop.errors import UserError
 from bioprop.functional.gradients import preserve_state
@@ -47,7 +48,9 @@ class Algorithm(Checkpointed, ABC):
     """
 
     #: Lightning precisions under which the algorithm's arithmetic keeps its meaning.
-    precisions: tuple[str, ...] = ("32-true", "64-true")
+    precisions: tuple[str, ...] = ("32-true", "64-true", "bf16-mixed")
+    #: Why a subclass leaves one of these out.
+    precision_reason = "it is not one of those that were tried"
     #: What the updates descend, what is logged as the loss, and whose BP gradient the updates are compared with.
     output_loss: OutputLoss = CROSS_ENTROPY
 
@@ -61,6 +64,7 @@ class Algorithm(Checkpointed, ABC):
 
     # -- the algorithm -------------------------------------------------------------------------------------------
 
+    @products_in_autocast_type
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Phase 1 trains the feedback weights, phase 2 the forward weights, on the same batch."""
         images, labels = self._as_network(batch)
@@ -101,6 +105,7 @@ class Algorithm(Checkpointed, ABC):
         """What the forward optimizer is handed, in units of `forward_gradients`; ``beta`` in target propagation."""
         return 1.0
 
+    @products_in_autocast_type
     def forward_gradients(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Return the update direction of every forward parameter, in units of the mean-loss BP gradient.
 
@@ -143,6 +148,7 @@ class Algorithm(Checkpointed, ABC):
 
     # -- evaluation ----------------------------------------------------------------------------------------------
 
+    @products_in_autocast_type
     def forward(self, images: Tensor) -> Tensor:
         """Compute logits ``[batch, classes]``."""
         logits: Tensor = self.network(images)
@@ -203,19 +209,25 @@ class Algorithm(Checkpointed, ABC):
         self._optimization = describe_optimization(optimizer, scheduler)
         return [optimizer], [] if scheduler is None else [scheduler]
 
+    def setup(self, stage: str) -> None:
+        """Refuse a precision in which the algorithm would be another one, whatever the command.
+
+        Args:
+            stage: the command.
+
+        Raises:
+            UserError: naming the precisions that work.
+        """
+        check_precision(self.trainer.precision, type(self).__name__, self.precisions, self.precision_reason)
+
     def on_fit_start(self) -> None:
         """Refuse at start-up what would train something else than the algorithm.
 
         Raises:
-            UserError: for a precision or a number of processes the algorithm does not support, and for settings of
-                optimizers or schedules that are not those of the checkpoint to resume from.
+            UserError: for a number of processes the algorithm does not support, and for settings of optimizers or
+                schedules that are not those of the checkpoint to resume from.
         """
         self.refuse_other_optimization()
-        if self.trainer.precision not in self.precisions:
-            raise UserError(
-                f"precision {self.trainer.precision} is not supported by {type(self).__name__}: choose one of "
-                f"{', '.join(self.precisions)}"
-            )
         if self.trainer.world_size > 1 and not isinstance(self.trainer.strategy, GradientAveraging):
             raise UserError(
                 f"strategy {type(self.trainer.strategy).__name__} does not average the gradients of "

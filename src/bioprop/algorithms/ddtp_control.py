@@ -5,6 +5,7 @@ from functools import partial
 
 from torch import Tensor
 
+from bioprop.algorithms.base import Algorithm
 from bioprop.algorithms.ddtp_linear import DDTPLinear
 from bioprop.algorithms.difference_reconstruction import ReconstructionObjective
 from bioprop.functional.feedback_losses import FeedbackGradient
@@ -24,6 +25,8 @@ class DDTPControl(DDTPLinear):
     The maps have a bias, which this loss trains; it cancels in the targets. Hyperparameters, schedule and deviations
     from the authors' program: see `DifferenceReconstruction`.
     """
+
+    precisions = Algorithm.precisions  # its loss subtracts no passes
 
     def make_feedback(self) -> Mapping[str, ReadOut]:
         """One linear map with a bias for each hidden stage, from the output to its activations."""

@@ -70,6 +70,11 @@ class DifferenceReconstruction(TargetAlgorithm):
         UserError: if a hyperparameter is out of its range, or a list has the wrong length.
     """
 
+    precisions: tuple[str, ...] = ("32-true", "64-true")
+    precision_reason = (
+        "its feedback learns from differences between two passes through all stages above, which bfloat16 would drown"
+    )
+
     def __init__(
         self,
         network: Network,

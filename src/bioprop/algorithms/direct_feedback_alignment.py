@@ -30,8 +30,6 @@ class DirectFeedbackAlignment(Algorithm):
         UserError: if the network is not a chain of stages.
     """
 
-    precisions = ("32-true", "64-true", "bf16-mixed", "bf16-true")
-
     def __init__(
         self,
         network: Network,
@@ -64,13 +62,12 @@ class DirectFeedbackAlignment(Algorithm):
                 outputs.append(stage(inputs.detach()))  # no graph leads from one stage to another
                 inputs = outputs[-1]
         logits = inputs.detach()
-        error = output_difference(logits.float() if logits.dtype is torch.bfloat16 else logits, labels, -1.0)
-        error = error / len(images)  # of the mean loss
+        error = output_difference(logits, labels, -1.0) / len(images)  # of the mean loss
         errors = [
-            (error @ self.backward_weights[name].to(error.dtype)).view_as(output).to(output.dtype)
+            (error @ self.backward_weights[name]).view_as(output)
             for (name, _), output in zip(self.network.stages()[:-1], outputs[:-1], strict=True)
         ]
-        gradients = stage_gradients(self.network, outputs, [*errors, error.to(logits.dtype)])
+        gradients = stage_gradients(self.network, outputs, [*errors, error])
         return Gradients(gradients, logits)
 
     def _direction(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -64,8 +64,6 @@ class FeedbackAlignment(Algorithm):
         UserError: if a hyperparameter is out of its range or the network has no layer with a weight.
     """
 
-    precisions = ("32-true", "64-true", "bf16-mixed", "bf16-true")
-
     def __init__(
         self,
         network: Network,

@@ -1,5 +1,7 @@
 """L-DRL: layer-wise difference target propagation with the difference reconstruction loss."""
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Literal, cast, get_args
 
 import torch
@@ -16,6 +18,7 @@ from bioprop.functional.expected_feedback import check_covered
 from bioprop.functional.expected_steps import expected_gradient
 from bioprop.functional.feedback_losses import FeedbackGradient, FeedbackObjective, ldrl_gradient
 from bioprop.functional.layered_feedback import composed_ldrl_gradient, layered_ldrl_gradient
+from bioprop.functional.precision import float32_products, products_are_reduced
 from bioprop.functional.speed import DEFAULT_SPEED, Speed
 from bioprop.networks.layer_pairs import expected_geometry, layer_pair, noise_shape
 from bioprop.networks.mirrors import LayerMirror, Mirror
@@ -146,33 +149,55 @@ class LDRL(LayerwiseFeedback):
             layer = cast(LayerMirror, mirror)
             expected = prepare_expected_loss(stage, layer, clean, sigma, noise, self._clean_switches)
             return lambda iteration: expected_gradient(expected, layer.weight)
-        output, rule = clean.output.detach(), (sigma, self._clean_switches, self.sampling == "antithetic")
+        rule = sigma, self._clean_switches, self.sampling == "antithetic"
         if isinstance(mirror, LayeredMirror) and self._by_layers(mirror):
             layers, noise_shapes = mirror.layers(stage, clean, self.speed.bfloat16)
             return lambda iteration: layered_ldrl_gradient(
                 layers, noise.draw(iteration, sigma, *noise_shapes), sigma, self.sampling == "antithetic"
             )
-        shapes = noise_shape(stage, clean.inputs), output.shape
+        shapes = noise_shape(stage, clean.inputs), clean.output.shape
         pair = layer_pair(stage, mirror, self.speed)
-
-        def by_autograd(iteration: int) -> FeedbackGradient:
-            eps, eta = noise.draw(iteration, sigma, *shapes)
-            eps = eps.view(clean.inputs.shape)
-            values = clean.inputs, output, clean.switches, eps, eta
-            if isinstance(mirror, LayerMirror):
-                return ldrl_gradient(stage, mirror, *values, *rule)
-            return composed_ldrl_gradient(stage, mirror, *values, *rule[1:])
-
         if pair is None or clean.affine is None or not isinstance(mirror, LayerMirror):
-            return by_autograd
+            return self._by_autograd(stage, mirror, clean, noise, shapes, rule)
         weight = pair.products.prepare(pair.weight)
-        kept = clean_pass(pair, clean.affine, output, clean.switches)
+        kept = clean_pass(pair, clean.affine, clean.output, clean.switches)
 
         def in_closed_form(iteration: int) -> FeedbackGradient:
             eps, eta = noise.draw(iteration, sigma, *shapes)
             return ldrl_closed_form(pair, weight, kept, mirror.weight, eps, eta, *rule)
 
         return in_closed_form
+
+    def _by_autograd(
+        self,
+        stage: Stage,
+        mirror: Mirror,
+        clean: StagePass,
+        noise: NoiseStream,
+        shapes: tuple[Sequence[int], Sequence[int]],
+        rule: tuple[float, bool, bool],
+    ) -> FeedbackObjective:
+        """The same loss for any kind of stage.
+
+        It subtracts whole passes, clean from noisy, where the closed form sends only the noise through the products:
+        both are in float32 whatever the precision, or most of a small difference would be rounding.
+        """
+        exact = partial(float32_products, clean.inputs.device)
+        output, switches = clean.output, clean.switches
+        if products_are_reduced():
+            with exact():
+                output, switches = stage.run(clean.inputs)
+        output = output.detach()
+
+        def gradient_at(iteration: int) -> FeedbackGradient:
+            eps, eta = noise.draw(iteration, rule[0], *shapes)
+            values = clean.inputs, output, switches, eps.view(clean.inputs.shape), eta
+            with exact():
+                if isinstance(mirror, LayerMirror):
+                    return ldrl_gradient(stage, mirror, *values, *rule)
+                return composed_ldrl_gradient(stage, mirror, *values, *rule[1:])
+
+        return gradient_at
 
     def _by_layers(self, mirror: LayeredMirror) -> bool:
         return self.noise_at == "layer" or not mirror.is_composed

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from bioprop.functional.precision import products_are_reduced
+
 Replay = Callable[[], None]
 
 
@@ -62,6 +64,7 @@ class Recorded:
             generator: seeded for this call.
         """
         shapes: list[Any] = [each if each is None else (each.shape, each.stride(), each.dtype) for each in arguments]
+        shapes.append(products_are_reduced())
         if self._failed or shapes != self._shapes:
             self._shapes, self._replay = shapes, None
             return function(*arguments)

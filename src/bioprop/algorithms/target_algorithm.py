@@ -8,6 +8,7 @@ from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from bioprop.algorithms.base import Algorithm, Gradients
+from bioprop.algorithms.precisions import products_in_autocast_type
 from bioprop.algorithms.settings import check_range, number
 from bioprop.errors import UserError
 from bioprop.functional.gradients import preserve_buffers
@@ -55,6 +56,7 @@ class TargetAlgorithm(Algorithm):
         """``beta``: the local losses are what the published update descends."""
         return self.beta
 
+    @products_in_autocast_type
     def train_feedback(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         """Phase 1 on one batch; changes nothing but feedback weights.
 

@@ -13,6 +13,7 @@ from bioprop.errors import UserError
 from bioprop.functional.angles import angle_degrees, flatten_all, norm_ratio
 from bioprop.functional.gauss_newton import gauss_newton_gradients
 from bioprop.functional.gradients import backprop_gradients, evaluating, preserve_state
+from bioprop.functional.precision import float32_products
 from bioprop.networks.network import Network, named_stages
 
 
@@ -26,6 +27,9 @@ class Alignment(NamedTuple):
 def alignment_to_backprop(algorithm: Algorithm, images: Tensor, labels: Tensor) -> dict[str, Alignment]:
     """Compare `forward_gradients` with the BP gradient of the algorithm's own loss on one batch; changes nothing.
 
+    The updates are those of the precision in force (under torch's autocast: bfloat16 products), the BP gradient is in
+    the weights' own.
+
     Args:
         algorithm: whose updates are compared.
         images: ``[batch, channels, height, width]``.
@@ -36,7 +40,7 @@ def alignment_to_backprop(algorithm: Algorithm, images: Tensor, labels: Tensor) 
         stages as ``overall``.
     """
     updates = algorithm.forward_gradients(images, labels)
-    with preserve_state(algorithm):
+    with preserve_state(algorithm), float32_products(images.device):
         gradients, _ = backprop_gradients(algorithm.network, images, labels, algorithm.output_loss.mean)
     return _align_stages(algorithm, updates, gradients)
 
@@ -68,7 +72,7 @@ def alignment_to_gauss_newton(
             "bioprop.networks.Network, or leave alignment.gauss_newton_damping out"
         )
     updates = algorithm.forward_gradients(images, labels)
-    with preserve_state(algorithm), evaluating(network):
+    with preserve_state(algorithm), evaluating(network), float32_products(images.device):
         stages = [stage for _, stage in network.stages()]
         reference = gauss_newton_gradients(network, stages, images, labels, damping)
     return _align_stages(algorithm, updates, reference)
@@ -135,22 +139,24 @@ class AlignmentToBackprop(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure before the first update: as epoch -1, straight to the logger, since no epoch has begun."""
         if self.every_n_epochs and trainer.current_epoch == 0 and trainer.logger:
-            values = {name: float(value) for name, value in self._measure(pl_module).items()}
+            values = {name: float(value) for name, value in self._measure(trainer, pl_module).items()}
             if values:
                 trainer.logger.log_metrics(values | {"epoch": -1}, step=0)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure once the epoch's last update is done."""
         if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            pl_module.log_dict(self._measure(pl_module), sync_dist=True)  # the same in every process
+            # the same in every process
+            pl_module.log_dict(self._measure(trainer, pl_module), sync_dist=True)
 
-    def _measure(self, module: LightningModule) -> dict[str, Tensor]:
+    def _measure(self, trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
         if self._held is None or not isinstance(module, Algorithm):
             return {}
         # validation runs in inference mode, whose tensors autograd cannot use: hence the copies
         images, labels = (tensor.clone() for tensor in self._held)
         images = images.to(next(module.network.parameters()).dtype)
-        with torch.inference_mode(False):
+        # as in a step, which Lightning computes in the run's precision
+        with torch.inference_mode(False), trainer.precision_plugin.forward_context():
             measured = _named("", alignment_to_backprop(module, images, labels))
             if self.gauss_newton_damping is not None:
                 aligned = alignment_to_gauss_newton(module, images, labels, self.gauss_newton_damping)

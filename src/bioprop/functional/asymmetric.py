@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 from torch.overrides import TorchFunctionMode
 
+from bioprop.functional.precision import products_are_reduced, round_operands
+
 Pair = tuple[int, int]
 
 
@@ -80,6 +82,9 @@ def linear(inputs: Tensor, weight: Tensor, backward: Tensor, bias: Tensor | None
         backward: ``B``, the same shape.
         bias: ``[out_features]`` or None.
     """
+    if products_are_reduced():
+        # as without a matrix of its own, the error below is formed by rounded operands too
+        return round_operands(lambda x, W, B: _AsymmetricLinear.apply(x, W, B, None), (inputs, weight, backward), bias)
     output: Tensor = _AsymmetricLinear.apply(inputs, weight, backward, bias)
     return output
 
@@ -113,7 +118,11 @@ def conv2d(
         inputs = F.pad(inputs, [0, spread[1] % 2, 0, spread[0] % 2])
         padding = (spread[0] // 2, spread[1] // 2)
     paddings = (0, 0) if isinstance(padding, str) else _pair(padding)
-    output: Tensor = _AsymmetricConv2d.apply(inputs, weight, backward, bias, strides, paddings, dilations, groups)
+    geometry = strides, paddings, dilations, groups
+    if products_are_reduced():
+        operands = inputs, weight, backward
+        return round_operands(lambda x, W, B: _AsymmetricConv2d.apply(x, W, B, None, *geometry), operands, bias)
+    output: Tensor = _AsymmetricConv2d.apply(inputs, weight, backward, bias, *geometry)
     return output
 
 

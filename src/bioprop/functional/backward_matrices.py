@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bioprop.functional.precision import float32_products
+
 
 def root_mean_square(values: Tensor) -> Tensor:
     """Size of an entry, as a scalar tensor: what ``drawn like W`` and ``the initialisation's scale`` refer to."""
@@ -49,7 +51,7 @@ def mirror_estimate(
     """
     rows = weight.detach().flatten(1)
     noise = torch.randn(samples, rows.shape[1], dtype=rows.dtype, device=rows.device, generator=generator)
-    with torch.autocast(rows.device.type, enabled=False):  # learned in the weight's own precision
+    with float32_products(rows.device):  # learned in the weight's own precision
         # `linear` runs through a faster library than `@` on some processors
         responses = activation(F.linear(noise, rows))
         return F.linear(responses.t(), noise.t()).div_(samples).view_as(weight)

@@ -45,6 +45,7 @@ from bioprop.functional.pool_windows import (
     of_windows,
     window_classes,
 )
+from bioprop.functional.precision import float32_products
 
 Classes = tuple[WindowClasses, WindowClasses]
 #: Share of the mean variance that is added to every place's, so that a kernel that sees few pixels can be inverted.
@@ -153,7 +154,7 @@ def expected_loss(
     check_covered("a stage that", geometry, mirror)
     batch, units = affine.shape[:2]
     kernel, device, dtype = geometry.kernel_size, weight.device, weight.dtype
-    with torch.autocast(device.type, enabled=False):
+    with float32_products(device):
         W = weight.detach().view(units, -1, kernel, kernel)
         affine = affine.detach().to(dtype).view(batch, units, *geometry.map_size)
         output = output.detach().to(dtype).view(batch, units, *geometry.pooled_size)

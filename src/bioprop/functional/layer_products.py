@@ -14,16 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
+from bioprop.functional.precision import products_are_reduced
+
 
 class LayerProducts(ABC):
     """``W x``, ``V^T d`` and the weight gradient of one layer.
 
     Args:
-        reduced: do the arithmetic in bfloat16, out of float32 weights and into float32 weight gradients.
+        reduced: do the arithmetic in bfloat16, out of float32 weights and into float32 weight gradients. So it is, too,
+            where all products of layers are (`bioprop.functional.precision`).
     """
 
     def __init__(self, reduced: bool = False) -> None:
-        self.reduced = reduced
+        self.reduced = reduced or products_are_reduced()
 
     def prepare(self, weight: Tensor) -> Tensor:
         """Bring a weight into the form that `forward` and `backward` take."""

@@ -17,7 +17,8 @@ class Speed:
         compile: compile the point-wise parts of the closed forms, which takes up to a minute at the first batch and
             needs a C++ compiler (or Triton, on a GPU): for long runs.
         bfloat16: compute convolutions and matrix products of feedback training in bfloat16, out of float32 weights
-            and into float32 gradients. Angles move by some tenths of a degree.
+            and into float32 gradients. Angles move by some tenths of a degree. So does ``--trainer.precision
+            bf16-mixed``, which computes the products of forward passes, targets and updates in it, too.
         cuda_graph: on a GPU, record each stage's iterations once and replay them, without launching every kernel
             again; where that is impossible they run one by one.
         processes: with several of them, how they share feedback training. ``gradients``: each has its images, and

@@ -101,15 +101,26 @@ class BlockMirror(LayeredMirror):
         return self._back(self.phi(outputs), switches) + self.bias.view(-1, 1, 1)
 
     def difference(self, outputs: Tensor, step: Tensor, switches: Switches) -> Tensor:
-        """Compute ``G(outputs + step) - G(outputs)``; ``exact`` is linear behind ``phi``: one way back will do."""
-        before, after = self.phi(outputs), self.phi(outputs + step)
-        if self.form == "exact":
-            return self._back(after - before, switches)
-        return self._back(after, switches) - self._back(before, switches)
+        """Compute ``G(outputs + step) - G(outputs)``: nothing but differences is led back."""
+        before = self.phi(outputs)
+        change = self.phi(outputs + step) - before
+        branch = self._inner(change, switches)
+        if self.form == "paper":
+            around = self._inner(before, switches)
+            branch = self._rho(around + branch) - self._rho(around)
+        return self._outer(change, branch, switches)
 
     def _back(self, features: Tensor, clean: BlockPass) -> Tensor:
+        branch = self._inner(features, clean)
+        return self._outer(features, branch if self.form == "exact" else self._rho(branch), clean)
+
+    def _inner(self, features: Tensor, clean: BlockPass) -> Tensor:
+        """Lead back to between the convolutions; ``exact`` through the slope there. Linear in the features."""
         branch = F.conv_transpose2d(transposed_norm(features, clean.norm2), self.conv2_weight, padding=1)
-        branch = clean.slope * branch if self.form == "exact" else self._rho(branch)
+        return clean.slope * branch if self.form == "exact" else branch
+
+    def _outer(self, features: Tensor, branch: Tensor, clean: BlockPass) -> Tensor:
+        """Lead back from there, and across the shortcut. Linear in the features and the branch."""
         branch = transposed_norm(branch, clean.norm1)
         branch = F.conv_transpose2d(branch, self.conv1_weight, None, self.stride, 1, self.unread)
         if self.shortcut_weight is None:

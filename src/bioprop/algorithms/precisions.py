@@ -1,0 +1,60 @@
+"""Which of Lightning's precisions an algorithm trains in, and why it refuses the others."""
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar, cast
+
+from torch import nn
+
+from bioprop.errors import UserError
+from bioprop.functional.precision import products_of_autocast
+
+P = ParamSpec("P")
+R = TypeVar("R")
+M = TypeVar("M", bound=nn.Module)
+
+#: Names that Lightning takes for others.
+ALIASES = {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+HALF = "differences between nearly equal activations, and small gradients, vanish below float16's range"
+#: Why no algorithm trains in them.
+REASONS = {
+    "16-mixed": HALF,
+    "16-true": HALF,
+    "bf16-true": "a weight in bfloat16 loses every step below 1/512 of its size",
+    "transformer-engine": "its layers are not those that have feedback weights",
+    "transformer-engine-float16": "its layers are not those that have feedback weights",
+}
+
+
+def check_precision(precision: str | int | None, algorithm: str, supported: Sequence[str], reason: str) -> None:
+    """Refuse a precision in which the arithmetic of an algorithm would lose its meaning.
+
+    Args:
+        precision: as given to Lightning's Trainer; None for its default, 32-true.
+        algorithm: name of the algorithm's class.
+        supported: the precisions it trains in.
+        reason: why it does not in one that others do.
+
+    Raises:
+        UserError: naming the precision, the reason, and those that work.
+    """
+    name = ALIASES.get(str(precision), str(precision))
+    if precision is not None and name not in supported:
+        raise UserError(
+            f"precision {name} is not supported by {algorithm}, since {REASONS.get(name, reason)}: choose one of "
+            f"{', '.join(supported)}"
+        )
+
+
+def products_in_autocast_type(method: Callable[Concatenate[M, P], R]) -> Callable[Concatenate[M, P], R]:
+    """Let a method of a module, where torch's autocast is on, compute the products of layers in that type, no more.
+
+    Lightning turns autocast on around a step for ``bf16-mixed``; see `bioprop.functional.precision`.
+    """
+
+    @wraps(method)
+    def run(self: M, *args: P.args, **kwargs: P.kwargs) -> R:
+        with products_of_autocast(next(self.parameters())):
+            return method(self, *args, **kwargs)
+
+    return cast(Callable[Concatenate[M, P], R], run)
