@@ -145,8 +145,9 @@ def reported_to_wandb() -> Iterator[None]:
     except BaseException as error:
         _finish(before, exit_status(error))
         if isinstance(error, Exception) and type(error).__module__.partition(".")[0] == "wandb":
+            reason = " ".join(str(error).split()).rstrip(".")
             raise UserError(
-                f"Weights & Biases refuses the run ({' '.join(str(error).split())}): run `wandb login` once, set "
+                f"Weights & Biases refuses the run ({reason}): run `wandb login` once, set "
                 "WANDB_MODE=offline to keep runs on this machine, or leave the W&B logger out to write CSV files"
             ) from error
         raise
