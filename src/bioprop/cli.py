@@ -20,7 +20,8 @@ from bioprop.algorithms import Algorithm
 from bioprop.algorithms.checkpoints import read_checkpoint
 from bioprop.algorithms.precisions import check_precision
 from bioprop.callbacks import AlignmentToBackprop, DivergenceGuard, EpochSeconds, PredictionsFile
-from bioprop.callbacks.run_folder import experiment_folder, run_folder
+from bioprop.callbacks.run_folder import experiment_folder, run_folder, run_labels
+from bioprop.callbacks.wandb_runs import WandbSummary, describe_run, reported_to_wandb
 from bioprop.cli_messages import OneSentenceParser
 from bioprop.datamodules import ImageDataModule
 from bioprop.distributed import (
@@ -45,6 +46,7 @@ class SaveRunConfig(SaveConfigCallback):
         path = run_folder(trainer) / self.config_filename
         path.parent.mkdir(parents=True, exist_ok=True)
         self.parser.save(self.config, str(path), skip_none=False, overwrite=True)
+        describe_run(trainer, yaml.safe_load(path.read_text()))
 
 
 class BiopropCLI(LightningCLI):
@@ -57,7 +59,10 @@ class BiopropCLI(LightningCLI):
             save_config_callback=SaveRunConfig,
             save_config_kwargs={"save_to_log_dir": False},
             # one process unless asked for more: Lightning's "auto" takes every GPU it finds
-            trainer_defaults={"callbacks": [DivergenceGuard(), EpochSeconds(), PredictionsFile()], "devices": 1},
+            trainer_defaults={
+                "callbacks": [DivergenceGuard(), EpochSeconds(), PredictionsFile(), WandbSummary()],
+                "devices": 1,
+            },
             seed_everything_default=0,
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -124,12 +129,9 @@ class BiopropCLI(LightningCLI):
         if getattr(config.trainer.logger, "class_path", "").endswith("WandbLogger"):
             arguments = config.trainer.logger.init_args
             arguments.save_dir = root if arguments.save_dir in (None, ".") else arguments.save_dir
+            Path(arguments.save_dir).mkdir(parents=True, exist_ok=True)  # or W&B warns, and writes elsewhere
         if config.trainer.logger in (None, True):
-            parts = (config.model, config.model.init_args.network, config.data)
-            algorithm, *rest = (part.class_path.rpartition(".")[2].lower() for part in parts)
-            rule = config.model.init_args.get("rule")  # an algorithm that is several by this choice
-            name = "_".join([algorithm, *([rule] if rule else []), *rest])
-            arguments = Namespace(save_dir=str(root), name=name)  # type: ignore[no-untyped-call]
+            arguments = Namespace(save_dir=str(root), name=run_labels(config).name)  # type: ignore[no-untyped-call]
             config.trainer.logger = Namespace(  # type: ignore[no-untyped-call]
                 class_path="pytorch_lightning.loggers.CSVLogger", init_args=arguments
             )
@@ -213,7 +215,7 @@ def main(args: ArgsType = None) -> BiopropCLI:
         UserError: for a mistake that only showed while the run was set up or under way.
         SystemExit: with status 2, for arguments that do not parse.
     """
-    with _calm_output(), _plain_user_errors():
+    with _calm_output(), _plain_user_errors(), reported_to_wandb():
         return BiopropCLI(args)
 
 

@@ -5,6 +5,7 @@ from bioprop.callbacks.divergence import DivergenceError, DivergenceGuard
 from bioprop.callbacks.epoch_seconds import EpochSeconds
 from bioprop.callbacks.feedback_record import FeedbackRecord
 from bioprop.callbacks.predictions import PredictionsFile
+from bioprop.callbacks.wandb_runs import WandbSummary
 
 __all__ = [
     "AlignmentToBackprop",
@@ -13,4 +14,5 @@ __all__ = [
     "EpochSeconds",
     "FeedbackRecord",
     "PredictionsFile",
+    "WandbSummary",
 ]

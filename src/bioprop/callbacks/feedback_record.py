@@ -9,6 +9,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from bioprop.algorithms.difference_reconstruction import DifferenceReconstruction
 from bioprop.algorithms.layerwise_feedback import FeedbackIteration, LayerwiseFeedback
 from bioprop.callbacks.run_folder import run_folder
+from bioprop.callbacks.wandb_runs import chart_feedback, wandb_run
 from bioprop.errors import UserError
 
 COLUMNS = ("epoch", "batch", "stage", "iteration", "loss", "angle")
@@ -19,7 +20,8 @@ class FeedbackRecord(Callback):
 
     Columns: epoch, batch, stage, iteration, feedback loss before the step, and the angle (degrees) between forward
     and feedback weight after it (nan where the latter is no forward weight's counterpart). Batches that are not
-    recorded cost nothing; algorithms without feedback training leave no file.
+    recorded cost nothing; algorithms without feedback training leave no file. With Weights & Biases, loss and angle of
+    every stage are line charts too.
 
     Args:
         every_n_batches: batches from one recorded batch to the next within an epoch, counted from its first.
@@ -34,6 +36,7 @@ class FeedbackRecord(Callback):
         self.every_n_batches = every_n_batches
         self._seen: list[FeedbackIteration] = []
         self._observing = ExitStack()
+        self._charted = 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin to observe a batch that is to be recorded."""
@@ -58,6 +61,8 @@ class FeedbackRecord(Callback):
             for seen in self._seen:
                 row = (seen.stage, seen.iteration, float(seen.loss), float(seen.angle))
                 writer.writerow((trainer.current_epoch, batch_idx, *row))
+        if (run := wandb_run(trainer)) is not None:
+            self._charted = chart_feedback(run, self._seen, self._charted)
         self._seen.clear()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -1,9 +1,32 @@
-"""The one definition of where a run keeps its files."""
+"""The one definition of what a run is called and where it keeps its files."""
 
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from pytorch_lightning import Trainer
 from pytorch_lightning.loggers import Logger
+
+
+class RunLabels(NamedTuple):
+    """What a run trains: lower-case names of algorithm (and rule, where it is several by one), network and data."""
+
+    algorithm: str
+    network: str
+    data: str
+
+    @property
+    def name(self) -> str:
+        """The three joined, as ``ldrl_lenet_digits``."""
+        return "_".join(self)
+
+
+def run_labels(settings: Any) -> RunLabels:
+    """Read the labels off a configuration, parsed (a jsonargparse namespace) or as plain data."""
+    arguments = settings["model"]["init_args"]
+    classes = (settings["model"], arguments["network"], settings["data"])
+    algorithm, network, data = (each["class_path"].rpartition(".")[2].lower() for each in classes)
+    rule = arguments.get("rule")  # an algorithm that is several by this choice
+    return RunLabels(f"{algorithm}_{rule}" if rule else algorithm, network, data)
 
 
 def experiment_folder(trainer: Trainer) -> Path:
