@@ -55,8 +55,10 @@ def _save(panels: Sequence[Callable[[Axes, Sequence[Row]], None]], rows: Sequenc
 
 
 def _style(number: int) -> dict[str, Any]:
-    line = LINES[number // len(COLORS) % len(LINES)]
-    return {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)], "linestyle": line}
+    """Colour, marker and line of a row; where colours repeat, markers are hollow and lines broken."""
+    turn, place = divmod(number, len(COLORS))
+    style = {"color": COLORS[place], "marker": MARKERS[number % len(MARKERS)], "linestyle": LINES[turn % len(LINES)]}
+    return style | {"markerfacecolor": "white" if turn % 2 else COLORS[place]}
 
 
 def _courses(row: Row) -> tuple[list[int], list[Spread]]:
@@ -132,6 +134,8 @@ def _draw_angles(axes: Axes, rows: Sequence[Row]) -> None:
         ha="right",
         fontsize=8,
         color="0.4",
+        bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.5},
+        zorder=5,
     )
     axes.set(xlabel="stage", ylabel="angle to the BP gradient (°)", ylim=(-3, None))
     axes.set_title("Angle per stage (mean and range over epochs)")

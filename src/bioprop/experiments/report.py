@@ -181,12 +181,13 @@ def _memory_note(results: Sequence[Result]) -> str:
 
 
 def _messages(rows: Sequence[Row]) -> list[str]:
-    """What the runs said that did not finish."""
+    """What the runs said that did not finish; a trial that diverged is news only where all did."""
     return [
         f"{each.run.title}: {each.result.status}: {each.result.message}"
         for row in rows
         for each in (*row.runs, *row.trials)
         if each.result is not None and each.result.message
+        if each.result.status == "failed" or not each.run.is_trial or not row.runs
     ]
 
 
