@@ -4,6 +4,7 @@ import difflib
 import inspect
 import re
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NoReturn, TypeVar
@@ -108,16 +109,12 @@ def _run(comparison: Comparison, rows: Sequence[str], at_once: int) -> int:
     def make(kind: Literal["fit", "test"], runs: Sequence[Run]) -> list[Job]:
         return [_job(kind, run, comparison, at_once, code) for run in runs]
 
-    try:
-        with Progress(console, total, ended, epochs, lambda: write_rows(comparison)) as progress:
-            run_jobs(make("fit", [run for run in trials if _is_missing(run)]), at_once, progress)
-            # seed by seed, so that whatever else the machine does falls on all algorithms alike
-            runs = sorted((run for row in rows for run in comparison.runs(row)), key=lambda run: run.seed)
-            run_jobs(make("fit", [run for run in runs if _is_missing(run)]), at_once, progress)
-            run_jobs(make("test", [run for run in runs if _is_untested(run)]), at_once, progress)
-    except KeyboardInterrupt:
-        console.print("interrupted: what has ended is kept, and the same command goes on from here", soft_wrap=True)
-        return INTERRUPTED
+    with Progress(console, total, ended, epochs, lambda: write_rows(comparison)) as progress:
+        run_jobs(make("fit", [run for run in trials if _is_missing(run)]), at_once, progress)
+        # seed by seed, so that whatever else the machine does falls on all algorithms alike
+        runs = sorted((run for row in rows for run in comparison.runs(row)), key=lambda run: run.seed)
+        run_jobs(make("fit", [run for run in runs if _is_missing(run)]), at_once, progress)
+        run_jobs(make("test", [run for run in runs if _is_untested(run)]), at_once, progress)
     write_report(comparison)
     show_report(comparison, console)
     return int(any(row.failed for row in summarize(comparison) if row.name in rows))
@@ -214,6 +211,11 @@ def main(words: Sequence[str]) -> int:
     command = shlex.join(["bioprop", "compare", *words])
     try:
         return compare(**given.as_dict(), options=words[cut + 1 :], command=command)
+    except KeyboardInterrupt:
+        sys.stderr.write(
+            "bioprop compare: interrupted; what has ended is kept, and the same command goes on from here\n"
+        )
+        return INTERRUPTED
     except OSError as error:
         raise UserError(
             f"{error.filename}: {error.strerror}: check the path and the disk, or choose another"
