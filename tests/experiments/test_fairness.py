@@ -149,3 +149,15 @@ def test_help_is_readable(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--lr_factors" in text
     assert "results folder: table.md" in text
     assert "--command" not in text
+
+
+def test_the_files_of_the_target_propagation_table_can_be_compared() -> None:
+    folder = Path(__file__).parents[2] / "benchmarks" / "target_propagation"
+    shared = ["--config", str(folder / "shared.yaml")]
+    names = sorted(path for path in folder.glob("*.yaml") if path.stem != "shared")
+    rows = {path.stem: resolve(path, shared) for path in names}
+
+    assert len(rows) == 10
+    check_fair(rows)
+    for name, settings in rows.items():
+        check_alone(name, settings)

@@ -47,7 +47,7 @@ def check_alone(name: str, settings: Settings) -> None:
         if found.get(key) not in (None, False, 0):
             raise UserError(f"{name} sets {key} to {found[key]}, which bioprop compare decides itself: leave it out")
     for key, wanted in SELECTION.items():
-        if found[key] != wanted:
+        if found.get(key, wanted) != wanted:
             raise UserError(
                 f"{name} has {key} {found[key]}, but every row's checkpoint is chosen alike, by the best validation "
                 f"accuracy ({key} {wanted}): leave it out"
