@@ -21,7 +21,8 @@ setup: .venv/ready  ## make .venv and install the package into it
 	touch $@
 
 demo: .venv/ready  ## train BP, DTP and L-DRL on real digits and compare them (half a minute on 2 cores)
-	$(BIN)/python -m bioprop.experiments.demo
+	rm -rf runs/demo
+	$(BIN)/bioprop compare --algorithms backprop,dtp,ldrl --network lenet --data digits --seeds 1 --folder runs/demo
 
 test: .venv/ready  ## run the tests
 	$(BIN)/python -m pytest

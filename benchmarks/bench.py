@@ -18,7 +18,7 @@ from rich.console import Console
 from benchmarks import stages
 from benchmarks.arithmetic import COUNTED_BATCH, convolution_rate, count_gigaflop
 from benchmarks.loading import loading_rates
-from benchmarks.measuring import interleaved, processor
+from benchmarks.measuring import interleaved
 from benchmarks.memory import peak_memory
 from benchmarks.overhead import overheads
 from benchmarks.report import Row, timed_row, timing_table, value_table, write_csv
@@ -26,6 +26,7 @@ from benchmarks.settings import PUBLISHED, Setting
 from benchmarks.twins import assert_equal
 from benchmarks.variants import Variant, variants
 from bioprop.errors import UserError
+from bioprop.experiments.environment import processor
 from bioprop.functional.compiled import refuse_without_compiler
 
 #: Columns of the console that the tables need.

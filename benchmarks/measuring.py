@@ -1,8 +1,6 @@
 """Timing in turns, so that whatever else the machine does falls on all alike."""
 
-import platform
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from time import perf_counter
 
 
@@ -30,11 +28,3 @@ def interleaved(
                 run()
                 seconds[name].append(perf_counter() - start)
     return seconds
-
-
-def processor() -> str:
-    """Name of the processor."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -1,15 +1,14 @@
 """Peak memory of a whole step, in a process that does nothing else."""
 
-import resource
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
-from pathlib import Path
 
 import torch
 
 from benchmarks.settings import Setting
 from benchmarks.variants import variants
+from bioprop.experiments.costs import PeakMemory
 
 
 def peak_memory(setting: Setting, variant: str, threads: int) -> tuple[float, float]:
@@ -27,17 +26,9 @@ def _measure(setting: Setting, variant: str, threads: int) -> tuple[float, float
     torch.set_num_threads(threads)
     learner = variants(compile=False)[variant].make(setting)
     images, labels = setting.draw()
-    before = _peak()
+    memory = PeakMemory(torch.device("cpu"))
+    before = memory.read()
     for _ in range(2):  # momentum is there from the second step on
         learner.step(images, labels)
-    after = _peak()
+    after = memory.read()
     return after, after - before
-
-
-def _peak() -> float:
-    """Most memory that this process has had so far, in MiB."""
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux's getrusage reports the parent's peak where that was higher
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS counts bytes

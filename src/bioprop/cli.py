@@ -1,9 +1,9 @@
-"""The command line: ``bioprop fit|validate|test|predict``, a LightningCLI."""
+"""The command line: ``bioprop fit|validate|test|predict``, a LightningCLI, and the way to ``bioprop compare``."""
 
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pydoc import locate
@@ -73,7 +73,9 @@ class BiopropCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make the parser whose errors are one sentence each."""
         kwargs.setdefault(
-            "description", "Train deep networks without backpropagation's implausible parts, and compare."
+            "description",
+            "Train deep networks without backpropagation's implausible parts. `bioprop compare --help` tells how to "
+            "compare several algorithms.",
         )
         parser = OneSentenceParser(**kwargs)
         parser.add_argument(
@@ -202,11 +204,12 @@ def newest_checkpoint(folder: Path, kind: str) -> Path:
     return newest
 
 
-def main(args: ArgsType = None) -> BiopropCLI:
+def main(args: ArgsType = None, command_line: Callable[[ArgsType], BiopropCLI] = BiopropCLI) -> BiopropCLI:
     """Run one command.
 
     Args:
         args: the words after ``bioprop``; those of the process by default.
+        command_line: what parses and runs them.
 
     Returns:
         The command line object, with the trainer, model and data it made.
@@ -216,13 +219,17 @@ def main(args: ArgsType = None) -> BiopropCLI:
         SystemExit: with status 2, for arguments that do not parse.
     """
     with _calm_output(), _plain_user_errors(), reported_to_wandb():
-        return BiopropCLI(args)
+        return command_line(args)
 
 
 def run() -> None:
     """Run the command that the process was called with; exit with 2 and one sentence on a user's mistake."""
     sys.path.insert(0, "")  # a user's own classes, named by dotted path, as with `python -m bioprop`
     try:
+        if sys.argv[1:2] == ["compare"]:  # many runs, each of which comes back here
+            from bioprop.experiments.compare import main as compare
+
+            sys.exit(compare(sys.argv[2:]))
         main()
     except UserError as error:
         wait_for_the_first()

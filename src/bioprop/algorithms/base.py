@@ -1,6 +1,7 @@
 """What all algorithms share: the skeleton of a training step, metrics, optimizers."""
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -79,7 +80,18 @@ class Algorithm(Checkpointed, ABC):
 
     def _learn(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Gradients]:
         """Phase 1, then the gradients of phase 2: feedback losses by stage, and what the forward weights step by."""
-        return self.train_feedback(images, labels), self._gradients(images, labels)
+        with self._profiled("train_feedback"):
+            losses = self.train_feedback(images, labels)
+        return losses, self._gradients(images, labels)
+
+    def _profiled(self, phase: str) -> AbstractContextManager[None]:
+        """Let Lightning's profiler tell a phase apart (``--trainer.profiler simple``); nothing without a trainer."""
+        if self._trainer is None:
+            return nullcontext()
+        profiled: AbstractContextManager[None] = self._trainer.profiler.profile(  # type: ignore[attr-defined]
+            f"[Algorithm]{phase}"
+        )
+        return profiled
 
     @abstractmethod
     def _gradients(self, images: Tensor, labels: Tensor) -> Gradients:

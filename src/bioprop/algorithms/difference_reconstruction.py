@@ -200,8 +200,10 @@ class DifferenceReconstruction(TargetAlgorithm):
         if self.schedule.trains_forward(self.current_epoch):
             return super()._learn(images, labels)
         passes = run_stages(self.network, images, self.closed_form)
+        with self._profiled("train_feedback"):
+            losses = self._train_feedback(passes)
         # no gradients: the forward optimizer's step changes nothing, but `global_step` goes on counting batches
-        return self._train_feedback(passes), Gradients({}, passes[-1].output.detach())
+        return losses, Gradients({}, passes[-1].output.detach())
 
     def on_fit_start(self) -> None:
         """Say so where no epoch of the run will train forward weights."""

@@ -77,7 +77,8 @@ class TargetAlgorithm(Algorithm):
     def _learn(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Gradients]:
         # both phases see the same forward weights: one pass serves them
         passes = run_stages(self.network, images, self.closed_form)
-        with preserve_buffers(self.network):  # statistics of batch norm are those of clean passes
+        # statistics of batch norm are those of clean passes
+        with self._profiled("train_feedback"), preserve_buffers(self.network):
             losses = self._train_feedback(passes)
         return losses, self._local_gradients(passes, labels)
 

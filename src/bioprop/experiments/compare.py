@@ -1,30 +1,222 @@
-"""Training and testing several configurations through the command line, as a user would, and reading the results."""
+"""One command to a fair table: ``bioprop compare``."""
 
+import difflib
+import inspect
+import re
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal, NoReturn, TypeVar
 
-from bioprop.cli import main
-from bioprop.experiments.runs import Run, read_run
+import torch
+from rich.console import Console
+
+from bioprop.cli_messages import OneSentenceParser
+from bioprop.errors import UserError
+from bioprop.experiments.configs import Settings, find_configs, name_configs, resolve
+from bioprop.experiments.environment import versions
+from bioprop.experiments.plan import MOST_SEEDS, Comparison, Run, locked
+from bioprop.experiments.processes import check_runs, run_jobs
+from bioprop.experiments.progress import Progress
+from bioprop.experiments.report import show_report, write_report, write_rows
+from bioprop.experiments.summary import summarize
+from bioprop.experiments.worker import Job
+
+T = TypeVar("T")
+
+USAGE = "bioprop compare [options] [-- options of every run, as of bioprop fit]"
+INTERRUPTED = 130
 
 
-def train_and_test(name: str, config: Path, folder: Path, options: Sequence[str] = ()) -> Run:
-    """Run ``bioprop fit``, then ``bioprop test`` on the best checkpoint.
+def compare(
+    folder: Path,
+    algorithms: list[str] | str = "",
+    network: str = "",
+    data: str = "",
+    configs: list[str] | str = "",
+    seeds: int = 3,
+    epochs: int | None = None,
+    lr_factors: list[float] | str = "1",
+    jobs: int = 1,
+    options: Sequence[str] = (),
+    command: str = "",
+) -> int:
+    """Train algorithms on the same network and data, test them, and write a table, figures and a CSV file.
+
+    Everything but the algorithm, its hyperparameters and its optimizer must be the same in all rows, or the comparison
+    is refused before anything runs. All training comes first; then the checkpoint of each run that was best on the
+    validation images reads the test images once. Killed at any moment, the same command goes on where it was; with
+    more rows or seeds it runs what is missing.
 
     Args:
-        name: name of the run and of its folder.
-        config: the configuration of both commands.
-        folder: where the run's folder is made.
-        options: further words of the command line.
+        folder: results folder: table.md, runs.csv, trials.csv, figures (*.png), and all runs with checkpoints and logs.
+        algorithms: names as in lightning_configs/<algorithm>_<network>_<data>.yaml, such as backprop,ldrl,dtp.
+        network: name of the network, as there: lenet, mlp, simplevgg, ...
+        data: name of the data, as there: digits, cifar10, imagefolder, ...
+        configs: configuration files to compare instead of the three above, such as a.yaml,b.yaml.
+        seeds: number of runs of each algorithm: seeds 0, 1, ... for weights and noise; the split stays (data.seed).
+        epochs: epochs of every run, with any that train feedback alone; by default what the files agree on.
+        lr_factors: such as 0.3,1,3: each algorithm tries its learning rate times each factor, once, with a seed that
+            is not reported, and keeps the one with the best validation accuracy.
+        jobs: runs side by side, each with its share of the threads; times are then those of a shared machine.
+        options: further options of every run, as of ``bioprop fit``; on the command line, what follows ``--``.
+        command: the command line, for the table.
+
+    Returns:
+        Exit status: 0 if every run has ended (diverged runs too), 1 if one failed and is to be tried again.
+
+    Raises:
+        UserError: for a mistake, before anything ran.
     """
-    logger = ["--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={folder}", f"--trainer.logger.name={name}"]
-    shared = ["--config", str(config), "--trainer.enable_model_summary=false", *logger, *options]
-    trained = main(["fit", *shared])
-    best = trained.trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]
-    tested = main(["test", *shared, "--ckpt_path", best])
-    metrics = Path(str(trained.trainer.log_dir)) / "metrics.csv"
-    return read_run(name, metrics, float(tested.trainer.callback_metrics["test/accuracy"]))
+    if not 1 <= seeds <= MOST_SEEDS:
+        raise UserError(
+            f"--seeds is {seeds}, but it must be from 1 to {MOST_SEEDS}: the number of runs of each algorithm"
+        )
+    if jobs < 1:
+        raise UserError(f"--jobs is {jobs}, but it must be at least 1")
+    if epochs is not None and epochs < 1:
+        raise UserError(f"--epochs is {epochs}, but it must be at least 1")
+    factors = _factors(lr_factors)
+    everywhere = [*options, *([] if epochs is None else [f"--trainer.max_epochs={epochs}"])]
+    files = _files(_listed(algorithms), network, data, _listed(configs))
+    rows = {name: resolve(path, everywhere) for name, path in files.items()}
+    folder = folder.resolve()
+    missing = _refuse_mistakes(folder, rows, seeds, factors)
+    check_runs({name: (f"--config={files[name]}", *everywhere) for name in missing})
+    with locked(folder):
+        comparison = Comparison.load(folder)
+        comparison.admit(rows, seeds, factors)
+        comparison.save(command)
+        return _run(comparison, list(rows), jobs)
 
 
-def train_and_test_all(configs: Mapping[str, Path], folder: Path, options: Sequence[str] = ()) -> list[Run]:
-    """Do so for every configuration by its name, one after the other, with the same options."""
-    return [train_and_test(name, config, folder, options) for name, config in configs.items()]
+def _refuse_mistakes(folder: Path, rows: Mapping[str, Settings], seeds: int, factors: list[float]) -> list[str]:
+    """Hold the rows against the rules and against what the folder holds; return those that have runs to do."""
+    comparison = Comparison.load(folder)
+    comparison.admit(rows, seeds, factors)
+    return [name for name in rows if not (runs := comparison.runs(name)) or any(_is_missing(run) for run in runs)]
+
+
+def _run(comparison: Comparison, rows: Sequence[str], at_once: int) -> int:
+    """Do what is missing: trials, then training, then tests."""
+    console, code = Console(), versions()
+    trials = [trial for row in rows for trial in comparison.trials(row)]
+    total = len(trials) + sum(comparison.seeds[row] for row in rows)
+    ended = sum(not _is_missing(run) for run in [*trials, *(run for row in rows for run in comparison.runs(row))])
+    epochs = comparison.rows[rows[0]]["trainer"]["max_epochs"]
+
+    def make(kind: Literal["fit", "test"], runs: Sequence[Run]) -> list[Job]:
+        return [_job(kind, run, comparison, at_once, code) for run in runs]
+
+    with Progress(console, total, ended, epochs, lambda: write_rows(comparison)) as progress:
+        run_jobs(make("fit", [run for run in trials if _is_missing(run)]), at_once, progress)
+        # seed by seed, so that whatever else the machine does falls on all algorithms alike
+        runs = sorted((run for row in rows for run in comparison.runs(row)), key=lambda run: run.seed)
+        run_jobs(make("fit", [run for run in runs if _is_missing(run)]), at_once, progress)
+        run_jobs(make("test", [run for run in runs if _is_untested(run)]), at_once, progress)
+    write_report(comparison)
+    show_report(comparison, console)
+    return int(any(row.failed for row in summarize(comparison) if row.name in rows))
+
+
+def _is_missing(run: Run) -> bool:
+    result = run.result
+    return result is None or result.status == "failed"
+
+
+def _is_untested(run: Run) -> bool:
+    result = run.result
+    return result is not None and result.status == "finished" and run.test is None
+
+
+def _job(kind: Literal["fit", "test"], run: Run, comparison: Comparison, at_once: int, code: str) -> Job:
+    return Job(
+        kind,
+        run.title,
+        run.folder,
+        comparison.arguments(run),
+        comparison.learning_rate(run),
+        keep_checkpoints=not run.is_trial,
+        directory=Path.cwd(),
+        versions=code,
+        threads=None if at_once == 1 else max(1, torch.get_num_threads() // at_once),
+        jobs=at_once,
+    )
+
+
+def _files(algorithms: Sequence[str], network: str, data: str, configs: Sequence[str]) -> dict[str, Path]:
+    """Find the configuration file of each row, however they were named."""
+    if configs and (algorithms or network or data):
+        raise UserError("--configs names whole files: leave --algorithms, --network and --data out, or --configs")
+    if configs:
+        return name_configs([Path(path) for path in configs])
+    if not algorithms:
+        raise UserError("there is nothing to compare: give --algorithms backprop,ldrl --network lenet --data digits")
+    if not network or not data:
+        raise UserError("--algorithms needs --network and --data, such as --network lenet --data digits")
+    return find_configs(algorithms, network, data)
+
+
+def _factors(given: list[float] | str) -> list[float]:
+    try:
+        factors = [float(factor) for factor in _listed(given)]
+    except ValueError:
+        factors = []
+    if not factors or any(not 0.0 < factor < float("inf") for factor in factors) or len(set(factors)) < len(factors):
+        raise UserError(f"--lr_factors is {given}, but it must be different numbers above 0, such as 0.3,1,3")
+    return factors
+
+
+def _listed(given: list[T] | str) -> list[T] | list[str]:
+    """A list, or what a string names between commas."""
+    return [part.strip() for part in given.split(",") if part.strip()] if isinstance(given, str) else given
+
+
+class CompareParser(OneSentenceParser):
+    """Explains its errors by the options of `bioprop compare`."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print a sentence and exit with status 2."""
+        if match := re.search(r"(?i)unrecognized arguments: ([^\s=]+)", message):
+            close = difflib.get_close_matches(match[1], [f"--{name}" for name in OPTIONS], n=1)
+            hint = f"did you mean {close[0]}?" if close else f"they are {', '.join(f'--{name}' for name in OPTIONS)}."
+            sentence = f"there is no option {match[1]}: {hint} Options of the runs themselves go behind a lone --"
+            self.exit(2, f"bioprop compare: error: {sentence}\n")
+        if "arguments are required" in message or 'Key "folder" is required' in message:
+            self.exit(2, "bioprop compare: error: --folder must be given: where the results go\n")
+        super().error(message, ex)
+
+
+OPTIONS = [name for name in inspect.signature(compare).parameters if name not in ("options", "command")]
+
+
+def main(words: Sequence[str]) -> int:
+    """Run ``bioprop compare``.
+
+    Args:
+        words: what follows on the command line.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        UserError: for a mistake in a value.
+        SystemExit: with status 2, for arguments that do not parse.
+    """
+    cut = words.index("--") if "--" in words else len(words)
+    parser = CompareParser(prog="bioprop compare", usage=USAGE)
+    parser.add_function_arguments(compare, as_positional=False, skip={"options", "command"})
+    given = parser.parse_args(list(words[:cut]))
+    command = shlex.join(["bioprop", "compare", *words])
+    try:
+        return compare(**given.as_dict(), options=words[cut + 1 :], command=command)
+    except KeyboardInterrupt:
+        sys.stderr.write(
+            "bioprop compare: interrupted; what has ended is kept, and the same command goes on from here\n"
+        )
+        return INTERRUPTED
+    except OSError as error:
+        raise UserError(
+            f"{error.filename}: {error.strerror}: check the path and the disk, or choose another"
+        ) from error

@@ -1,0 +1,108 @@
+"""Jobs in processes of their own, some at a time."""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from multiprocessing import connection, get_all_start_methods, get_context
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from bioprop.errors import UserError
+from bioprop.experiments import worker
+from bioprop.experiments.worker import Job
+
+
+class Watcher(Protocol):
+    """What is told how jobs go on."""
+
+    def started(self, job: Job) -> None:
+        """Take note of a job that begins."""
+
+    def epoch(self, job: Job, number: int, accuracy: float | None) -> None:
+        """Take note of an epoch that ended, counted from 1, and its validation accuracy."""
+
+    def ended(self, job: Job, exit_code: int) -> None:
+        """Take note of a job whose process has ended; negative: by that signal."""
+
+
+class _Running(NamedTuple):
+    job: Job
+    process: BaseProcess
+    reports: connection.Connection
+
+
+def run_jobs(jobs: Sequence[Job], at_once: int, watcher: Watcher) -> None:
+    """Do all jobs, each in a process of its own, so that memory is its own and a crash ends nothing else.
+
+    However this ends (an exception, Ctrl-C), no process is left behind.
+
+    Args:
+        jobs: in the order in which they start.
+        at_once: how many go on side by side.
+        watcher: told of every start, epoch and end.
+    """
+    waiting, running = deque(jobs), list[_Running]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                running.append(_start(waiting.popleft()))
+                watcher.started(running[-1].job)
+            connection.wait([*(each.process.sentinel for each in running), *(each.reports for each in running)])
+            for each in list(running):
+                _pass_on(each, watcher)
+                if not each.process.is_alive():
+                    _pass_on(each, watcher)  # what it said with its last breath
+                    running.remove(each)
+                    watcher.ended(each.job, each.process.exitcode or 0)
+    finally:
+        for each in running:
+            each.process.kill()  # a run can be killed at any moment; a polite request would wait for the next batch
+            each.process.join()
+
+
+def check_runs(runs: Mapping[str, tuple[str, ...]]) -> None:
+    """Make network, algorithm, data and trainer of each run, in a process that is gone afterwards.
+
+    Args:
+        runs: arguments of ``bioprop fit`` by name.
+
+    Raises:
+        UserError: if one of them refuses its settings.
+    """
+    receiver, sender = _context().Pipe(duplex=False)
+    process = _context().Process(target=worker.check, args=(runs, Path.cwd(), sender))  # type: ignore[attr-defined]
+    process.start()
+    sender.close()
+    try:
+        mistake = receiver.recv()
+    except EOFError:
+        mistake = "the check of the settings died: run one of them alone, by bioprop fit, to see why"
+    finally:
+        process.join()
+    if mistake:
+        raise UserError(mistake)
+
+
+def _start(job: Job) -> _Running:
+    receiver, sender = _context().Pipe(duplex=False)
+    process = _context().Process(target=worker.work, args=(job, sender))  # type: ignore[attr-defined]
+    process.start()
+    sender.close()
+    return _Running(job, process, receiver)
+
+
+def _pass_on(running: _Running, watcher: Watcher) -> None:
+    with suppress(EOFError, OSError):
+        while running.reports.poll():
+            watcher.epoch(running.job, *running.reports.recv())
+
+
+def _context() -> BaseContext:
+    """Processes that start as copies of one that has imported everything, and nothing else; or as new ones."""
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload([worker.__name__])
+    return context

@@ -1,0 +1,302 @@
+"""Whole comparisons of a few digits: what they write, run, skip and survive."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing import active_children
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+
+from bioprop.algorithms.checkpoints import read_checkpoint
+from bioprop.errors import UserError
+from bioprop.experiments.configs import CONFIGS, resolve
+from bioprop.experiments.plan import TRIAL_SEED, Comparison
+from bioprop.experiments.processes import run_jobs
+from bioprop.experiments.results import Result
+from bioprop.experiments.worker import Job
+from tests.experiments.runs import LENET, TINY, compare, read_csv, table, write_config
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_results_folder_is_complete_and_a_second_call_changes_nothing_and_more_seeds_add_runs() -> None:
+    words = ["--algorithms=backprop,ldrl", *LENET, "--epochs=2"]
+    folder = Path("out")
+    assert compare(folder, *words, "--seeds=2") == 0
+
+    rows = read_csv(folder / "runs.csv")
+    assert [(row["name"], row["seed"], row["status"]) for row in rows] == [
+        (name, seed, "finished") for name in ("backprop", "ldrl") for seed in "01"
+    ]
+    assert {row["epochs"] for row in rows} == {"2"}
+    for row in rows:
+        last = read_checkpoint(folder / "runs" / row["name"] / f"seed_{row['seed']}" / "checkpoints" / "best.ckpt")
+        assert last["epoch"] + 1 == int(row["best_epoch"])
+        assert 0 < float(row["test_accuracy"]) < 1
+        assert float(row["peak_memory_mib"]) > 100
+        assert (float(row["feedback_share"]) < 0.05) == (row["name"] == "backprop")
+        assert (float(row["angle"]) < 0.01) == (row["name"] == "backprop")
+    assert rows[2]["angle"] != rows[3]["angle"]  # seeds make a difference
+    shown = table(folder)
+    assert shown["backprop"]["runs"] == "2"
+    assert shown["backprop"]["time per batch, x BP"].startswith("1.00 ±")
+    text = (folder / "table.md").read_text()
+    for words_in_it in ("2 epochs", "batches of 32", "96 to train on; 40 to validate; 50 to test", "torch", "bioprop"):
+        assert words_in_it in text
+    assert {"accuracy.png", "angles.png", "time.png", "comparison.png"} <= {path.name for path in folder.iterdir()}
+
+    before = contents(folder)
+    assert compare(folder, *words, "--seeds=2") == 0
+    assert contents(folder) == before
+
+    assert compare(folder, *words, "--seeds=3") == 0
+    after = contents(folder)
+    results = [name for name in after if name.endswith("result.json")]
+    assert len(results) == 6
+    assert {name for name in results if name in before and before[name] == after[name]} == {
+        f"out/runs/{row['name']}/seed_{row['seed']}/result.json" for row in rows
+    }
+    assert table(folder)["ldrl"]["runs"] == "3"
+    with pytest.raises(UserError, match=r"holds backprop with data\.batch_size 32, and now it is 16"):
+        compare(folder, *words, "--seeds=3", options=[*TINY, "--data.batch_size=16"])
+
+
+def test_diverged_crashed_and_killed_runs_are_rows_and_lose_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_algorithms.py").write_text(
+        "import os\nfrom pathlib import Path\nfrom bioprop.algorithms import Backprop\n"
+        "class Crashing(Backprop):\n"
+        "    def on_train_epoch_start(self):\n"
+        "        if not Path('repaired').exists():\n"
+        "            raise RuntimeError('out of luck')\n"
+        "class Killed(Backprop):\n"
+        "    def on_train_epoch_start(self):\n"
+        "        if not Path('repaired').exists():\n"
+        "            os.kill(os.getpid(), 9)\n"
+    )
+    configs = [
+        write_config(tmp_path / "diverging.yaml", lr=1e30),
+        write_config(tmp_path / "crashing.yaml", model="own_algorithms.Crashing"),
+        write_config(tmp_path / "killed.yaml", model="own_algorithms.Killed"),
+        write_config(tmp_path / "fine.yaml"),
+    ]
+    words = [f"--configs={','.join(map(str, configs))}", "--epochs=1", "--seeds=1"]
+    folder = Path("out")
+    assert compare(folder, *words) == 1
+
+    status = {row["name"]: (row["status"], row["message"]) for row in read_csv(folder / "runs.csv")}
+    assert status["diverging"][0] == "diverged"
+    assert "lower the learning rate of model.optimizer" in status["diverging"][1]
+    assert status["crashing"][0] == status["killed"][0] == "failed"
+    assert status["crashing"][1].startswith("RuntimeError: out of luck (see ")
+    assert "signal 9" in status["killed"][1]
+    assert status["fine"] == ("finished", "")
+    shown = table(folder)
+    assert shown["diverging"]["runs"] == "0 of 1 (1 diverged)"
+    assert shown["diverging"]["test accuracy, %"] == "-"
+    assert shown["crashing"]["runs"] == "0 of 1 (1 failed)"
+    assert shown["fine"]["runs"] == "1"
+    assert "diverging seed 0: diverged: training diverged in epoch 0" in (folder / "table.md").read_text()
+
+    Path("repaired").touch()
+    before = contents(folder / "runs" / "diverging"), contents(folder / "runs" / "fine")
+    assert compare(folder, *words) == 0
+    assert (contents(folder / "runs" / "diverging"), contents(folder / "runs" / "fine")) == before
+    assert table(folder)["crashing"]["runs"] == table(folder)["killed"]["runs"] == "1"
+
+
+def test_tuning_takes_the_best_on_validation_images_and_never_reads_the_test_images(tmp_path: Path) -> None:
+    configs = [write_config(tmp_path / "a.yaml", lr=0.02), write_config(tmp_path / "b.yaml", lr=1e20)]
+    words = [f"--configs={configs[0]},{configs[1]}", "--epochs=3", "--seeds=1", "--lr_factors=1e-6,1e15,1,3"]
+    folder = Path("out")
+    assert compare(folder, *words) == 0
+
+    trials = read_csv(folder / "trials.csv")
+    assert [(row["name"], float(row["lr_factor"])) for row in trials] == [
+        (name, factor) for name in "ab" for factor in (1e-6, 1e15, 1.0, 3.0)
+    ]
+    assert {row["seed"] for row in trials} == {str(TRIAL_SEED)}
+    own = [row for row in trials if row["name"] == "a"]
+    assert [row["status"] for row in own] == ["finished", "diverged", "finished", "finished"]
+    best = max((row for row in own if row["status"] == "finished"), key=lambda row: float(row["best_val_accuracy"]))
+    (run,) = read_csv(folder / "runs.csv")
+    assert (run["name"], run["seed"], run["learning_rate"]) == ("a", "0", best["learning_rate"])
+    assert float(best["lr_factor"]) in (1.0, 3.0)
+    shown = table(folder)
+    assert shown["a"]["learning rate"] == best["learning_rate"]
+    assert shown["b"]["runs"] == "0 of 1 (all 4 trials diverged)"
+    assert not list((folder / "trials").rglob("test*"))
+    assert not list((folder / "trials").rglob("*.ckpt"))
+    for path in (folder / "trials").rglob("result.json"):
+        assert set(json.loads(path.read_text())["images"]) == {"train", "val"}
+
+
+class Killer:
+    """Kills a run with no warning when an epoch has ended."""
+
+    def __init__(self, epoch: int) -> None:
+        self.at, self.codes = epoch, list[int]()
+
+    def started(self, job: Job) -> None:
+        pass
+
+    def epoch(self, job: Job, number: int, accuracy: float | None) -> None:
+        if number == self.at:
+            (child,) = active_children()
+            child.kill()
+
+    def ended(self, job: Job, exit_code: int) -> None:
+        self.codes.append(exit_code)
+
+
+def figures(result: Result | None) -> list[tuple[float | None, dict[str, float]]]:
+    """What a run must repeat exactly: all but times."""
+    assert result is not None
+    assert result.status == "finished"
+    return [(epoch.val_accuracy, dict(epoch.angles)) for epoch in result.epochs]
+
+
+def test_a_killed_run_goes_on_from_its_last_epoch_and_equals_an_unbroken_one() -> None:
+    words = ["--algorithms=ldrl", *LENET, "--epochs=4", "--seeds=1"]
+    compare(Path("unbroken"), *words)
+    (unbroken,) = Comparison.load(Path("unbroken").resolve()).runs("ldrl")
+
+    folder = Path("broken").resolve()
+    comparison = Comparison(folder)
+    comparison.admit(Comparison.load(Path("unbroken")).rows, 1, [1.0])
+    comparison.save("")
+    (run,) = comparison.runs("ldrl")
+    killer = Killer(epoch=3)
+    run_jobs([Job("fit", "ldrl", run.folder, comparison.arguments(run), directory=Path.cwd())], 1, killer)
+    assert killer.codes == [-signal.SIGKILL]
+    assert run.result is None
+    assert run.test is None
+
+    assert compare(folder, *words) == 0
+    assert "Restored all states from the checkpoint" in (run.folder / "log.txt").read_text()
+    assert figures(run.result) == figures(unbroken.result)
+    assert run.test == unbroken.test
+    for name in ("best", "last"):
+        kept, wanted = (read_checkpoint(each.folder / "checkpoints" / f"{name}.ckpt") for each in (run, unbroken))
+        assert kept["epoch"] == wanted["epoch"]
+        assert all(torch.equal(kept["state_dict"][key], wanted["state_dict"][key]) for key in wanted["state_dict"])
+
+
+def test_a_checkpoint_that_is_unreadable_or_from_another_folder_starts_the_run_afresh() -> None:
+    comparison = Comparison(Path("out").resolve())
+    comparison.admit(
+        {"backprop": resolve(CONFIGS / "backprop_lenet_digits.yaml", [*TINY, "--trainer.max_epochs=2"])}, 1, [1]
+    )
+    comparison.save("")
+    (run,) = comparison.runs("backprop")
+    job = Job("fit", "backprop", run.folder, comparison.arguments(run), directory=Path.cwd())
+    run_jobs([job], 1, Killer(epoch=0))
+    first = figures(run.result)
+
+    last = run.folder / "checkpoints" / "last.ckpt"
+    elsewhere = read_checkpoint(last)
+    elsewhere["callbacks"] = {name: {**state, "dirpath": "elsewhere"} for name, state in elsewhere["callbacks"].items()}
+    for damage in (lambda: last.write_bytes(b"half a file"), lambda: torch.save(elsewhere, last)):
+        damage()
+        (run.folder / "result.json").unlink()
+        run_jobs([job], 1, Killer(epoch=0))
+        assert figures(run.result) == first
+    assert "Restored all states" not in (run.folder / "log.txt").read_text()
+
+
+def test_a_second_comparison_in_the_same_folder_is_refused() -> None:
+    Path("out").mkdir()
+    with FileLock("out/.lock"), pytest.raises(UserError, match="another bioprop compare is at work"):
+        compare(Path("out"), "--algorithms=backprop", *LENET, "--epochs=1", "--seeds=1")
+
+
+def processes_with(mark: str) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            environment = (path.parent / "environ").read_bytes()
+        except OSError:
+            continue
+        if mark.encode() in environment:
+            found.append(int(path.parent.name))
+    return found
+
+
+def wait_for_work(process: "subprocess.Popen[bytes]", amount: int) -> None:
+    """Wait until so many more files were written, whatever the machine's speed, or the process has ended."""
+
+    def written() -> int:
+        return sum(1 for path in Path("broken").rglob("*.*") if path.is_file())
+
+    before = written()
+    while written() < before + amount and process.poll() is None:
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes by /proc")
+def test_killed_at_random_moments_the_command_goes_on_and_leaves_no_process() -> None:
+    words = ["--algorithms=backprop,ldrl", *LENET, "--epochs=6", "--seeds=2", "--lr_factors=0.5,1"]
+    mark = f"BIOPROP_TEST_MARK={random.random()}"
+    environment = {**os.environ, **dict([mark.split("=")]), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, "-m", "bioprop", "compare", *words, "--folder=broken", "--", *TINY]
+    for _ in range(3):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for_work(process, random.randint(3, 25))
+        time.sleep(random.uniform(0.0, 0.5))
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 60  # seconds; a process that still imports notices only afterwards
+        while processes_with(mark) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert processes_with(mark) == []
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    compare(Path("unbroken"), *words)
+
+    broken, unbroken = (Comparison.load(Path(name).resolve()) for name in ("broken", "unbroken"))
+    for row in ("backprop", "ldrl"):
+        for one, other in zip(broken.trials(row), unbroken.trials(row), strict=True):
+            assert figures(one.result) == figures(other.result)
+        assert broken.chosen_factor(row) == unbroken.chosen_factor(row)
+        for one, other in zip(broken.runs(row), unbroken.runs(row), strict=True):
+            assert figures(one.result) == figures(other.result)
+            assert one.test == other.test
+    assert len(read_csv(Path("broken/runs.csv"))) == 4
+    assert not math.isnan(float(read_csv(Path("broken/runs.csv"))[0]["batch_seconds"]))
+
+
+@pytest.mark.slow
+def test_the_demo_compares_the_three_and_ldrl_is_within_two_points() -> None:
+    demo = next(line for line in (ROOT / "Makefile").read_text().splitlines() if "bioprop compare" in line)
+    words = demo.split("bioprop compare ")[1].split()
+    assert words[-2:] == ["--folder", "runs/demo"]
+    assert compare(Path("runs/demo"), *words[:-2], options=[]) == 0
+
+    rows = {row["name"]: row for row in read_csv(Path("runs/demo/runs.csv"))}
+    assert list(rows) == ["backprop", "dtp", "ldrl"]
+    accuracy = {name: float(row["test_accuracy"]) for name, row in rows.items()}
+    assert accuracy["backprop"] > 0.95
+    assert accuracy["ldrl"] > accuracy["backprop"] - 0.02
+    assert accuracy["dtp"] > 0.8
+    assert float(rows["backprop"]["angle"]) < 0.01 < float(rows["ldrl"]["angle"]) < 60.0
+    assert Path("runs/demo/comparison.png").is_file()
