@@ -72,8 +72,9 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
                 pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{number}.png")
     monkeypatch.chdir(tmp_path)
+    wandb.teardown()  # W&B's own process stays in the folder it was started in, and may be an earlier test's
     yield tmp_path
-    wandb.teardown()  # W&B's own process stays in the folder it was started in
+    wandb.teardown()
 
 
 def test_every_algorithm_has_a_sweep() -> None:

@@ -37,6 +37,7 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))  # no account, whoever runs this
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     monkeypatch.chdir(tmp_path)
+    wandb.teardown()  # W&B's own process stays in the folder it was started in, and may be an earlier test's
     yield
     wandb.teardown()
 
