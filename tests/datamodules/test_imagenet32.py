@@ -152,6 +152,11 @@ def test_the_converted_file_is_mapped_and_used_without_the_archives(tmp_path, mo
     assert np.load(tmp_path / "imagenet32_val_images.npy").shape == (1000, 3, 32, 32)
 
 
+def test_a_folder_that_is_not_there_is_not_made(tmp_path):
+    refused("val images are not in '.*/nowhere'", tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_another_folder_for_the_converted_files(tmp_path, monkeypatch):
     write_imagenet32(tmp_path / "published", monkeypatch, **TEST)
     ready(tmp_path / "published", "test", converted_dir=str(tmp_path / "new" / "converted"))

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch.utils.data import SequentialSampler
 
-from bioprop.datamodules.loader import ResidentLoader
+from bioprop.datamodules.images import BLOCK
+from bioprop.datamodules.loader import ORDER_STREAM, EpochSampler, ResidentLoader, epoch_generator
 
 IMAGES = torch.arange(23, dtype=torch.uint8).view(23, 1, 1, 1).expand(23, 1, 4, 4).contiguous()
 LABELS = torch.arange(23) % 3
@@ -119,3 +120,10 @@ def test_a_saved_position_is_resumed_once_and_in_its_own_epoch_only():
     resumed.load_state_dict(state)
     resumed.sampler.set_epoch(3)
     assert len(list(resumed)) == 4
+
+
+def test_the_order_is_torchs_permutation_of_the_epochs_generator_whatever_the_size():
+    for size in (23, 3 * BLOCK + 5):
+        sampler = EpochSampler(size, seed=4)
+        sampler.set_epoch(2)
+        assert list(sampler) == torch.randperm(size, generator=epoch_generator(4, 2, ORDER_STREAM)).tolist()

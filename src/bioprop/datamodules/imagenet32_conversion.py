@@ -96,11 +96,17 @@ def open_converted(data_dir: Path, folder: Path, stored: StoredSet, check: bool)
     """
     paths = _Paths.of(folder, stored)
     if not _is_ready(paths, data_dir, stored, check):
+        source = find_source(data_dir, stored)
+        if source is None:
+            raise UserError(
+                f"ImageNet 32x32's {stored} images are not in '{data_dir}' and cannot be downloaded without you: "
+                f"{WHERE_TO_GET_IT.format(stored)}, and put it there, as it is or unpacked."
+            )
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with _locked(paths.lock, stored):
                 if not _is_ready(paths, data_dir, stored, check):
-                    _prepare(paths, data_dir, stored, check)
+                    _prepare(paths, source, stored, check)
         except (OSError, NotImplementedError) as error:  # the second: a network file system without locks
             raise UserError(
                 f"ImageNet 32x32 cannot be converted into '{folder}' ({error}): name a folder that "
@@ -132,14 +138,8 @@ def _locked(path: Path, stored: StoredSet) -> Iterator[None]:
         lock.release()
 
 
-def _prepare(paths: _Paths, data_dir: Path, stored: StoredSet, check: bool) -> None:
+def _prepare(paths: _Paths, source: Source, stored: StoredSet, check: bool) -> None:
     """Checks the published files and converts them; files that are converted already are only checked."""
-    source = find_source(data_dir, stored)
-    if source is None:
-        raise UserError(
-            f"ImageNet 32x32's {stored} images are not in '{data_dir}' and cannot be downloaded without you: "
-            f"{WHERE_TO_GET_IT.format(stored)}, and put it there, as it is or unpacked."
-        )
     record, stamps = _Record.read(paths), source.stamps()
     if check:
         with _progress("checking ImageNet 32x32") as advance:
