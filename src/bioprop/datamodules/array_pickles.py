@@ -97,7 +97,6 @@ def load_arrays(file: IO[bytes], path: PurePath) -> dict[str, Any]:
     """
     try:
         content = _ArrayUnpickler(file, encoding="bytes").load()
-        file.read()  # an archive compares its checksum at the end
     except _Refused as error:
         raise UserError(
             f"'{path}' asks for {error}, which no file of images needs: nothing was run and the file is not read; get "

@@ -41,8 +41,13 @@ class MappedImages:
 
     def index_select(self, dim: int, index: Tensor, /) -> Tensor:
         """Returns some of these images, uint8 [len(index), channels, height, width], copied out of the file."""
-        # numpy's gather, because torch has no read-only tensors: a slip would write through to unwritable memory
-        return torch.from_numpy(np.take(self.stored, self.places.index_select(0, index).numpy(), axis=0))
+        places = self.places.index_select(0, index).numpy()
+        # Read in the order of the file: what is not in the operating system's cache yet comes four times faster. By
+        # numpy, because torch has no read-only tensors.
+        order = places.argsort()
+        images = np.empty((len(places), *self.stored.shape[1:]), dtype=np.uint8)
+        images[order] = np.take(self.stored, places[order], axis=0)
+        return torch.from_numpy(images)
 
     def in_file_order(self) -> Tensor:
         """Returns the indices of all images, int64 [images], in the order in which a disk gives them fastest."""
