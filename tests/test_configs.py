@@ -12,6 +12,7 @@ import yaml
 from PIL import Image
 
 from bioprop.cli import main
+from tests.datamodules.published_files import write_imagenet32
 
 CONFIGS = Path(__file__).parents[1] / "lightning_configs"
 LAYERS = {"smoke.yaml", "wandb.yaml"}
@@ -64,12 +65,17 @@ def data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_config_runs_a_few_batches_under_smoke(config: str, data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(data_folder)
+    small: list[str] = []
+    if config.endswith("_imagenet32.yaml"):
+        write_imagenet32(data_folder / "data" / "imagenet32", monkeypatch, stored=("train",))  # 2 images a class
+        small = ["--data.num_val_per_class=1"]
     cli = main(
         [
             "fit",
             f"--config={CONFIGS / config}",
             f"--config={CONFIGS / 'smoke.yaml'}",
             "--trainer.enable_progress_bar=false",
+            *small,
         ]
     )
 
@@ -108,6 +114,17 @@ def _model(config: str) -> dict[str, Any]:
             },
         ),
         (
+            "ldrl_simplevgg_imagenet32.yaml",
+            256,
+            {
+                "beta": 0.7,
+                "noise": [0.4, 0.4, 0.2, 0.2, 0.08],
+                "feedback_lr": [1e-4, 3.5e-4, 8e-3, 8e-3, 0.18],
+                "iterations": [25, 35, 40, 60, 25],
+                "lr": 0.01,
+            },
+        ),
+        (
             "ldrl_lenet_cifar10.yaml",
             256,
             {
@@ -120,7 +137,7 @@ def _model(config: str) -> dict[str, Any]:
         ),
     ],
 )
-def test_cifar10_configs_hold_the_published_figures(config: str, batch: int, published: dict[str, Any]) -> None:
+def test_ldrl_configs_hold_the_published_figures(config: str, batch: int, published: dict[str, Any]) -> None:
     settings = _model(config)
     arguments = settings["model"]["init_args"]
 
@@ -131,6 +148,17 @@ def test_cifar10_configs_hold_the_published_figures(config: str, batch: int, pub
     assert arguments["scheduler"]["init_args"] == {"T_max": 85, "eta_min": 1e-5}
     assert (arguments["mirror"], arguments["switches"], arguments["feedback_step"]) == ("paper", "noisy", "sgd")
     assert settings["data"]["init_args"]["batch_size"] == batch
+    assert settings["trainer"]["max_epochs"] == 90
+
+
+def test_the_imagenet32_baseline_holds_the_published_figures() -> None:
+    settings = _model("backprop_simplevgg_imagenet32.yaml")
+    arguments = settings["model"]["init_args"]
+
+    assert arguments["optimizer"]["init_args"]["lr"] == 0.01
+    assert arguments["scheduler"]["class_path"].endswith(".StepLR")
+    assert arguments["scheduler"]["init_args"] == {"step_size": 30, "gamma": 0.1}
+    assert settings["data"]["init_args"]["num_val_per_class"] == 50
     assert settings["trainer"]["max_epochs"] == 90
 
 

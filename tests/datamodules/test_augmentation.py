@@ -44,13 +44,13 @@ def test_normalize():
 def test_channel_statistics_are_those_of_float64():
     images = torch.randint(256, (50, 3, 7, 5), dtype=torch.uint8)
     values = images.double().div(255).transpose(0, 1).flatten(1)
-    mean, std = channel_statistics(images)
+    mean, std = channel_statistics(images.split(20))
     torch.testing.assert_close(torch.tensor(mean).double(), values.mean(1), rtol=1e-6, atol=0)
     torch.testing.assert_close(torch.tensor(std).double(), values.std(1, correction=0), rtol=1e-6, atol=0)
 
 
 def test_a_constant_channel_has_a_std_of_one():
     images = torch.cat([torch.full((2, 1, 4, 4), 77), torch.arange(32).view(2, 1, 4, 4)], 1).to(torch.uint8)
-    statistics = channel_statistics(images)
+    statistics = channel_statistics([images])
     assert statistics.std[0] == 1
     assert 0 < statistics.std[1] < 1

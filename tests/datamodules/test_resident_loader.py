@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils.data import SequentialSampler
 
-from bioprop.datamodules.loader import ResidentLoader
+from bioprop.datamodules.images import BLOCK
+from bioprop.datamodules.loader import ORDER_STREAM, EpochSampler, ResidentLoader, epoch_generator
 
 IMAGES = torch.arange(23, dtype=torch.uint8).view(23, 1, 1, 1).expand(23, 1, 4, 4).contiguous()
 LABELS = torch.arange(23) % 3
@@ -147,3 +148,10 @@ def test_in_training_all_processes_have_the_same_number_of_rows() -> None:
     ]
     assert shares[0] == shares[1]
     assert sum(shares[0]) == len(LABELS) // 2
+
+
+def test_the_order_is_torchs_permutation_of_the_epochs_generator_whatever_the_size():
+    for size in (23, 3 * BLOCK + 5):
+        sampler = EpochSampler(size, seed=4)
+        sampler.set_epoch(2)
+        assert list(sampler) == torch.randperm(size, generator=epoch_generator(4, 2, ORDER_STREAM)).tolist()

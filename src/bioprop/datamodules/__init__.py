@@ -2,7 +2,20 @@
 
 from bioprop.datamodules.base import ImageDataModule
 from bioprop.datamodules.cifar10 import CIFAR10
+from bioprop.datamodules.cifar100 import CIFAR100
 from bioprop.datamodules.digits import Digits
 from bioprop.datamodules.image_folder import ImageFolder
+from bioprop.datamodules.imagenet32 import ImageNet32
+from bioprop.datamodules.mnist import KMNIST, MNIST, FashionMNIST
 
-__all__ = ["CIFAR10", "Digits", "ImageDataModule", "ImageFolder"]
+__all__ = [
+    "CIFAR10",
+    "CIFAR100",
+    "KMNIST",
+    "MNIST",
+    "Digits",
+    "FashionMNIST",
+    "ImageDataModule",
+    "ImageFolder",
+    "ImageNet32",
+]

@@ -10,6 +10,7 @@ from pytorch_lightning import LightningDataModule
 from torch import Tensor
 
 from bioprop.datamodules.augmentation import crop_and_flip, normalize
+from bioprop.datamodules.images import Images, blocks
 from bioprop.datamodules.loader import ResidentLoader
 from bioprop.datamodules.normalization import PUBLISHED, Normalization, channel_statistics
 from bioprop.datamodules.sampling import complement, stratified_sample
@@ -29,9 +30,9 @@ LIMIT_STREAMS = {"train": 1, "val": 2, "test": 3}
 
 
 class Resident(NamedTuple):
-    """A decoded split: uint8 [n, channels, height, width], int64 [n], and int64 [n] places in the stored split."""
+    """A split in use: uint8 [n, channels, height, width], int64 [n], and int64 [n] places in the stored split."""
 
-    images: Tensor
+    images: Images
     labels: Tensor
     indices: Tensor
 
@@ -48,7 +49,8 @@ class ImageDataModule(LightningDataModule, ABC):
         classes: Names of the classes, in the order of the labels.
         batch_size: Images in a batch, those of all processes together. In training, an epoch's images that do not fill
             its last batch wait for another epoch; evaluation has them all.
-        val_fraction: Fraction of the training images set aside for validation, stratified by class.
+        val_fraction: Fraction of the training images set aside for validation, stratified by class; None where a
+            subclass says otherwise which they are, by `_held_out`.
         normalization: "train" for mean and standard deviation of each channel of the training images (those left by
             split and limit, not augmented), "cifar10" or "imagenet32" for the published ones, "none" for [0, 1] alone.
         horizontal_flip: Mirror each training image with probability 1/2.
@@ -68,7 +70,7 @@ class ImageDataModule(LightningDataModule, ABC):
         image_shape: tuple[int, int, int],
         classes: tuple[str, ...],
         batch_size: int,
-        val_fraction: float,
+        val_fraction: float | None,
         normalization: Normalization,
         horizontal_flip: bool,
         crop_padding: int,
@@ -87,7 +89,7 @@ class ImageDataModule(LightningDataModule, ABC):
         ):
             if value < least:
                 raise UserError(f"{name} is {value}, which is too small: choose {least} or more.")
-        if not 0 < val_fraction < 1:
+        if val_fraction is not None and not 0 < val_fraction < 1:
             raise UserError(
                 f"val_fraction is {val_fraction}, which leaves no images for validation or none for training: choose "
                 "a number between 0 and 1, such as 0.1."
@@ -134,8 +136,11 @@ class ImageDataModule(LightningDataModule, ABC):
         """Returns the labels, int64 [n], of all images of a split as it is stored, without decoding images."""
 
     @abstractmethod
-    def _decode(self, split: Split, indices: Tensor) -> Tensor:
-        """Returns the images, uint8 [len(indices), channels, height, width], at these places of a stored split."""
+    def _decode(self, split: Split, indices: Tensor) -> Images:
+        """Returns the images, uint8 [len(indices), channels, height, width], at these places of a stored split.
+
+        A tensor of them, or what reads them when they are needed.
+        """
 
     def _has_val_images(self) -> bool:
         """Whether "val" is a stored split; otherwise validation images are taken out of the stored split "train"."""
@@ -217,7 +222,7 @@ class ImageDataModule(LightningDataModule, ABC):
             if self._loaded_statistics is not None:
                 mean, std = self._loaded_statistics
             elif self.normalization == "train":
-                mean, std = channel_statistics(self.resident["train"].images)
+                mean, std = channel_statistics(blocks(self.resident["train"].images))
             elif self.normalization == "none":
                 mean, std = (0.0,) * self.image_shape[0], (1.0,) * self.image_shape[0]
             else:
@@ -238,8 +243,8 @@ class ImageDataModule(LightningDataModule, ABC):
         """
         if state_dict["classes"] != list(self.classes):
             raise UserError(
-                f"the checkpoint was trained on the classes {', '.join(state_dict['classes'])}, but these images have "
-                f"{', '.join(self.classes)}: give images of the same classes"
+                f"the checkpoint was trained on the classes {_listing(state_dict['classes'])}, but these images have "
+                f"{_listing(self.classes)}: give images of the same classes"
             )
         self._loaded_statistics = state_dict["mean"], state_dict["std"]
         self._statistics.clear()
@@ -269,6 +274,7 @@ class ImageDataModule(LightningDataModule, ABC):
                     f"class '{name}' has {count} training image(s), too few to split into training and validation: "
                     "give it 2 or more."
                 )
+        assert self.val_fraction is not None, "a subclass without a fraction has a `_held_out` of its own"
         size = max(1, round(self.val_fraction * len(labels)))
         most = len(labels) - self.num_classes
         if size > most:
@@ -284,3 +290,8 @@ class ImageDataModule(LightningDataModule, ABC):
     def __str__(self) -> str:
         # Lightning's version asks every loader for a `dataset`
         return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in self.hparams.items())})"
+
+
+def _listing(names: Sequence[str]) -> str:
+    """Returns the names in a row, of many the first ones."""
+    return ", ".join(names) if len(names) <= 20 else f"{', '.join(names[:20])} and so on ({len(names)} in all)"

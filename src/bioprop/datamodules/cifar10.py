@@ -1,19 +1,16 @@
 """CIFAR-10, downloaded by torchvision."""
 
-from pathlib import Path
+from typing import ClassVar
 
-import torch
-from torch import Tensor
 from torchvision import datasets
 
-from bioprop.datamodules.base import ImageDataModule, Split
 from bioprop.datamodules.normalization import Normalization
-from bioprop.errors import UserError
+from bioprop.datamodules.torchvision_set import TorchvisionSet
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-class CIFAR10(ImageDataModule):
+class CIFAR10(TorchvisionSet):
     """CIFAR-10: 50,000 training and 10,000 test photographs of ten kinds of things, [3, 32, 32].
 
     The defaults are the published recipe: mirrored with probability 1/2, cropped at random out of the image padded by 4
@@ -42,6 +39,12 @@ class CIFAR10(ImageDataModule):
         UserError: An argument is out of range; the files are missing or damaged and are not, or cannot be, downloaded.
     """
 
+    reader = datasets.CIFAR10
+    title = "CIFAR-10"
+    folder = datasets.CIFAR10.base_folder
+    origin = datasets.CIFAR10.url
+    class_names: ClassVar[tuple[str, ...]] = CLASSES
+
     def __init__(
         self,
         data_dir: str = "data",
@@ -58,7 +61,9 @@ class CIFAR10(ImageDataModule):
     ) -> None:
         super().__init__(
             image_shape=(3, 32, 32),
-            classes=CLASSES,
+            classes=self.class_names,
+            data_dir=data_dir,
+            download=download,
             batch_size=batch_size,
             val_fraction=val_fraction,
             normalization=normalization,
@@ -69,50 +74,3 @@ class CIFAR10(ImageDataModule):
             limit_val=limit_val,
             limit_test=limit_test,
         )
-        data_dir = str(data_dir)  # a Path would make the checkpoint unreadable under weights_only=True
-        self.save_hyperparameters()
-        self.data_dir = Path(data_dir).expanduser()
-        self.download = download
-        self._stored: dict[Split, datasets.CIFAR10] = {}
-
-    def prepare_data(self) -> None:
-        """Downloads the files if asked to; Lightning calls this once a machine, before `setup`."""
-        if self.download:
-            self._open("train", download=True)
-
-    def setup(self, stage: str) -> None:
-        """Reads the splits that a stage needs and that are not in memory yet.
-
-        Args:
-            stage: "fit", "validate", "test" or "predict".
-        """
-        super().setup(stage)
-        self._stored.clear()  # what is used of them is resident by now
-
-    def _labels(self, split: Split) -> Tensor:
-        return torch.tensor(self._load(split).targets)
-
-    def _decode(self, split: Split, indices: Tensor) -> Tensor:
-        images = torch.from_numpy(self._load(split).data)  # uint8 [images, height, width, channels]
-        return images[indices].permute(0, 3, 1, 2).contiguous()
-
-    def _load(self, split: Split) -> datasets.CIFAR10:
-        if split not in self._stored:
-            self._stored[split] = self._open(split, download=False)
-        return self._stored[split]
-
-    def _open(self, split: Split, download: bool) -> datasets.CIFAR10:
-        try:
-            return datasets.CIFAR10(self.data_dir, train=split == "train", download=download)
-        # URLError and its like are OSErrors, torchvision's word for missing or damaged files is RuntimeError
-        except (OSError, RuntimeError) as error:
-            place = self.data_dir / datasets.CIFAR10.base_folder
-            if download:
-                raise UserError(
-                    f"CIFAR-10 is not in '{place}' and could not be downloaded there ({error}): connect to the network "
-                    f"or unpack {datasets.CIFAR10.url} into '{self.data_dir}'."
-                ) from error
-            raise UserError(
-                f"the files of CIFAR-10 are missing from '{place}', or damaged: set download to true or unpack "
-                f"{datasets.CIFAR10.url} into '{self.data_dir}'."
-            ) from error

@@ -14,6 +14,7 @@ from rich.progress import Progress
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
+from bioprop.datamodules.images import BLOCK, Images
 from bioprop.errors import UserError
 
 FILES_PER_TASK = 64
@@ -122,6 +123,10 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     return UserError(f"'{path}' cannot be read as an image ({error}): replace or remove it.")
 
 
-def digests(images: Tensor) -> list[bytes]:
-    """Returns a fingerprint of the pixels of each image [batch, ...]: equal for equal images, and else different."""
-    return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images.numpy()]
+def digests(images: Images) -> list[bytes]:
+    """Returns a fingerprint of the pixels of each image: equal for equal images, and else different."""
+    return [
+        hashlib.blake2b(image.tobytes(), digest_size=16).digest()
+        for block in torch.split(torch.arange(len(images)), BLOCK)
+        for image in images.index_select(0, block).numpy()
+    ]

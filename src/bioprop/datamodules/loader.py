@@ -1,4 +1,4 @@
-"""Batches out of images that are in memory, in an order that is a function of seed and epoch alone."""
+"""Batches out of images in memory or mapped into it, in an order that is a function of seed and epoch alone."""
 
 from collections.abc import Iterator
 from typing import TypedDict
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, Sampler, SequentialSampler
 
+from bioprop.datamodules.images import BLOCK, Images
 from bioprop.errors import UserError
 
 ORDER_STREAM, DRAWS_STREAM = 0, 1
@@ -35,7 +36,9 @@ class EpochSampler(Sampler[int]):
         return self.size
 
     def __iter__(self) -> Iterator[int]:
-        yield from torch.randperm(self.size, generator=epoch_generator(self.seed, self.epoch, ORDER_STREAM)).tolist()
+        order = torch.randperm(self.size, generator=epoch_generator(self.seed, self.epoch, ORDER_STREAM))
+        for block in torch.split(order, BLOCK):  # a million numbers as Python objects take 40 MB
+            yield from block.tolist()
 
 
 class LoaderState(TypedDict):
@@ -59,7 +62,7 @@ class ResidentLoader:
     interruption changes what a run sees.
 
     Args:
-        images: uint8 [images, channels, height, width].
+        images: uint8 [images, channels, height, width], a tensor or what hands out images as one does.
         labels: int64 [images].
         batch_size: Images in a batch.
         seed: Seed of order and draws.
@@ -78,7 +81,7 @@ class ResidentLoader:
 
     def __init__(
         self,
-        images: Tensor,
+        images: Images,
         labels: Tensor,
         batch_size: int,
         *,

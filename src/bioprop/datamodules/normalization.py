@@ -1,5 +1,6 @@
 """The statistics that images are normalised with: published ones by name, or those of the training images."""
 
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import torch
@@ -21,16 +22,20 @@ PUBLISHED = {
 }
 
 
-def channel_statistics(images: Tensor) -> ChannelStatistics:
+def channel_statistics(blocks: Iterable[Tensor]) -> ChannelStatistics:
     """Mean and (population) standard deviation of each channel, computed exactly from its histogram in float64.
 
     A channel that is the same everywhere has a standard deviation of 0 and gets 1 instead, to be divided by.
 
     Args:
-        images: uint8 [batch, channels, height, width], at least one image.
+        blocks: The images in any number of parts, each uint8 [images, channels, height, width], so that a set that does
+            not fit into memory can be had block by block; at least one image.
     """
     values = torch.arange(256, dtype=torch.float64) / 255
-    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]).double()
+    histograms = [
+        torch.stack([torch.bincount(c.flatten(), minlength=256) for c in block.unbind(1)]) for block in blocks
+    ]
+    counts = torch.stack(histograms).sum(0).double()
     share = counts / counts.sum(1, keepdim=True)
     mean = share @ values
     variance = (share * (values - mean[:, None]) ** 2).sum(1)

@@ -52,6 +52,24 @@ def stratified_sample(labels: Tensor, size: int, rng: np.random.Generator, leave
     return torch.from_numpy(rng.permutation(np.concatenate(chosen)))
 
 
+def equal_sample(labels: Tensor, per_class: int, rng: np.random.Generator) -> Tensor:
+    """Chooses at random the same number of images of every class that has any.
+
+    Args:
+        labels: int64 [images].
+        per_class: Images to choose of each class; all of a class that has fewer.
+        rng: Source of the choice and of the order.
+
+    Returns:
+        int64 [classes * per_class], distinct indices into `labels` in random order.
+    """
+    order = rng.permutation(len(labels))
+    sorted_by_class = order[np.argsort(labels.numpy()[order], kind="stable")]
+    counts = np.bincount(labels.numpy())
+    number_within_class = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return torch.from_numpy(rng.permutation(sorted_by_class[number_within_class < per_class]))
+
+
 def complement(size: int, indices: Tensor) -> Tensor:
     """Returns the indices below `size` that are not in `indices`, ascending."""
     kept = torch.ones(size, dtype=torch.bool)

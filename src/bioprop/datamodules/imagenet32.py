@@ -1,0 +1,141 @@
+"""ImageNet of 32x32 pixels, from the files that its authors publish."""
+
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bioprop.datamodules.base import VAL_STREAM, ImageDataModule, Split
+from bioprop.datamodules.imagenet32_conversion import Converted, open_converted
+from bioprop.datamodules.imagenet32_files import StoredSet
+from bioprop.datamodules.imagenet32_parts import IMAGE_BYTES, IMAGE_SHAPE
+from bioprop.datamodules.images import Images, MappedImages
+from bioprop.datamodules.normalization import Normalization
+from bioprop.datamodules.sampling import equal_sample
+from bioprop.errors import UserError
+
+#: The published set of each split that is stored: the official validation images are what a run is tested on.
+STORED: dict[Split, StoredSet] = {"train": "train", "test": "val"}
+
+
+def class_names() -> tuple[str, ...]:
+    """Returns the thousand classes in the order of the labels, which is that of the ILSVRC2012 development kit."""
+    lines = (files("bioprop.datamodules") / "imagenet32_classes.txt").read_text(encoding="utf-8").splitlines()
+    return tuple(line.split()[1] for line in lines)
+
+
+class ImageNet32(ImageDataModule):
+    """ImageNet (ILSVRC2012) of 32x32 pixels: 1,281,167 training and 50,000 test images of 1,000 classes, [3, 32, 32].
+
+    The files are yours to download, because that needs a login: at image-net.org, under Download, Downsampled image
+    data, either as npz (`Imagenet32_train_npz.zip`, `Imagenet32_val_npz.zip`) or as pickles (`Imagenet32_train.zip`,
+    `Imagenet32_val.zip`). Put them into `data_dir`, as they are or unpacked. At first use each set is converted to one
+    file (3.94 GB for training), which all processes map into memory together: a process holds labels and order alone,
+    and the images are in the operating system's cache once. The downloaded files can go then.
+
+    The test images are the official validation images; validation images are taken out of the training images, the same
+    number of each class. Labels are 0..999 in the order of the ILSVRC2012 development kit (kit fox, English setter,
+    ...), which is not the alphabetical one of torchvision's models.
+
+    The defaults are the published recipe (Ernoult et al., ICML 2022): 50 validation images a class, mirrored with
+    probability 1/2, cropped at random out of the image padded by 4 pixels of its edge, batches of 256.
+
+    Source: P. Chrabaszcz, I. Loshchilov and F. Hutter, A downsampled variant of ImageNet as an alternative to the CIFAR
+    datasets, 2017.
+
+    Args:
+        data_dir: Folder of the downloaded files.
+        converted_dir: Folder for the converted files, if not `data_dir`.
+        verify: Before the first use, compare the files with the published ones: size and sha256 checksum of the npz
+            archives (none are published of the others), the number of images in each file of all.
+        on_device: Copy the images to the accelerator that trains (3.8 GB of its memory, in each process) and put the
+            batches together there. Without an accelerator it changes nothing.
+        batch_size: Images in a batch. In training, an epoch's images that do not fill its last batch wait for another
+            epoch; evaluation has them all.
+        num_val_per_class: Training images of each class set aside for validation.
+        normalization: "imagenet32" for the published mean (0.485, 0.456, 0.406) and standard deviation (0.229, 0.224,
+            0.225), "cifar10" for those of CIFAR-10, "train" for those of the training images, "none" for [0, 1].
+        horizontal_flip: Mirror each training image with probability 1/2.
+        crop_padding: Crop each training image at random out of itself padded by this many pixels of its edge.
+        seed: Seed of the validation split, the limits, the order of the training images and their augmentation.
+        limit_train: Use so many training images, stratified by class; None for all.
+        limit_val: Use so many validation images, stratified by class; None for all.
+        limit_test: Use so many test images, stratified by class; None for all.
+
+    Raises:
+        UserError: An argument is out of range; the files are missing, damaged or others; there is no room for the
+            converted ones, on the disk or on the device.
+    """
+
+    def __init__(
+        self,
+        data_dir: str = "data",
+        converted_dir: str | None = None,
+        verify: bool = True,
+        on_device: bool = False,
+        batch_size: int = 256,
+        num_val_per_class: int = 50,
+        normalization: Normalization = "imagenet32",
+        horizontal_flip: bool = True,
+        crop_padding: int = 4,
+        seed: int = 0,
+        limit_train: int | None = None,
+        limit_val: int | None = None,
+        limit_test: int | None = None,
+    ) -> None:
+        if num_val_per_class < 1:
+            raise UserError(f"num_val_per_class is {num_val_per_class}, which is too small: choose 1 or more.")
+        super().__init__(
+            image_shape=IMAGE_SHAPE,
+            classes=class_names(),
+            batch_size=batch_size,
+            val_fraction=None,
+            normalization=normalization,
+            horizontal_flip=horizontal_flip,
+            crop_padding=crop_padding,
+            seed=seed,
+            limit_train=limit_train,
+            limit_val=limit_val,
+            limit_test=limit_test,
+        )
+        data_dir = str(data_dir)  # a Path would make the checkpoint unreadable under weights_only=True
+        converted_dir = None if converted_dir is None else str(converted_dir)
+        self.save_hyperparameters()
+        self.data_dir = Path(data_dir).expanduser()
+        self.converted_dir = self.data_dir if converted_dir is None else Path(converted_dir).expanduser()
+        self.verify = verify
+        self.on_device = on_device
+        self.num_val_per_class = num_val_per_class
+        self._converted: dict[Split, Converted] = {}
+
+    def _open(self, split: Split) -> Converted:
+        if split not in self._converted:
+            self._converted[split] = open_converted(self.data_dir, self.converted_dir, STORED[split], self.verify)
+        return self._converted[split]
+
+    def _labels(self, split: Split) -> Tensor:
+        return torch.from_numpy(self._open(split).labels)
+
+    def _decode(self, split: Split, indices: Tensor) -> Images:
+        images = MappedImages(self._open(split).images, indices)
+        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+        if not self.on_device or device.type == "cpu":
+            return images
+        try:
+            return images.on(device)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"on_device needs {len(images) * IMAGE_BYTES / 1e9:.1f} GB of free memory on {device}: set it to false."
+            ) from error
+
+    def _held_out(self, labels: Tensor) -> Tensor:
+        """The training images to validate on: the same number of each class, never all of one."""
+        counts = torch.bincount(labels, minlength=self.num_classes)
+        smallest = int(counts.argmin())
+        if counts[smallest] <= self.num_val_per_class:
+            raise UserError(
+                f"num_val_per_class is {self.num_val_per_class}, but class '{self.classes[smallest]}' has "
+                f"{int(counts[smallest])} training images: choose a smaller number, so that some are left to train on."
+            )
+        return equal_sample(labels, self.num_val_per_class, self._rng(VAL_STREAM))

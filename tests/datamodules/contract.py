@@ -1,0 +1,156 @@
+"""The suite that every data module inherits: name the class, write its files, and all of this is checked of it."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from pytorch_lightning import LightningModule, Trainer
+
+from bioprop.datamodules.base import ImageDataModule
+from bioprop.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+class Probe(LightningModule):
+    """Keeps what it is given, and has a weight to train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.batches: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.batches.append(batch)
+        return self.weight * batch[0].mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Nothing: a step there has to be."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")
+class DataModuleContract(ABC):
+    """Inherit, set the class and say how its files are written; `arguments` are what its constructor needs."""
+
+    cls: ClassVar[type[ImageDataModule]]
+
+    @abstractmethod
+    def write(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+        """Writes small files of the exact format and returns the arguments to read them with."""
+
+    @pytest.fixture
+    def arguments(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+        return self.write(tmp_path, monkeypatch)
+
+    def ready(self, arguments: dict[str, Any], *stages: str, **kwargs: Any) -> ImageDataModule:
+        data = self.cls(**{**arguments, "batch_size": 16, **kwargs})
+        data.prepare_data()
+        for stage in stages:
+            data.setup(stage)
+        return data
+
+    def test_shape_and_classes_are_known_before_setup(self, arguments):
+        data = self.cls(**arguments)
+        channels, height, width = data.image_shape
+        assert channels in (1, 3)
+        assert min(height, width) > 0
+        assert data.num_classes == len(data.classes) == len(set(data.classes)) >= 2
+
+    def test_train_and_validation_images_are_disjoint_and_of_all_classes(self, arguments):
+        data = self.ready(arguments, "fit")
+        train, val = data.resident["train"], data.resident["val"]
+        assert not set(train.indices.tolist()) & set(val.indices.tolist())
+        for split in (train, val):
+            assert len(split.images) == len(split.labels) == len(split.indices)
+            assert set(split.labels.tolist()) == set(range(data.num_classes))
+        assert not torch.equal(val.labels, val.labels.sort().values)
+
+    def test_the_seed_decides_the_validation_images_and_not_the_test_images(self, arguments):
+        first, same, other = (self.ready(arguments, "fit", "test", seed=seed) for seed in (0, 0, 1))
+        assert torch.equal(first.resident["val"].indices, same.resident["val"].indices)
+        assert set(first.resident["val"].indices.tolist()) != set(other.resident["val"].indices.tolist())
+        assert torch.equal(first.resident["test"].indices, other.resident["test"].indices)
+
+    def test_batches_are_images_and_labels_normalised(self, arguments):
+        data = self.ready(arguments, "fit", horizontal_flip=True, crop_padding=2)
+        images, labels, draws = next(iter(data.train_dataloader()))
+        assert images.dtype == torch.uint8
+        assert images.shape == (16, *data.image_shape)
+        assert draws.shape == (16, 3)
+        images, labels = data.on_after_batch_transfer((images, labels, draws), 0)
+        assert images.dtype == torch.float32
+        assert images.shape == (16, *data.image_shape)
+        assert labels.dtype == torch.int64
+
+    def test_training_images_have_mean_0_and_std_1_by_their_own_statistics(self, arguments):
+        data = self.ready(arguments, "fit", normalization="train", batch_size=10_000)
+        batch = next(iter(data.train_dataloader()))
+        images, _ = data.on_after_batch_transfer(batch[:2], 0)
+        assert images.mean((0, 2, 3)).abs().max() < 1e-4
+        assert (images.std((0, 2, 3), correction=0) - 1).abs().max() < 1e-4
+
+    def test_evaluation_sees_every_image_once_without_augmentation(self, arguments):
+        data = self.ready(arguments, "fit", "test", horizontal_flip=True, crop_padding=2)
+        for loader, split in ((data.val_dataloader(), "val"), (data.test_dataloader(), "test")):
+            batches = list(loader)
+            assert all(len(batch) == 2 for batch in batches)
+            assert torch.equal(torch.cat([labels for _, labels in batches]), data.resident[split].labels)
+        assert torch.equal(data.resident["test"].indices, data.resident["test"].indices.sort().values)
+        assert len(set(data.prediction_names())) == len(data.resident["test"].labels)
+
+    def test_limits(self, arguments):
+        data = self.ready(arguments, "fit", "test", limit_train=20, limit_val=7, limit_test=5)
+        assert [len(data.resident[split].labels) for split in ("train", "val", "test")] == [20, 7, 5]
+        whole = self.ready(arguments, "fit")
+        assert set(data.resident["val"].indices.tolist()) <= set(whole.resident["val"].indices.tolist())
+        assert set(data.resident["train"].indices.tolist()) <= set(whole.resident["train"].indices.tolist())
+
+    def test_runs_repeat_and_epochs_differ(self, arguments, tmp_path):
+        def run() -> list[bytes]:
+            model = Probe()
+            Trainer(
+                default_root_dir=tmp_path,
+                accelerator="cpu",
+                max_epochs=2,
+                limit_train_batches=2,
+                limit_val_batches=0,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            ).fit(model, datamodule=self.cls(**arguments, batch_size=8))
+            return [images.numpy().tobytes() for images, _ in model.batches]
+
+        first = run()
+        assert run() == first
+        assert len(set(first)) == 4
+
+    def test_checkpoints_hold_the_arguments_as_plain_data(self, arguments, tmp_path):
+        data = self.ready({**arguments, **{key: Path(v) for key, v in arguments.items() if key == "data_dir"}}, "fit")
+        torch.save({"hyper": dict(data.hparams), "state": data.state_dict()}, tmp_path / "saved")
+        content = torch.load(tmp_path / "saved", weights_only=True)
+        assert content["hyper"].items() >= arguments.items()
+        again = self.cls(**content["hyper"])
+        again.load_state_dict(content["state"])
+        for mine, theirs in zip(again.statistics(CPU), data.statistics(CPU), strict=True):
+            assert torch.equal(mine, theirs)
+        with pytest.raises(
+            UserError, match=r"trained on the classes a, b, but these images have .*same classes"
+        ) as caught:
+            again.load_state_dict({**content["state"], "classes": ["a", "b"]})
+        assert len(str(caught.value)) < 700
+
+    @pytest.mark.parametrize(
+        ("argument", "value"),
+        [("batch_size", 0), ("crop_padding", -1), ("seed", -1), ("limit_train", 0), ("normalization", "mnist")],
+    )
+    def test_bad_arguments_are_named(self, arguments, argument, value):
+        with pytest.raises(UserError, match=argument) as caught:
+            self.cls(**{**arguments, argument: value})
+        assert str(value) in str(caught.value)
+        assert "\n" not in str(caught.value)
