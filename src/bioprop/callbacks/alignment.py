@@ -122,6 +122,7 @@ class AlignmentToBackprop(Callback):
         self.every_n_epochs = every_n_epochs
         self.gauss_newton_damping = gauss_newton_damping
         self._held: Batch | None = None
+        self._keeps_held = False
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -133,7 +134,8 @@ class AlignmentToBackprop(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure before the first update: as epoch -1, straight to the logger, since no epoch has begun."""
-        if self.every_n_epochs and trainer.current_epoch == 0 and trainer.logger:
+        self._keeps_held = trainer.check_val_every_n_epoch != 1
+        if self.every_n_epochs and trainer.global_step == 0 and trainer.logger:
             values = {name: float(value) for name, value in self._measure(pl_module).items()}
             if values:
                 trainer.logger.log_metrics(values | {"epoch": -1}, step=0)
@@ -143,11 +145,19 @@ class AlignmentToBackprop(Callback):
         if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             pl_module.log_dict(self._measure(pl_module))
 
+    def state_dict(self) -> dict[str, Any]:
+        """The held batch, where a resumed run may measure before it validates."""
+        return {"held": self._held} if self._keeps_held else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the held batch of a checkpoint."""
+        self._held = state_dict.get("held")
+
     def _measure(self, module: LightningModule) -> dict[str, Tensor]:
         if self._held is None or not isinstance(module, Algorithm):
             return {}
         # validation runs in inference mode, whose tensors autograd cannot use: hence the copies
-        images, labels = (tensor.clone() for tensor in self._held)
+        images, labels = (tensor.to(module.device, copy=True) for tensor in self._held)
         images = images.to(next(module.network.parameters()).dtype)
         with torch.inference_mode(False):
             measured = _named("", alignment_to_backprop(module, images, labels))
