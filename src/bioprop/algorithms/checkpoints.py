@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from bioprop.algorithms.resuming import capture_progress, restore_progress, starts_next_epoch
+from bioprop.algorithms.resuming import capture_progress, ends_epoch, restore_progress
 from bioprop.checkpoint_files import read_checkpoint
 from bioprop.errors import UserError
 from bioprop.networks.network import build_network, describe_network
@@ -67,7 +67,7 @@ class Checkpointed(LightningModule):
             if classes := checkpoint.get("metrics_classes"):
                 self.make_metrics(classes)
             if self.trainer.max_steps != -1:
-                starts_next_epoch(checkpoint["loops"])
+                ends_epoch(checkpoint["loops"])
 
     def on_train_start(self) -> None:
         """Bring back the metrics of the epoch so far, and the random states."""

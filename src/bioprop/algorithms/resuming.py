@@ -42,6 +42,7 @@ def capture_progress(module: LightningModule) -> dict[str, Any]:
             "progress_bar": dict(trainer.progress_bar_metrics),
         },
         "should_stop": trainer.should_stop,
+        "validation": trainer.fit_loop.epoch_loop.val_loop.batch_progress.state_dict(),
         "next_row": _next_row(trainer),
         "rows": [logger.rows() for logger in trainer.loggers if isinstance(logger, MetricsFile)],
     }
@@ -60,6 +61,10 @@ def restore_progress(module: LightningModule, progress: Mapping[str, Any]) -> No
             f"the checkpoint was written within an epoch by {len(processes)} process(es), and now there are "
             f"{trainer.world_size}: resume with as many, or from a checkpoint at the end of an epoch"
         )
+    if not within_epoch(trainer):
+        trainer.fit_loop.epoch_loop.restarting = False  # see `ends_epoch`
+        # Lightning's look at two batches of validation before training has set it back
+        trainer.fit_loop.epoch_loop.val_loop.batch_progress.load_state_dict(progress["validation"])
     shown = progress["shown"]
     trainer.callback_metrics.update(_all_to(shown["callback"], module.device))
     trainer.logged_metrics.update(_all_to(shown["logged"], module.device))
@@ -77,23 +82,16 @@ def restore_progress(module: LightningModule, progress: Mapping[str, Any]) -> No
         _restore_random_state(own["random"], module.device)
 
 
-def starts_next_epoch(loops: dict[str, Any]) -> None:
-    """Rewrite the loops' progress of a checkpoint made at the end of an epoch for a trainer with ``max_steps``.
+def ends_epoch(loops: dict[str, Any]) -> None:
+    """Mark the finished epoch of a checkpoint made at its end as such.
 
-    Such a trainer takes every checkpoint for one from within an epoch, and would end the finished epoch a second time:
-    schedules stepped twice, metrics logged twice. It gets one from before the next epoch's first batch.
+    With ``max_steps``, Lightning takes every checkpoint for one from within an epoch, and would end a finished one a
+    second time: schedules stepped twice, metrics logged twice.
     """
-    fit = loops["fit_loop"]
-    epochs, batches = fit["epoch_progress"], fit["epoch_loop.batch_progress"]
-    if epochs["current"]["processed"] != epochs["current"]["ready"]:
-        return
-    for count in (epochs["current"], epochs["total"]):
-        count["completed"] = count["processed"]
-    # as if saved in the hook at the end of a batch, after which Lightning counts that batch as completed
-    batches["current"] = {"ready": 0, "started": 0, "processed": 0, "completed": -1}
-    batches["total"]["completed"] = batches["total"]["processed"] - 1
-    batches["is_last_batch"] = False
-    fit["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+    epochs = loops["fit_loop"]["epoch_progress"]
+    if epochs["current"]["processed"] == epochs["current"]["ready"]:
+        for count in epochs.values():
+            count["completed"] = count["processed"]
 
 
 def within_epoch(trainer: Trainer) -> bool:

@@ -122,7 +122,6 @@ class AlignmentToBackprop(Callback):
         self.every_n_epochs = every_n_epochs
         self.gauss_newton_damping = gauss_newton_damping
         self._held: Batch | None = None
-        self._keeps_held = False
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -134,7 +133,6 @@ class AlignmentToBackprop(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure before the first update: as epoch -1, straight to the logger, since no epoch has begun."""
-        self._keeps_held = trainer.check_val_every_n_epoch != 1
         if self.every_n_epochs and trainer.global_step == 0 and trainer.logger:
             values = {name: float(value) for name, value in self._measure(pl_module).items()}
             if values:
@@ -146,8 +144,8 @@ class AlignmentToBackprop(Callback):
             pl_module.log_dict(self._measure(pl_module))
 
     def state_dict(self) -> dict[str, Any]:
-        """The held batch, where a resumed run may measure before it validates."""
-        return {"held": self._held} if self._keeps_held else {}
+        """The held batch: a resumed run may measure before it validates."""
+        return {"held": self._held} if self.every_n_epochs and self._held else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the held batch of a checkpoint."""
