@@ -1,6 +1,7 @@
 """The command line: ``bioprop fit|validate|test|predict``, a LightningCLI."""
 
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ from bioprop.datamodules import ImageDataModule
 from bioprop.errors import UserError
 from bioprop.metrics_file import MetricsFile
 
+#: What shells take for a process that Ctrl-C ended.
+INTERRUPTED = 128 + signal.SIGINT
 CSV_LOGGER = "pytorch_lightning.loggers.CSVLogger"
 #: Arguments of a network that flow from the data.
 DECIDED_BY_DATA = ("image_shape", "num_classes")
@@ -178,13 +181,21 @@ def main(args: ArgsType = None) -> BiopropCLI:
 
 
 def run() -> None:
-    """Run the command that the process was called with; exit with 2 and one sentence on a user's mistake."""
+    """Run the command that the process was called with.
+
+    Raises:
+        SystemExit: with status 2 and one sentence on a user's mistake, with 130 on Ctrl-C, with 143 on SIGTERM.
+    """
     sys.path.insert(0, "")  # a user's own classes, named by dotted path, as with `python -m bioprop`
     try:
         main()
     except UserError as error:
         sys.stderr.write(f"bioprop: error: {error}\n")
         sys.exit(2)
+    except (KeyboardInterrupt, SystemExit) as left:  # Lightning turns the former into the latter, with status 1
+        if isinstance(left, KeyboardInterrupt) or isinstance(left.__context__, KeyboardInterrupt):
+            sys.exit(INTERRUPTED)
+        raise
 
 
 @contextmanager
