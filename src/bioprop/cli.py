@@ -1,6 +1,7 @@
 """The command line: ``bioprop fit|validate|test|predict``, a LightningCLI, and the way to ``bioprop compare``."""
 
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,15 +14,14 @@ import yaml
 from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from bioprop.algorithms import Algorithm
-from bioprop.algorithms.checkpoints import read_checkpoint
 from bioprop.algorithms.precisions import check_precision
-from bioprop.callbacks import AlignmentToBackprop, DivergenceGuard, EpochSeconds, PredictionsFile
-from bioprop.callbacks.run_folder import experiment_folder, run_folder, run_labels
+from bioprop.callbacks import AlignmentToBackprop, DivergenceGuard, EpochSeconds, PredictionsFile, RunCheckpoints
+from bioprop.callbacks.run_folder import experiment_folder, own_run, run_folder, run_labels
 from bioprop.callbacks.wandb_runs import WandbSummary, describe_run, reported_to_wandb
+from bioprop.checkpoint_files import newest_checkpoint, read_checkpoint
 from bioprop.cli_messages import OneSentenceParser
 from bioprop.datamodules import ImageDataModule
 from bioprop.distributed import (
@@ -33,7 +33,11 @@ from bioprop.distributed import (
     wait_for_the_first,
 )
 from bioprop.errors import UserError
+from bioprop.metrics_file import MetricsFile
 
+#: What shells take for a process that Ctrl-C ended.
+INTERRUPTED = 128 + signal.SIGINT
+CSV_LOGGER = "pytorch_lightning.loggers.CSVLogger"
 #: Arguments of a network that flow from the data.
 DECIDED_BY_DATA = ("image_shape", "num_classes")
 
@@ -98,18 +102,7 @@ class BiopropCLI(LightningCLI):
         """Let image shape and number of classes flow from the data to the network, and name the standing callbacks."""
         for name in DECIDED_BY_DATA:
             parser.link_arguments(f"data.{name}", f"model.init_args.network.init_args.{name}", apply_on="instantiate")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults(
-            {
-                "checkpoint.monitor": "val/accuracy",
-                "checkpoint.mode": "max",
-                "checkpoint.filename": "best",
-                "checkpoint.save_last": True,
-                "checkpoint.enable_version_counter": False,
-                # after the epoch's schedule step, so that a resumed run has the learning rate of an unbroken one
-                "checkpoint.save_on_train_epoch_end": True,
-            }
-        )
+        parser.add_lightning_class_args(RunCheckpoints, "checkpoint")
         parser.add_lightning_class_args(AlignmentToBackprop, "alignment")
 
     def _parse_ckpt_path(self) -> None:
@@ -134,9 +127,9 @@ class BiopropCLI(LightningCLI):
             Path(arguments.save_dir).mkdir(parents=True, exist_ok=True)  # or W&B warns, and writes elsewhere
         if config.trainer.logger in (None, True):
             arguments = Namespace(save_dir=str(root), name=run_labels(config).name)  # type: ignore[no-untyped-call]
-            config.trainer.logger = Namespace(  # type: ignore[no-untyped-call]
-                class_path="pytorch_lightning.loggers.CSVLogger", init_args=arguments
-            )
+            config.trainer.logger = Namespace(class_path=CSV_LOGGER, init_args=arguments)  # type: ignore[no-untyped-call]
+        if getattr(config.trainer.logger, "class_path", "") == CSV_LOGGER:  # ours takes the same arguments
+            config.trainer.logger.class_path = f"{MetricsFile.__module__}.{MetricsFile.__name__}"
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer.
@@ -160,12 +153,15 @@ class BiopropCLI(LightningCLI):
         config = self.config_init[self.subcommand]
         if config.ckpt_path in ("last", "best"):
             config.ckpt_path = str(newest_checkpoint(experiment_folder(self.trainer), config.ckpt_path))
-        elif config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
+        elif config.ckpt_path is not None and not Path(config.ckpt_path).exists():
             raise UserError(f"--ckpt_path {config.ckpt_path}: there is no such file; 'last' and 'best' work too")
         if config.ckpt_path is not None:
             read_checkpoint(config.ckpt_path)
             if self.subcommand == "fit":
                 self._refuse_another_seed(Path(config.ckpt_path))
+                version = own_run(Path(config.ckpt_path), self.trainer)
+                if version and isinstance(self.trainer.logger, MetricsFile):
+                    self.trainer.logger.go_on_in(version)
         elif self.subcommand != "fit":
             raise UserError(
                 f"bioprop {self.subcommand} needs --ckpt_path, or it would judge untrained weights: "
@@ -184,24 +180,6 @@ class BiopropCLI(LightningCLI):
                     f"the checkpoint's run has seed_everything {before} and now it is {now}: give the same, or start a "
                     "new run without --ckpt_path"
                 )
-
-
-def newest_checkpoint(folder: Path, kind: str) -> Path:
-    """Find the checkpoint ``last`` or ``best`` that was written last among the runs in a folder.
-
-    Args:
-        folder: the folder of the runs of one name.
-        kind: ``last`` or ``best``.
-
-    Raises:
-        UserError: if no run in the folder has one.
-    """
-    candidates = [*folder.glob(f"*/checkpoints/{kind}.ckpt"), *folder.glob(f"checkpoints/{kind}.ckpt")]
-    if not candidates:
-        raise UserError(f"--ckpt_path {kind}: no run in {folder} has written {kind}.ckpt yet; give a file's path")
-    newest = max(candidates, key=lambda path: path.stat().st_mtime)
-    logging.getLogger(__name__).info("using checkpoint %s", newest)
-    return newest
 
 
 def main(args: ArgsType = None, command_line: Callable[[ArgsType], BiopropCLI] = BiopropCLI) -> BiopropCLI:
@@ -223,7 +201,11 @@ def main(args: ArgsType = None, command_line: Callable[[ArgsType], BiopropCLI] =
 
 
 def run() -> None:
-    """Run the command that the process was called with; exit with 2 and one sentence on a user's mistake."""
+    """Run the command that the process was called with.
+
+    Raises:
+        SystemExit: with status 2 and one sentence on a user's mistake, with 130 on Ctrl-C, with 143 on SIGTERM.
+    """
     sys.path.insert(0, "")  # a user's own classes, named by dotted path, as with `python -m bioprop`
     try:
         if sys.argv[1:2] == ["compare"]:  # many runs, each of which comes back here
@@ -235,6 +217,10 @@ def run() -> None:
         wait_for_the_first()
         sys.stderr.write(f"bioprop: error: {error}\n")
         sys.exit(1 if isinstance(error, LostProcessError) else 2)
+    except (KeyboardInterrupt, SystemExit) as left:  # Lightning turns the former into the latter, with status 1
+        if isinstance(left, KeyboardInterrupt) or isinstance(left.__context__, KeyboardInterrupt):
+            sys.exit(INTERRUPTED)
+        raise
 
 
 @contextmanager
@@ -283,7 +269,7 @@ def _calm_output() -> Iterator[None]:
         warnings.filterwarnings("ignore", r"(?s).*(was deprecated in v4|JsonargparseDeprecationWarning)")
         # `main(args)` from Python is how the demo, sweeps and tests run a command, whatever the process was called with
         warnings.filterwarnings("ignore", "LightningCLI's args parameter")
-        # every run has a folder of its own, so a checkpoint always comes from another one
+        # a run that starts from another's checkpoint keeps its own
         warnings.filterwarnings("ignore", "The dirpath has changed")
         try:
             yield

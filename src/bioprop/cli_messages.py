@@ -18,6 +18,15 @@ KINDS: dict[str, type] = {"model": Algorithm, "network": Network, "data": ImageD
 #: How to name what is missing.
 EXAMPLES = {"model": "--model LDRL", "network": "--model.network LeNet", "data": "--data Digits"}
 
+BY_BATCHES = "--checkpoint.every_n_batches N saves every N batches (and last.ckpt at the end of every epoch)"
+#: Lightning's own arguments of a checkpoint callback, and what takes their place.
+ELSEWHERE = {
+    "checkpoint.every_n_train_steps": BY_BATCHES,
+    "checkpoint.train_time_interval": f"time between checkpoints is counted in batches, {BY_BATCHES}",
+    "checkpoint.every_n_epochs": BY_BATCHES,
+    "checkpoint.save_last": "last.ckpt is always kept, since a run goes on from it",
+}
+
 
 class OneSentenceParser(LightningArgumentParser):
     """Exits with status 2 and one sentence instead of the usage of all options and a nested report."""
@@ -61,6 +70,8 @@ def explain(message: str) -> str:
 
 
 def _unknown_argument(name: str) -> str:
+    if name in ELSEWHERE:
+        return f"there is no argument {name} here: {ELSEWHERE[name]}"
     known = {argument for kind in KINDS.values() for cls in _subclasses(kind) for argument in _arguments(cls)}
     close = difflib.get_close_matches(name, sorted(known), n=1)
     hint = f"did you mean {close[0]}" if close else "is it misspelt, or another class's"

@@ -1,8 +1,9 @@
 """What every algorithm promises, as a test suite to inherit: name the algorithm in `make` and its tests are there."""
 
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from pytorch_lightning import Callback, Trainer
+from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bioprop.algorithms import Algorithm
+from bioprop.callbacks import AlignmentToBackprop, DivergenceGuard, RunCheckpoints
+from bioprop.datamodules.loader import ResidentLoader
 from bioprop.errors import UserError
 from bioprop.functional.pooling import Pool
+from bioprop.metrics_file import MetricsFile
 from bioprop.networks import MLP, ConvStage, LeNet, LinearStage, Network, SimpleVGG
 from tests.processes import ProcessPool
+from tests.resuming import differences
 
 Batch = tuple[Tensor, Tensor]
 Weights = dict[str, Tensor]
@@ -103,6 +108,21 @@ def sgd(lr: float = 0.05, momentum: float = 0.9, weight_decay: float = 1e-4) -> 
 
 def cosine(epochs: int) -> Callable[..., torch.optim.lr_scheduler.LRScheduler]:
     return partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=epochs)
+
+
+class KilledError(Exception):
+    """Ends a run where nothing was prepared for it."""
+
+
+class KillAfter(Callback):
+    """Ends a run in the step after so many batches."""
+
+    def __init__(self, batches: int | None) -> None:
+        self.batches = batches
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        if trainer.global_step == self.batches:
+            raise KilledError
 
 
 class Phases(Callback):
@@ -249,6 +269,29 @@ class AlgorithmContract(ABC):
         assert changed(copy_state(whole), copy_state(resumed)) == set()
         assert changed(copy_state(half.network), copy_state(resumed.network)) == set(copy_state(half.network))
         assert trainer.global_step == 6
+
+    def test_a_run_killed_within_an_epoch_equals_the_uninterrupted_one(self, tmp_path: Path) -> None:
+        """Weights, optimizers, schedules, callbacks, metrics and logs, from the last checkpoint before a random batch.
+
+        Five batches an epoch, checkpoints every third and at the ends of epochs.
+        """
+        at = random.Random(type(self).__name__).choice([3, 4, 7, 8])
+        for name, stop in (("whole", None), ("killed", at)):
+            with suppress(KilledError):
+                self.fit_and_save(self.made_from_seed(1, scheduler=cosine(2)), tmp_path / name, stop)
+        checkpoint = tmp_path / "killed" / "checkpoints" / "last.ckpt"
+        assert torch.load(checkpoint, weights_only=True)["global_step"] == (6 if at > 6 else 3)
+        resumed = self.made_from_seed(7, scheduler=cosine(2))
+        self.fit_and_save(resumed, tmp_path / "killed", None, ckpt_path=checkpoint, weights_only=True)
+        assert differences(tmp_path / "whole", tmp_path / "killed") == []
+
+    def fit_and_save(self, algorithm: Algorithm, folder: Path, stop: int | None, **settings: Any) -> None:
+        logger = MetricsFile(folder.parent, name="", version=folder.name)
+        callbacks = [RunCheckpoints(every_n_batches=3), AlignmentToBackprop(), DivergenceGuard(), KillAfter(stop)]
+        on = {"logger": logger, "callbacks": callbacks, "enable_checkpointing": True}
+        trainer = make_trainer(folder, max_epochs=2, num_sanity_val_steps=0, **on)
+        train = ResidentLoader(*draw_batch(40), batch_size=8, shuffle=True)
+        trainer.fit(algorithm, train, ResidentLoader(*draw_batch(16, seed=1), batch_size=8), **settings)
 
     @pytest.mark.parametrize(
         ("settings", "named"),

@@ -186,8 +186,7 @@ class Algorithm(Checkpointed, ABC):
 
     def _log_batch(self, split: str, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
         if not self.accuracies:
-            for name in SPLITS:
-                self.accuracies[f"{name}_set"] = _accuracies(name, logits.shape[1]).to(logits.device)
+            self.make_metrics(logits.shape[1])
         metrics = cast(MetricCollection, self.accuracies[f"{split}_set"])
         metrics.update(logits, labels)
         mean_loss = cast(MeanMetric, self.losses[f"{split}_set"])
@@ -196,6 +195,15 @@ class Algorithm(Checkpointed, ABC):
         self.log(f"{split}/loss", mean_loss, prog_bar=split == "train", **PER_EPOCH)
         for name, metric in metrics.items():
             self.log(name, metric, prog_bar=name == "val/accuracy", **PER_EPOCH)
+
+    def make_metrics(self, classes: int) -> None:
+        """Make the metrics of every split for a number of classes."""
+        for name in SPLITS:
+            self.accuracies[f"{name}_set"] = _accuracies(name, classes).to(self.device)
+
+    def metrics_classes(self) -> int | None:
+        """The number of classes that the metrics were made for; None as long as there are none."""
+        return next((m.num_classes for m in self.accuracies.modules() if isinstance(m, MulticlassAccuracy)), None)
 
     def _as_network(self, batch: Batch) -> Batch:
         """Give the images the weights' floating-point type: data modules hand out float32."""

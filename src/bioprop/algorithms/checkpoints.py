@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from pytorch_lightning import LightningDataModule, LightningModule
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from bioprop.algorithms.resuming import capture_progress, ends_epoch, restore_progress
+from bioprop.checkpoint_files import read_checkpoint
 from bioprop.errors import UserError
 from bioprop.networks.network import build_network, describe_network
 
@@ -34,6 +35,7 @@ class Checkpointed(LightningModule):
         self.network = network
         self._optimization: dict[str, Any] = {}
         self._resumed_optimization: dict[str, Any] | None = None
+        self._resumed_progress: dict[str, Any] | None = None
 
     def remember(self, **settings: Any) -> None:
         """Record constructor arguments as plain data, which every checkpoint can hold and load again."""
@@ -41,9 +43,11 @@ class Checkpointed(LightningModule):
         self._set_hparams(plain({"network": describe_network(self.network), **settings}))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what the hyperparameters leave out: the class, and the settings of the optimizer."""
+        """Add what Lightning leaves out: the class, the settings of the optimizer, the metrics of the epoch so far."""
         checkpoint["algorithm"] = type(self).__name__
         checkpoint["optimization"] = self._optimization
+        checkpoint["metrics_classes"] = self.metrics_classes()
+        checkpoint["progress"] = capture_progress(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume under other settings than the checkpoint's, where one of the two would silently lose.
@@ -57,7 +61,26 @@ class Checkpointed(LightningModule):
         refuse_changes(*comparable_settings(checkpoint, self, getattr(self.trainer, "datamodule", None), purpose))
         refuse_other_tensors(checkpoint["state_dict"], self.state_dict())
         if purpose == TrainerFn.FITTING:  # the optimizers are made, and compared, after this hook
+            refuse_incomplete(checkpoint)
             self._resumed_optimization = checkpoint["optimization"]
+            self._resumed_progress = checkpoint.get("progress")  # those of older versions have none
+            if classes := checkpoint.get("metrics_classes"):
+                self.make_metrics(classes)
+            if self.trainer.max_steps != -1:
+                ends_epoch(checkpoint["loops"])
+
+    def on_train_start(self) -> None:
+        """Bring back the metrics of the epoch so far, and the random states."""
+        if self._resumed_progress is not None:
+            progress, self._resumed_progress = self._resumed_progress, None
+            restore_progress(self, progress)
+
+    def make_metrics(self, classes: int) -> None:
+        """Make the metrics that are logged, for a number of classes that the first batch shows, or a checkpoint."""
+
+    def metrics_classes(self) -> int | None:
+        """The number of classes that the metrics were made for; None as long as there are none."""
+        return None
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -113,21 +136,6 @@ def _numbered(groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     return groups[0] if len(groups) == 1 else {f"group{number}": group for number, group in enumerate(groups)}
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint as plain data and tensors, on the CPU.
-
-    Raises:
-        UserError: if the file cannot be read as one.
-    """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling bytes that are no checkpoint raises nearly anything
-        raise UserError(f"{path} cannot be read as a checkpoint: it is damaged, or another kind of file") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise UserError(f"{path} cannot be read as a checkpoint: it holds no state_dict")
-    return checkpoint
-
-
 def comparable_settings(
     checkpoint: Mapping[str, Any], algorithm: LightningModule, data: LightningDataModule | None, purpose: str | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -139,7 +147,7 @@ def comparable_settings(
     Raises:
         UserError: if the checkpoint holds no settings of ours.
     """
-    if "algorithm" not in checkpoint:
+    if not {"algorithm", "hyper_parameters"} <= checkpoint.keys():
         raise UserError("the checkpoint was not written by bioprop: it does not say which algorithm it belongs to")
     saved = {"algorithm": checkpoint["algorithm"], "network": checkpoint["hyper_parameters"]["network"]}
     asked = {"algorithm": type(algorithm).__name__, "network": algorithm.hparams["network"]}
@@ -153,6 +161,20 @@ def comparable_settings(
         if always or (preparation and key in before and key in now):
             saved[f"data.{key}"], asked[f"data.{key}"] = before.get(key, MISSING), now.get(key, MISSING)
     return saved, asked
+
+
+def refuse_incomplete(checkpoint: Mapping[str, Any]) -> None:
+    """Look for the parts of a checkpoint that training goes on from.
+
+    Raises:
+        UserError: naming those that are missing.
+    """
+    missing = sorted({"optimizer_states", "lr_schedulers", "loops", "optimization"} - checkpoint.keys())
+    if missing:
+        raise UserError(
+            f"the checkpoint holds weights, but not what training goes on from ({', '.join(missing)}): it serves test "
+            "and predict only"
+        )
 
 
 def refuse_changes(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

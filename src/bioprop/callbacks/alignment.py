@@ -138,7 +138,7 @@ class AlignmentToBackprop(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure before the first update: as epoch -1, straight to the logger, since no epoch has begun."""
-        if self.every_n_epochs and trainer.current_epoch == 0 and trainer.logger:
+        if self.every_n_epochs and trainer.global_step == 0 and trainer.logger:
             values = {name: float(value) for name, value in self._measure(trainer, pl_module).items()}
             if values:
                 trainer.logger.log_metrics(values | {"epoch": -1}, step=0)
@@ -149,11 +149,19 @@ class AlignmentToBackprop(Callback):
             # the same in every process
             pl_module.log_dict(self._measure(trainer, pl_module), sync_dist=True)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The held batch: a resumed run may measure before it validates."""
+        return {"held": self._held} if self.every_n_epochs and self._held else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the held batch of a checkpoint."""
+        self._held = state_dict.get("held")
+
     def _measure(self, trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
         if self._held is None or not isinstance(module, Algorithm):
             return {}
         # validation runs in inference mode, whose tensors autograd cannot use: hence the copies
-        images, labels = (tensor.clone() for tensor in self._held)
+        images, labels = (tensor.to(module.device, copy=True) for tensor in self._held)
         images = images.to(next(module.network.parameters()).dtype)
         # as in a step, which Lightning computes in the run's precision
         with torch.inference_mode(False), trainer.precision_plugin.forward_context():

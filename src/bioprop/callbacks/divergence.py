@@ -27,7 +27,7 @@ class DivergenceGuard(Callback):
     """Stop as soon as a loss or a weight is infinite or NaN, naming the stage and what to lower.
 
     Looks once a batch at every loss and at the norm of the forward and of the feedback weights, read together in one
-    transfer from the device. By default checkpoints are written at the end of an epoch, so the last one is good.
+    transfer from the device. Checkpoints are made after this look, so the last one is good.
     """
 
     def on_train_batch_end(
@@ -94,4 +94,4 @@ def _finite(parameters: Iterator[Tensor]) -> bool:
 
 def _last_checkpoint(trainer: Trainer) -> str:
     path = getattr(trainer.checkpoint_callback, "last_model_path", "")
-    return f"the last good checkpoint is {path}" if path else "no epoch was finished, so there is no checkpoint yet"
+    return f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"

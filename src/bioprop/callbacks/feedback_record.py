@@ -1,6 +1,7 @@
 """The course of feedback training within a batch, for figures."""
 
 import csv
+import os
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,6 +13,7 @@ from bioprop.callbacks.run_folder import run_folder
 from bioprop.callbacks.wandb_runs import chart_feedback, wandb_run
 from bioprop.errors import UserError
 
+FILE_NAME = "feedback_training.csv"
 COLUMNS = ("epoch", "batch", "stage", "iteration", "loss", "angle")
 
 
@@ -35,8 +37,18 @@ class FeedbackRecord(Callback):
             raise UserError(f"FeedbackRecord: every_n_batches is {every_n_batches}, but it must be at least 1")
         self.every_n_batches = every_n_batches
         self._seen: list[FeedbackIteration] = []
+        self._size = 0  # of the file, in bytes
+        self._resumed_size: int | None = None
         self._observing = ExitStack()
         self._charted = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Drop what was recorded after the checkpoint that a run goes on from in its own folder."""
+        size, self._resumed_size = self._resumed_size, None
+        path = run_folder(trainer) / FILE_NAME
+        if size is not None and path.exists() and path.stat().st_size > size:
+            os.truncate(path, size)
+        self._size = path.stat().st_size if path.exists() else 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin to observe a batch that is to be recorded."""
@@ -51,9 +63,9 @@ class FeedbackRecord(Callback):
         if not self._seen or not trainer.is_global_zero:
             self._seen.clear()
             return
-        path = run_folder(trainer) / "feedback_training.csv"
+        path = run_folder(trainer) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        is_new = not path.exists()
+        is_new = not path.exists() or path.stat().st_size == 0
         with path.open("a", newline="") as file:
             writer = csv.writer(file)
             if is_new:
@@ -64,6 +76,15 @@ class FeedbackRecord(Callback):
         if (run := wandb_run(trainer)) is not None:
             self._charted = chart_feedback(run, self._seen, self._charted)
         self._seen.clear()
+        self._size = path.stat().st_size
+
+    def state_dict(self) -> dict[str, Any]:
+        """How long the file is."""
+        return {"size": self._size}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the length that the file had."""
+        self._size = self._resumed_size = state_dict["size"]
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop observing when a batch was cut short."""

@@ -46,3 +46,17 @@ def run_folder(trainer: Trainer) -> Path:
         return experiment_folder(trainer)
     version = trainer.logger.version
     return experiment_folder(trainer) / (version if isinstance(version, str) else f"version_{version}")
+
+
+def own_run(checkpoint: Path, trainer: Trainer) -> str | None:
+    """Name the run in whose folder a run goes on when it is resumed: that of ``last.ckpt``, the end of a run so far.
+
+    Any other checkpoint (``best.ckpt``, a copy) begins a run in a folder of its own: the rest of its run would be lost.
+
+    Returns:
+        The name of the folder among the runs of the same name; None to make a new one.
+    """
+    folder = checkpoint.resolve().parent
+    siblings = experiment_folder(trainer).resolve()
+    own = checkpoint.name == "last.ckpt" and folder.name == "checkpoints" and folder.parent.parent == siblings
+    return folder.parent.name if own else None

@@ -22,8 +22,8 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.cli import ArgsType
 from torch import Tensor
 
-from bioprop.algorithms.checkpoints import read_checkpoint
 from bioprop.callbacks import AlignmentToBackprop, DivergenceError
+from bioprop.checkpoint_files import read_checkpoint
 from bioprop.cli import BiopropCLI, main
 from bioprop.datamodules import ImageDataModule
 from bioprop.errors import UserError

@@ -1,0 +1,139 @@
+"""A run's ``metrics.csv``, which an interrupted run goes on writing where its checkpoint was."""
+
+import csv
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning_fabric.loggers.logger import rank_zero_experiment
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers.csv_logs import ExperimentWriter
+
+from bioprop.files import replacing
+
+logger = logging.getLogger(__name__)
+
+
+class MetricsFile(CSVLogger):
+    """Lightning's `CSVLogger`, which survives an interruption and a full disk.
+
+    A resumed run keeps the rows up to its checkpoint (`keep`) and goes on below them; Lightning's own deletes the file.
+    A row that cannot be written waits in memory for the next attempt. Arguments: those of `CSVLogger`.
+    """
+
+    def go_on_in(self, version: int | str) -> None:
+        """Log into the folder of an earlier run, before anything was logged."""
+        self._version = version
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> "MetricsWriter":
+        """What holds the rows and writes them."""
+        if self._experiment is None:
+            self._experiment = MetricsWriter(self.log_dir)
+        writer: MetricsWriter = self._experiment  # type: ignore[assignment]
+        return writer
+
+    def rows(self) -> int:
+        """Number of rows so far, for a checkpoint to remember; 0 in all processes but the first, which writes."""
+        self.save()
+        writer = self.experiment
+        return writer.rows + len(writer.metrics) if isinstance(writer, MetricsWriter) else 0
+
+    def keep(self, rows: int) -> bool:
+        """Take over the first rows of the file that is in the folder, and drop the rest.
+
+        Returns:
+            Whether there was a file, and this is the process that writes.
+        """
+        writer = self.experiment
+        return isinstance(writer, MetricsWriter) and writer.keep(rows)
+
+
+class MetricsWriter(ExperimentWriter):
+    """The rows that are not on the disk yet, and the file that holds the others.
+
+    Args:
+        log_dir: folder of the file, made if need be.
+    """
+
+    def __init__(self, log_dir: str) -> None:
+        super().__init__(log_dir)
+        self.path = Path(self.metrics_file_path)
+        self.rows = 0  # in the file
+        self._header: list[str] | None = None  # of the file; None while there is none of this run
+        self._described = False
+        self._warned = False
+
+    def keep(self, rows: int) -> bool:
+        """Take over the first rows of the file, and drop the rest."""
+        if not self.path.is_file():
+            return False
+        with self.path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            kept = list(reader)[:rows]
+            self.metrics_keys = list(reader.fieldnames or ())
+        self._rewrite(kept)
+        self.rows = len(kept)
+        return True
+
+    def log_hparams(self, params: dict[str, Any]) -> None:
+        """Note the hyperparameters, to be written once."""
+        super().log_hparams(params)
+        self._described = False
+
+    def save(self) -> None:
+        """Write what is not on the disk yet; where that is refused, say so once and try again at the next call."""
+        try:
+            self._write()
+        except OSError as error:
+            if not self._warned:
+                logger.warning("%s: %s: metrics wait in memory until it can be written", self.path, error.strerror)
+            self._warned = True
+        else:
+            self._warned = False
+
+    def _write(self) -> None:
+        if not self._described:
+            rows, self.metrics = self.metrics, []
+            try:
+                super().save()  # the hyperparameters alone
+            finally:
+                self.metrics = rows
+            self._described = True
+        if not self.metrics:
+            return
+        self._record_new_keys()
+        if self._header == self.metrics_keys and self.path.is_file():
+            self._append()
+        else:
+            self._rewrite([*self._written(), *self.metrics])
+        self.rows += len(self.metrics)
+        self.metrics = []
+
+    def _written(self) -> list[dict[str, Any]]:
+        """Rows of this run that are in the file."""
+        if self._header is None or not self.path.is_file():
+            return []
+        with self.path.open(newline="") as file:
+            return list(csv.DictReader(file))[: self.rows]
+
+    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+        with replacing(self.path, "w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=self.metrics_keys)
+            writer.writeheader()
+            writer.writerows(rows)
+        self._header = list(self.metrics_keys)
+
+    def _append(self) -> None:
+        size = self.path.stat().st_size
+        try:
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, fieldnames=self.metrics_keys).writerows(self.metrics)
+        except OSError:
+            os.truncate(self.path, size)  # no half rows
+            raise
+
+    def _check_log_dir_exists(self) -> None:
+        """Leave what is in the folder alone: Lightning's own deletes the metrics."""
