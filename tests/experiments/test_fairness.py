@@ -145,9 +145,10 @@ def test_help_is_readable(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
     assert ended.value.code == 0
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())
     assert "--lr_factors" in text
     assert "results folder: table.md" in text
+    assert "must be the same in all rows" in text
     assert "--command" not in text
 
 

@@ -205,7 +205,8 @@ def main(words: Sequence[str]) -> int:
         SystemExit: with status 2, for arguments that do not parse.
     """
     cut = words.index("--") if "--" in words else len(words)
-    parser = CompareParser(prog="bioprop compare", usage=USAGE)
+    rules = (inspect.getdoc(compare) or "").split("\n\n")[1]
+    parser = CompareParser(prog="bioprop compare", usage=USAGE, description=rules)
     parser.add_function_arguments(compare, as_positional=False, skip={"options", "command"})
     given = parser.parse_args(list(words[:cut]))
     command = shlex.join(["bioprop", "compare", *words])

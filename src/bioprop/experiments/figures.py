@@ -81,7 +81,7 @@ def _draw_course(axes: Axes, row: Row, number: int, places: Sequence[float], cou
         deviation = [100 * (seen.deviation or 0.0) for seen in course]
         low = [middle - each for middle, each in zip(mean, deviation, strict=True)]
         high = [middle + each for middle, each in zip(mean, deviation, strict=True)]
-        axes.fill_between(places, low, high, color=_style(number)["color"], alpha=0.12, linewidth=0)
+        axes.fill_between(places, low, high, color=_style(number)["color"], alpha=0.1, linewidth=0)
 
 
 def _draw_accuracy(axes: Axes, rows: Sequence[Row]) -> None:
@@ -103,7 +103,7 @@ def _draw_time(axes: Axes, rows: Sequence[Row]) -> None:
         _draw_course(axes, row, number, seconds, course)
         ends += seconds[-1:]
     axes.set(xlabel="seconds of training", ylabel="validation accuracy (%)", title="Accuracy against time")
-    if ends and min(ends) > 0 and max(ends) > 8 * min(ends):
+    if ends and min(ends) > 0 and max(ends) > 5 * min(ends):
         axes.set_xscale("log")
 
 
