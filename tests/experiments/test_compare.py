@@ -201,7 +201,7 @@ def test_a_killed_run_goes_on_from_its_last_epoch_and_equals_an_unbroken_one() -
         assert all(torch.equal(kept["state_dict"][key], wanted["state_dict"][key]) for key in wanted["state_dict"])
 
 
-def test_a_checkpoint_that_is_unreadable_or_from_another_folder_starts_the_run_afresh() -> None:
+def test_a_checkpoint_that_cannot_be_read_starts_the_run_afresh() -> None:
     comparison = Comparison(Path("out").resolve())
     comparison.admit(
         {"backprop": resolve(CONFIGS / "backprop_lenet_digits.yaml", [*TINY, "--trainer.max_epochs=2"])}, 1, [1]
@@ -212,14 +212,10 @@ def test_a_checkpoint_that_is_unreadable_or_from_another_folder_starts_the_run_a
     run_jobs([job], 1, Killer(epoch=0))
     first = figures(run.result)
 
-    last = run.folder / "checkpoints" / "last.ckpt"
-    elsewhere = read_checkpoint(last)
-    elsewhere["callbacks"] = {name: {**state, "dirpath": "elsewhere"} for name, state in elsewhere["callbacks"].items()}
-    for damage in (lambda: last.write_bytes(b"half a file"), lambda: torch.save(elsewhere, last)):
-        damage()
-        (run.folder / "result.json").unlink()
-        run_jobs([job], 1, Killer(epoch=0))
-        assert figures(run.result) == first
+    (run.folder / "checkpoints" / "last.ckpt").write_bytes(b"half a file")
+    (run.folder / "result.json").unlink()
+    run_jobs([job], 1, Killer(epoch=0))
+    assert figures(run.result) == first
     assert "Restored all states" not in (run.folder / "log.txt").read_text()
 
 

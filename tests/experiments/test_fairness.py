@@ -31,7 +31,7 @@ def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("--trainer.precision=64-true", r"trainer\.precision is None for backprop and 64-true for ldrl"),
         ("--alignment.max_images=7", r"alignment\.max_images is 256 for backprop and 7 for ldrl"),
         ("--trainer.callbacks=EarlyStopping", r"trainer\.callbacks is None for backprop and "),
-        ("--checkpoint.every_n_epochs=2", r"checkpoint\.every_n_epochs is None for backprop and 2 for ldrl"),
+        ("--checkpoint.every_n_batches=2", r"checkpoint\.every_n_batches is 0 for backprop and 2 for ldrl"),
     ],
 )
 def test_rows_that_differ_in_more_than_the_algorithm_are_refused(option: str, named: str) -> None:

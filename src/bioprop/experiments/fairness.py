@@ -23,9 +23,6 @@ SELECTION = {
     "checkpoint.save_top_k": 1,
     "checkpoint.filename": "best",
     "checkpoint.dirpath": None,
-    "checkpoint.save_last": True,
-    "checkpoint.enable_version_counter": False,
-    "checkpoint.save_weights_only": False,
 }
 #: What is shown while a run goes on, and its seed, which the comparison sets.
 FREE = ("seed_everything", "trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.log_every_n_steps")

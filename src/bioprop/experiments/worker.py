@@ -238,18 +238,14 @@ def _write_output_to(path: Path) -> None:
 
 def _resume(folder: Path) -> list[str]:
     """Arguments that go on from the last checkpoint; where there is none that can be read, the run starts afresh."""
-    last, metrics = folder / "checkpoints" / "last.ckpt", folder / "metrics.csv"
-    try:
-        states = read_checkpoint(last).get("callbacks", {}).values()
-        # in a folder that was moved, Lightning would forget which checkpoint was best so far
-        usable = all(state.get("dirpath", str(last.parent)) == str(last.parent) for state in states)
-    except UserError:
-        usable = False
-    if not usable:
-        shutil.rmtree(last.parent, ignore_errors=True)
+    last = folder / "checkpoints" / "last.ckpt"
+    if not last.is_file():
         return []
-    if metrics.is_file():  # the logger would delete it
-        metrics.replace(folder / f"metrics_before_{len(list(folder.glob('metrics*.csv')))}.csv")
+    try:
+        read_checkpoint(last)
+    except UserError:
+        shutil.rmtree(last.parent)
+        return []
     return [f"--ckpt_path={last}"]
 
 
