@@ -7,6 +7,8 @@ import shutil
 import signal
 import time
 import zipfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -64,7 +66,7 @@ def test_classes_are_those_of_the_development_kit_in_its_order():
     assert names[:3] == ("kit_fox", "English_setter", "Siberian_husky")
     assert names[999] == "dumbbell"
     assert len(set(names)) == 1000
-    lines = (imagenet32_conversion.Path(imagenet32_conversion.__file__).parent / "imagenet32_classes.txt").read_text()
+    lines = (Path(imagenet32_conversion.__file__).parent / "imagenet32_classes.txt").read_text()
     rows = [line.split() for line in lines.splitlines()]
     # sorted by WordNet number they are torchvision's, but for what tells the two maillots apart
     for (_, name), theirs in zip(sorted(rows), _IMAGENET_CATEGORIES, strict=True):
@@ -404,10 +406,11 @@ class TestProcesses:
             assert time.monotonic() < end
             time.sleep(0.02)
 
-    def test_of_two_at_once_one_converts_and_the_other_waits(self, tmp_path, start, caplog):
+    def test_of_two_at_once_one_converts_and_the_other_waits(self, tmp_path, start, caplog, monkeypatch):
         begin, results = start
         process = begin(2.0)
         self.wait_for(tmp_path / "started")
+        monkeypatch.setattr(imagenet32_conversion, "read_part", lambda *args: pytest.fail("converted twice"))
         with caplog.at_level(logging.INFO):
             assert len(ready(tmp_path, "test", verify=False).resident["test"].labels) == 20
         assert "Another process is converting the val images of ImageNet 32x32: waiting for it." in caplog.messages
@@ -485,3 +488,37 @@ def test_images_on_a_device_are_the_same_in_the_same_order(monkeypatch):
     assert kept.kept.shape == (30, 2, 1, 1)
     index = torch.randperm(30)
     assert torch.equal(kept.index_select(0, index), mapped.index_select(0, index))
+
+
+class TestOnDevice:
+    @staticmethod
+    def on(device, folder, **kwargs):
+        data = ImageNet32(str(folder), num_val_per_class=1, on_device=True, **kwargs)
+        data.trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))
+        data.setup("test")
+        return data.resident["test"].images
+
+    def test_images_go_to_the_device_that_trains_and_to_no_cpu(self, tmp_path, monkeypatch):
+        write_imagenet32(tmp_path, monkeypatch, **TEST)
+        images = self.on("meta", tmp_path, limit_test=30)
+        assert isinstance(images, DeviceImages)
+        assert images.kept.shape == (30, 3, 32, 32)
+        assert images.index_select(0, torch.arange(4)).device.type == "meta"
+        assert isinstance(self.on("cpu", tmp_path), MappedImages)
+
+    def test_too_small_a_device_is_a_sentence(self, tmp_path, monkeypatch):
+        def fail(self, device):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        write_imagenet32(tmp_path, monkeypatch, **TEST)
+        monkeypatch.setattr(MappedImages, "on", fail)
+        with pytest.raises(UserError, match=r"on_device needs 0\.0 GB of free memory on meta: set it to false"):
+            self.on("meta", tmp_path)
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    def test_batches_put_together_on_a_gpu_are_those_of_the_file(self, tmp_path, monkeypatch):
+        write_imagenet32(tmp_path, monkeypatch, **TEST)
+        kept = self.on("cuda", tmp_path)
+        mapped = ready(tmp_path, "test").resident["test"].images
+        index = torch.randperm(1000)
+        assert torch.equal(kept.index_select(0, index).cpu(), mapped.index_select(0, index))
