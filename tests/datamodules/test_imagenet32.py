@@ -1,12 +1,11 @@
-import json
 import logging
 import multiprocessing
 import os
-import pickle
 import shutil
 import signal
 import time
-import zipfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,31 +17,8 @@ from bioprop.datamodules.imagenet32 import class_names
 from bioprop.datamodules.imagenet32_files import ARCHIVES, COUNTS
 from bioprop.datamodules.images import DeviceImages, MappedImages, blocks
 from bioprop.errors import UserError
-from tests.datamodules.published_files import imagenet32_arrays, npz, python2_pickle, write_imagenet32
-
-TEST = {"stored": ("val",)}  # a set of one small part
-
-
-def ready(folder, *stages, **kwargs):
-    data = ImageNet32(str(folder), **{"num_val_per_class": 1, **kwargs})
-    for stage in stages:
-        data.setup(stage)
-    return data
-
-
-def refused(match, folder, *stages, **kwargs):
-    with pytest.raises(UserError, match=match) as caught:
-        ready(folder, *(stages or ("test",)), **kwargs)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def every(images):
-    return images.index_select(0, torch.arange(len(images)))
-
-
-def stored_images(parts):
-    return torch.from_numpy(np.concatenate([part["data"] for part in parts])).view(-1, 3, 32, 32)
+from tests.datamodules.imagenet32_helpers import TEST, every, ready, refused, stored_images
+from tests.datamodules.published_files import write_imagenet32
 
 
 def test_the_official_table():
@@ -64,7 +40,7 @@ def test_classes_are_those_of_the_development_kit_in_its_order():
     assert names[:3] == ("kit_fox", "English_setter", "Siberian_husky")
     assert names[999] == "dumbbell"
     assert len(set(names)) == 1000
-    lines = (imagenet32_conversion.Path(imagenet32_conversion.__file__).parent / "imagenet32_classes.txt").read_text()
+    lines = (Path(imagenet32_conversion.__file__).parent / "imagenet32_classes.txt").read_text()
     rows = [line.split() for line in lines.splitlines()]
     # sorted by WordNet number they are torchvision's, but for what tells the two maillots apart
     for (_, name), theirs in zip(sorted(rows), _IMAGENET_CATEGORIES, strict=True):
@@ -184,184 +160,6 @@ def test_a_full_disk_is_noticed_before(tmp_path, monkeypatch):
     ready(tmp_path, "test")
 
 
-class TestVerify:
-    def test_size_and_checksum_are_compared_with_the_published(self, tmp_path, monkeypatch):
-        write_imagenet32(tmp_path, monkeypatch, **TEST)
-        archive = tmp_path / "Imagenet32_val_npz.zip"
-        raw = archive.read_bytes()
-        archive.write_bytes(raw + b"\0")
-        refused(r"is [\d,]+ bytes long and the published one [\d,]+: download it again", tmp_path)
-        archive.write_bytes(raw[:500] + bytes([raw[500] ^ 1]) + raw[501:])
-        assert "verify to false" in refused("damaged or not the published one, by its sha256 checksum", tmp_path)
-        assert not (tmp_path / "imagenet32_val_images.npy").exists()
-        archive.write_bytes(raw)
-        ready(tmp_path, "test")
-
-    def test_checksums_are_computed_once(self, tmp_path, monkeypatch):
-        write_imagenet32(tmp_path, monkeypatch, **TEST)
-        ready(tmp_path, "test")
-        monkeypatch.setattr(imagenet32_conversion, "verify", lambda *args: pytest.fail("verified again"))
-        ready(tmp_path, "test")
-        assert json.loads((tmp_path / "imagenet32_val.json").read_text())["verified"] is True
-
-    def test_what_was_converted_unverified_is_verified_later_without_converting_again(self, tmp_path, monkeypatch):
-        write_imagenet32(tmp_path, monkeypatch, **TEST)
-        ready(tmp_path, "test", verify=False)
-        before = (tmp_path / "imagenet32_val_images.npy").stat().st_mtime_ns
-        ready(tmp_path, "test")
-        assert (tmp_path / "imagenet32_val_images.npy").stat().st_mtime_ns == before
-        assert json.loads((tmp_path / "imagenet32_val.json").read_text())["verified"] is True
-
-    def test_other_files_are_converted_anew(self, tmp_path, monkeypatch):
-        write_imagenet32(tmp_path, monkeypatch, classes=500, **TEST)
-        assert len(ready(tmp_path, "test", verify=False).resident["test"].labels) == 500
-        write_imagenet32(tmp_path, monkeypatch, **TEST)
-        assert len(ready(tmp_path, "test", verify=False).resident["test"].labels) == 1000
-
-    @pytest.mark.parametrize("form", ["npz", "pickle"])
-    def test_unpacked_files_are_counted(self, tmp_path, monkeypatch, form):
-        write_imagenet32(tmp_path, monkeypatch, form, **TEST)
-        monkeypatch.setitem(COUNTS, "val", (1001,))
-        refused("has 1,000 images and the published one 1,001: download it again, or set verify to false", tmp_path)
-        assert len(ready(tmp_path, "test", verify=False).resident["test"].labels) == 1000
-
-
-class TestDamage:
-    def test_a_missing_part_is_named(self, tmp_path, monkeypatch):
-        write_imagenet32(tmp_path, monkeypatch, "pickle", ("train",))
-        (tmp_path / "train_data_batch_7").unlink()
-        refused("train_data_batch_7' is missing, though other parts .* are there: put all 10", tmp_path, "fit")
-
-    @pytest.mark.parametrize("form", ["npz", "pickle"])
-    @pytest.mark.parametrize("share", [0.0, 0.1, 0.9, 0.999])
-    def test_cut_files(self, tmp_path, monkeypatch, form, share):
-        write_imagenet32(tmp_path, monkeypatch, form, **TEST)
-        (path,) = tmp_path.iterdir()
-        raw = path.read_bytes()
-        path.write_bytes(raw[: int(share * len(raw))])
-        refused(f"'{path}' is (damaged|not a readable pickle) .*download it again", tmp_path)
-        assert {file.name for file in tmp_path.iterdir()} <= {path.name, ".imagenet32_val.lock"}
-
-    @pytest.mark.parametrize("form", ["npz.zip", "npz", "pickle.zip"])
-    def test_changed_pixels_do_not_pass_the_archives_own_checksum(self, tmp_path, monkeypatch, form):
-        arrays = write_imagenet32(tmp_path, monkeypatch, form, **TEST)
-        (path,) = tmp_path.iterdir()
-        raw = bytearray(path.read_bytes())
-        raw[len(raw) // 2] ^= 1
-        path.write_bytes(raw)
-        refused("download it again", tmp_path, verify=False)
-        assert arrays
-
-    def test_an_archive_that_is_none_or_lacks_a_part(self, tmp_path, monkeypatch):
-        write_imagenet32(tmp_path, monkeypatch, **TEST)
-        path = tmp_path / "Imagenet32_val_npz.zip"
-        path.write_text("<html>please log in</html>")
-        refused("is not a readable zip archive", tmp_path)
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("readme", "")
-        refused(r"has no 'val_data\.npz' in it", tmp_path)
-
-    @pytest.mark.parametrize("write", [npz, pickle.dumps], ids=["npz", "pickle"])
-    @pytest.mark.parametrize(
-        ("change", "reason"),
-        [
-            ({"data": np.zeros((1000, 12288), np.uint8)}, r"its images are uint8 \[1000, 12288\]"),
-            ({"data": np.zeros((1000, 3072), np.float32)}, r"its images are float32"),
-            ({"data": np.zeros((3072, 1000), np.uint8).T}, r"its images are uint8 \[1000, 3072\]"),
-            ({"labels": list(range(1000))}, "its labels are from 0 to 999, not 1 to 1000"),
-            ({"labels": [1] * 999}, r"it has 1000 images and labels of shape \(999,\)"),
-            ({"labels": [1.5] * 1000}, "its labels are not whole numbers"),
-        ],
-    )
-    def test_files_of_another_format(self, tmp_path, monkeypatch, write, change, reason):
-        monkeypatch.setitem(COUNTS, "val", (1000,))
-        (part,) = imagenet32_arrays("val")
-        name = "val_data.npz" if write is npz else "val_data"
-        (tmp_path / name).write_bytes(write({**part, **change}))
-        message = refused(f"'.*{name}' is not a file of ImageNet 32x32, because {reason}", tmp_path, verify=False)
-        assert "another size" in message
-
-    def test_files_without_an_array(self, tmp_path):
-        (tmp_path / "val_data.npz").write_bytes(npz({"labels": np.ones(3, np.int64)}))
-        refused(r"damaged \(.*data\.npy", tmp_path)
-        (tmp_path / "val_data.npz").unlink()
-        (tmp_path / "val_data").write_bytes(pickle.dumps({"data": [1, 2]}))
-        refused("it has no 'labels'", tmp_path)
-        (tmp_path / "val_data").write_bytes(pickle.dumps({"data": [1, 2], "labels": [1]}))
-        refused("its 'data' is no array", tmp_path)
-
-    def test_a_converted_file_that_was_cut_is_converted_again(self, tmp_path, monkeypatch):
-        arrays = write_imagenet32(tmp_path, monkeypatch, **TEST)
-        ready(tmp_path, "test")
-        path = tmp_path / "imagenet32_val_images.npy"
-        path.write_bytes(path.read_bytes()[:-1])
-        assert torch.equal(every(ready(tmp_path, "test").resident["test"].images), stored_images(arrays["val"]))
-
-    @pytest.mark.parametrize("record", ["", "{}", '{"images": 1000}', "[]", '{"images": "a lot", "verified": true}'])
-    def test_a_garbled_record_counts_as_none(self, tmp_path, monkeypatch, record):
-        write_imagenet32(tmp_path, monkeypatch, **TEST)
-        ready(tmp_path, "test")
-        (tmp_path / "imagenet32_val.json").write_text(record)
-        ready(tmp_path, "test")
-        assert json.loads((tmp_path / "imagenet32_val.json").read_text())["verified"] is True
-
-
-class TestPickles:
-    class Malicious:
-        def __init__(self, path):
-            self.path = path
-
-        def __reduce__(self):
-            return os.system, (f"touch {self.path}",)
-
-    @pytest.mark.parametrize("write", [pickle.dumps, lambda content: pickle.dumps(content, protocol=0)])
-    def test_a_malicious_file_runs_nothing_and_is_refused_by_name(self, tmp_path, write):
-        proof = tmp_path / "proof"
-        (tmp_path / "val_data").write_bytes(write({"data": self.Malicious(proof), "labels": [1]}))
-        message = refused(r"val_data' asks for (posix|os|nt)\.system, which no file of images needs", tmp_path)
-        assert "nothing was run" in message
-        assert not proof.exists()
-        pickle.loads((tmp_path / "val_data").read_bytes())  # the plain unpickler does run it
-        assert proof.exists()
-
-    @pytest.mark.parametrize(
-        ("raw", "name"),
-        [
-            (b"cbuiltins\neval\n(S'1'\ntR.", "builtins.eval"),
-            (b"cnumpy\nload\n(S'x'\ntR.", "numpy.load"),
-            (b"cnumpy.core.multiarray\nfromfile\n(S'x'\ntR.", "numpy.core.multiarray.fromfile"),
-            (b"c_codecs\ndecode\n(S'x'\ntR.", "_codecs.decode"),
-            (b"c_codecs\nencode\n(V78\nVhex\ntR.", r"_codecs.encode\(..., 'hex'\)"),
-            (b"cnumpy\ndtype\n(VO8\ntR.", r"numpy.dtype\('O8'\)"),
-            (b"cnumpy\ndtype\n(VV8\ntR.", r"numpy.dtype\('V8'\)"),
-        ],
-    )
-    def test_only_what_arrays_are_made_of_is_allowed(self, tmp_path, raw, name):
-        (tmp_path / "val_data").write_bytes(raw)
-        refused(f"asks for {name}, ", tmp_path)
-
-    @pytest.mark.parametrize("raw", [b"\x80\x02]q\x00.", b"\x80\x02K\x01.", b".", b"no pickle"])
-    def test_pickles_of_something_else(self, tmp_path, raw):
-        (tmp_path / "val_data").write_bytes(raw)
-        refused("a dictionary of images and labels is expected|is not a readable pickle", tmp_path)
-
-    def test_numbers_of_numpy_and_either_byte_order(self, tmp_path, monkeypatch):
-        monkeypatch.setitem(COUNTS, "val", (1000,))
-        (part,) = imagenet32_arrays("val")
-        for labels in ([np.int64(label) for label in part["labels"]], np.array(part["labels"], ">i4")):
-            for write in (pickle.dumps, python2_pickle):
-                (tmp_path / "val_data").write_bytes(write({**part, "labels": labels}))
-                data = ready(tmp_path, "test", verify=False)
-                assert (data.resident["test"].labels + 1).tolist() == part["labels"]
-
-    def test_npz_files_are_not_unpickled(self, tmp_path):
-        (part,) = imagenet32_arrays("val")
-        content = {**part, "labels": np.array([self.Malicious(tmp_path / "proof")] * 1000, dtype=object)}
-        (tmp_path / "val_data.npz").write_bytes(npz(content))
-        refused("damaged .*allow_pickle", tmp_path)
-        assert not (tmp_path / "proof").exists()
-
-
 def convert_in_a_process(folder, delay, results):
     """Converts with a pause in the middle, and says how often this process did so."""
     read, calls = imagenet32_conversion.read_part, []
@@ -404,10 +202,11 @@ class TestProcesses:
             assert time.monotonic() < end
             time.sleep(0.02)
 
-    def test_of_two_at_once_one_converts_and_the_other_waits(self, tmp_path, start, caplog):
+    def test_of_two_at_once_one_converts_and_the_other_waits(self, tmp_path, start, caplog, monkeypatch):
         begin, results = start
         process = begin(2.0)
         self.wait_for(tmp_path / "started")
+        monkeypatch.setattr(imagenet32_conversion, "read_part", lambda *args: pytest.fail("converted twice"))
         with caplog.at_level(logging.INFO):
             assert len(ready(tmp_path, "test", verify=False).resident["test"].labels) == 20
         assert "Another process is converting the val images of ImageNet 32x32: waiting for it." in caplog.messages
@@ -485,3 +284,37 @@ def test_images_on_a_device_are_the_same_in_the_same_order(monkeypatch):
     assert kept.kept.shape == (30, 2, 1, 1)
     index = torch.randperm(30)
     assert torch.equal(kept.index_select(0, index), mapped.index_select(0, index))
+
+
+class TestOnDevice:
+    @staticmethod
+    def on(device, folder, **kwargs):
+        data = ImageNet32(str(folder), num_val_per_class=1, on_device=True, **kwargs)
+        data.trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))
+        data.setup("test")
+        return data.resident["test"].images
+
+    def test_images_go_to_the_device_that_trains_and_to_no_cpu(self, tmp_path, monkeypatch):
+        write_imagenet32(tmp_path, monkeypatch, **TEST)
+        images = self.on("meta", tmp_path, limit_test=30)
+        assert isinstance(images, DeviceImages)
+        assert images.kept.shape == (30, 3, 32, 32)
+        assert images.index_select(0, torch.arange(4)).device.type == "meta"
+        assert isinstance(self.on("cpu", tmp_path), MappedImages)
+
+    def test_too_small_a_device_is_a_sentence(self, tmp_path, monkeypatch):
+        def fail(self, device):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        write_imagenet32(tmp_path, monkeypatch, **TEST)
+        monkeypatch.setattr(MappedImages, "on", fail)
+        with pytest.raises(UserError, match=r"on_device needs 0\.0 GB of free memory on meta: set it to false"):
+            self.on("meta", tmp_path)
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    def test_batches_put_together_on_a_gpu_are_those_of_the_file(self, tmp_path, monkeypatch):
+        write_imagenet32(tmp_path, monkeypatch, **TEST)
+        kept = self.on("cuda", tmp_path)
+        mapped = ready(tmp_path, "test").resident["test"].images
+        index = torch.randperm(1000)
+        assert torch.equal(kept.index_select(0, index).cpu(), mapped.index_select(0, index))
