@@ -194,6 +194,7 @@ def test_a_refused_write_leaves_the_previous_checkpoint_and_training_goes_on(
     assert {path.name for path in LAST.parent.iterdir()} == {"last.ckpt", "best.ckpt"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("limited")
 def test_a_run_killed_when_no_checkpoint_could_be_written_goes_on_from_the_previous_one() -> None:
     settings = ["--checkpoint.every_n_batches=1", *limit(first=3, last=100)]

@@ -143,3 +143,31 @@ def test_a_run_told_to_stop_finishes_its_batch_saves_and_says_how_to_go_on(
     fit("--ckpt_path=last")
     fit(*apart("whole"))
     assert differences("whole" / RUN.relative_to("runs"), RUN) == []
+
+
+def two_processes(folder: Path, what: str, *goes_on: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("two_processes.py")),
+        str(folder.absolute()),
+        what,
+        *goes_on,
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=100)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_whichever_was_told_and_survive_a_refused_write_of_the_first() -> None:
+    """Lightning's own broadcast within the signal handler hangs where one process alone is told."""
+    stopped = two_processes(Path("stopped"), "term1")
+    assert stopped.returncode == 143, stopped.stderr
+    assert stopped.stderr.count("stopped by SIGTERM after batch 5") == 1
+    resumed = two_processes(Path("stopped"), "nothing", "go on")
+    assert resumed.returncode == 0, resumed.stderr
+    whole = two_processes(Path("whole"), "full")
+    assert whole.returncode == 0, whole.stderr
+    assert whole.stderr.count("last.ckpt: File too large") == 2
+    # the whole run has another best, since that of its first epoch could not be written
+    found = differences(Path("whole").absolute(), Path("stopped").absolute())
+    assert [name for name in found if ".callbacks.RunCheckpoints" not in name] == []

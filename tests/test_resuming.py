@@ -21,7 +21,7 @@ from bioprop.datamodules import Digits
 from bioprop.errors import UserError
 from bioprop.metrics_file import MetricsFile
 from bioprop.networks import LeNet
-from tests.algorithms.contract import KillAfter, KilledError
+from tests.algorithms.contract import KillAfter, KilledError, cosine
 from tests.resuming import differences
 
 BATCHES = 4  # an epoch
@@ -150,13 +150,67 @@ def cut_off_and_resume(folder: Path, whole: Path, kill: int, **settings: Any) ->
     return found
 
 
-@pytest.mark.parametrize(("name", "settings"), CASES.items(), ids=CASES)
+SOME = CASES.keys() - {
+    "validation every second epoch",
+    "no validation",
+    "limited batches",
+    "max_steps, validation within",
+    "max_steps, no validation",
+    "early stopping",
+}
+
+
+@pytest.mark.parametrize(("name", "settings"), [(name, CASES[name]) for name in sorted(SOME)], ids=sorted(SOME))
 def test_a_run_killed_at_a_random_batch_equals_the_uninterrupted_one(
     name: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     whole = run(tmp_path / "whole", **settings)
-    kill = random.Random(name).randrange(1, whole.global_step)
-    assert cut_off_and_resume(tmp_path / "killed", tmp_path / "whole", kill, **settings) == []
+    kills = {random.Random(name).randrange(1, whole.global_step)}
+    if "max_steps" in settings:
+        kills.add(BATCHES)  # Lightning would end the epoch that has just ended once more
+    found = {kill: cut_off_and_resume(tmp_path / str(kill), tmp_path / "whole", kill, **settings) for kill in kills}
+    assert found == {kill: [] for kill in kills}
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        pytest.param("on_validation_start", marks=pytest.mark.slow),
+        pytest.param("on_validation_end", marks=pytest.mark.slow),
+        "on_train_epoch_end",
+    ],
+)
+def test_a_run_killed_at_the_end_of_an_epoch_equals_the_uninterrupted_one(hook: str, tmp_path: Path) -> None:
+    """Its last batch is behind, its end is not: that is done by the resumed run."""
+    settings: dict[str, Any] = {"make": partial(backprop, scheduler=cosine(2)), "num_sanity_val_steps": 0}
+    run(tmp_path / "whole", **settings)
+    with suppress(KilledError):
+        run(tmp_path / "killed", callbacks=lambda: [KillIn(hook)], **settings)
+    last = tmp_path / "killed" / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == BATCHES - 1
+    run(tmp_path / "killed", seed=7, ckpt_path=last, **settings)
+    assert differences(tmp_path / "whole", tmp_path / "killed") == []
+
+
+def test_a_run_that_stopped_early_does_not_go_on(tmp_path: Path) -> None:
+    settings = CASES["early stopping"]
+    whole = run(tmp_path / "whole", **settings)
+    with suppress(KilledError):
+        callbacks = settings["callbacks"]
+        run(tmp_path / "run", **(settings | {"callbacks": lambda: [*callbacks(), KillIn("on_train_end")]}))
+    resumed = run(tmp_path / "run", seed=7, ckpt_path=tmp_path / "run" / "checkpoints" / "last.ckpt", **settings)
+    assert resumed.global_step == whole.global_step == 2 * BATCHES
+    assert differences(tmp_path / "whole", tmp_path / "run") == []
+
+
+class KillIn(Callback):
+    """Ends a run in a hook."""
+
+    def __init__(self, hook: str) -> None:
+        setattr(self, hook, self.kill)
+
+    def kill(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        raise KilledError
 
 
 @pytest.mark.slow
