@@ -1,25 +1,19 @@
-"""What all algorithms share: the skeleton of a training step, metrics, optimizers."""
+"""What all algorithms share: the skeleton of a training step, and optimizers."""
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
 
-from bioprop.algorithms.checkpoints import Checkpointed, describe_optimization
+from bioprop.algorithms.checkpoints import describe_optimization
+from bioprop.algorithms.evaluation import PER_EPOCH, Batch, Evaluated
 from bioprop.algorithms.precisions import check_precision, products_in_autocast_type
 from bioprop.distributed import GradientAveraging, mean_over_processes, process_count
 from bioprop.errors import UserError
 from bioprop.functional.gradients import preserve_state
-from bioprop.functional.output_losses import CROSS_ENTROPY, OutputLoss
-
-Batch = tuple[Tensor, Tensor]
-SPLITS = ("train", "val", "test")
-PER_EPOCH: dict[str, Any] = {"on_step": False, "on_epoch": True}
 
 
 class Gradients(NamedTuple):
@@ -36,7 +30,7 @@ class Gradients(NamedTuple):
     of_all_processes: bool = False
 
 
-class Algorithm(Checkpointed, ABC):
+class Algorithm(Evaluated, ABC):
     """A way to train a network; `training_step` is the whole of it.
 
     Args:
@@ -52,16 +46,12 @@ class Algorithm(Checkpointed, ABC):
     precisions: tuple[str, ...] = ("32-true", "64-true", "bf16-mixed")
     #: Why a subclass leaves one of these out.
     precision_reason = "it is not one of those that were tried"
-    #: What the updates descend, what is logged as the loss, and whose BP gradient the updates are compared with.
-    output_loss: OutputLoss = CROSS_ENTROPY
 
     def __init__(self, network: nn.Module, optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None) -> None:
         super().__init__(network)
         self.automatic_optimization = False
         self._make_optimizer = optimizer
         self._make_scheduler = scheduler
-        self.losses = nn.ModuleDict({f"{split}_set": MeanMetric(nan_strategy="disable") for split in SPLITS})
-        self.accuracies = nn.ModuleDict()  # filled by the first batch, which shows the number of classes
 
     # -- the algorithm -------------------------------------------------------------------------------------------
 
@@ -158,57 +148,6 @@ class Algorithm(Checkpointed, ABC):
         optimizer.step()
         optimizer.zero_grad()
 
-    # -- evaluation ----------------------------------------------------------------------------------------------
-
-    @products_in_autocast_type
-    def forward(self, images: Tensor) -> Tensor:
-        """Compute logits ``[batch, classes]``."""
-        logits: Tensor = self.network(images)
-        return logits
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log loss and accuracy; trains nothing."""
-        self._evaluate("val", batch)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log loss and accuracy; trains nothing."""
-        self._evaluate("test", batch)
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return class probabilities ``[batch, classes]``."""
-        images, _ = self._as_network(batch)
-        return torch.softmax(self(images), dim=1)
-
-    def _evaluate(self, split: str, batch: Batch) -> None:
-        images, labels = self._as_network(batch)
-        logits = self(images)
-        self._log_batch(split, logits, labels, self.output_loss.mean(logits, labels))
-
-    def _log_batch(self, split: str, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
-        if not self.accuracies:
-            self.make_metrics(logits.shape[1])
-        metrics = cast(MetricCollection, self.accuracies[f"{split}_set"])
-        metrics.update(logits, labels)
-        mean_loss = cast(MeanMetric, self.losses[f"{split}_set"])
-        mean_loss.update(loss.expand(len(labels)))  # torchmetrics 1.9 drops weights where NaN is let through
-        # metrics, not numbers: over several processes, they count every image once
-        self.log(f"{split}/loss", mean_loss, prog_bar=split == "train", **PER_EPOCH)
-        for name, metric in metrics.items():
-            self.log(name, metric, prog_bar=name == "val/accuracy", **PER_EPOCH)
-
-    def make_metrics(self, classes: int) -> None:
-        """Make the metrics of every split for a number of classes."""
-        for name in SPLITS:
-            self.accuracies[f"{name}_set"] = _accuracies(name, classes).to(self.device)
-
-    def metrics_classes(self) -> int | None:
-        """The number of classes that the metrics were made for; None as long as there are none."""
-        return next((m.num_classes for m in self.accuracies.modules() if isinstance(m, MulticlassAccuracy)), None)
-
-    def _as_network(self, batch: Batch) -> Batch:
-        """Give the images the weights' floating-point type: data modules hand out float32."""
-        return batch[0].to(next(self.network.parameters()).dtype), batch[1]
-
     # -- Lightning -----------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
@@ -274,10 +213,3 @@ class Algorithm(Checkpointed, ABC):
                 scheduler.step(metrics[scheduler.monitor])
             else:
                 scheduler.step()
-
-
-def _accuracies(split: str, classes: int) -> MetricCollection:
-    top = {"accuracy": 1, "accuracy_top5": 5} if classes > 5 else {"accuracy": 1}
-    metrics = {name: MulticlassAccuracy(classes, k, average="micro", validate_args=False) for name, k in top.items()}
-    # grouping would merge the two for good whenever they agree on the first batch
-    return MetricCollection(metrics, prefix=f"{split}/", compute_groups=False)  # type: ignore[arg-type]

@@ -7,7 +7,8 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from bioprop.algorithms.base import Algorithm, Batch
+from bioprop.algorithms.base import Algorithm
+from bioprop.algorithms.evaluation import Batch
 from bioprop.distributed import gather_rows
 from bioprop.errors import UserError
 from bioprop.functional.angles import angle_degrees, flatten_all, norm_ratio
