@@ -63,6 +63,7 @@ def test_a_signal_in_the_last_batch_lets_the_run_end(tmp_path: Path) -> None:
     assert trainer.state.finished
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
     child = os.fork()
     if not child:
