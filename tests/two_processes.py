@@ -14,27 +14,13 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.strategies import DDPStrategy
-from torch import Tensor, distributed
 
-from bioprop.algorithms import Backprop
+from bioprop.algorithms import LDRL
 from bioprop.callbacks import AlignmentToBackprop, RunCheckpoints
 from bioprop.datamodules.loader import ResidentLoader
+from bioprop.distributed import GradientAveraging
 from bioprop.metrics_file import MetricsFile
 from bioprop.networks import LeNet
-
-
-class Averaged(Backprop):
-    """Averages its gradients itself."""
-
-    def on_fit_start(self) -> None:
-        """Leave out the look at the number of processes."""
-
-    def _step_forward_weights(self, gradients: dict[str, Tensor]) -> None:
-        averaged = {name: gradient / 2 for name, gradient in gradients.items()}
-        for gradient in averaged.values():
-            distributed.all_reduce(gradient)
-        super()._step_forward_weights(averaged)
 
 
 class Befall(Callback):
@@ -55,13 +41,12 @@ def main(folder: Path, what: str, goes_on: bool) -> None:
     """Train."""
     warnings.simplefilter("ignore")
     torch.manual_seed(1)
-    generator = torch.Generator().manual_seed(int(os.environ.get("LOCAL_RANK", "0")))
+    generator, share = torch.Generator().manual_seed(2), (int(os.environ.get("LOCAL_RANK", "0")), 2)
     images, labels = torch.randn(40, 1, 16, 16, generator=generator), torch.randint(10, (40,), generator=generator)
     trainer = Trainer(
         accelerator="cpu",
         devices=2,
-        strategy=DDPStrategy(process_group_backend="gloo", find_unused_parameters=True),
-        use_distributed_sampler=False,
+        strategy=GradientAveraging(),
         max_epochs=2,
         logger=MetricsFile(folder.parent, name="", version=folder.name),
         callbacks=[RunCheckpoints(1), AlignmentToBackprop(8), Befall(what)],
@@ -69,9 +54,9 @@ def main(folder: Path, what: str, goes_on: bool) -> None:
         enable_model_summary=False,
     )
     trainer.fit(
-        Averaged(LeNet((1, 16, 16), 10, channels=(3, 4), hidden=8)),
-        ResidentLoader(images, labels, 8, shuffle=True),
-        ResidentLoader(images, labels, 8),
+        LDRL(LeNet((1, 16, 16), 10, channels=(3, 4), hidden=8), iterations=2),
+        ResidentLoader(images, labels, 8, shuffle=True, share=share, equal_shares=True),
+        ResidentLoader(images, labels, 8, share=share),
         ckpt_path=folder / "checkpoints" / "last.ckpt" if goes_on else None,
     )
 
