@@ -220,6 +220,8 @@ def test_diverging_run_stops_names_the_culprit_and_keeps_the_checkpoint() -> Non
         (["--model=mine.Algorithm", "--data=Digits"], "no module mine is found from here"),
         (["--config=empty.yaml"], "a --config file is empty"),
         (["--config=tab.yaml"], "not valid YAML, at line 2"),
+        ([*LDRL_TINY, "--checkpoint.every_n_train_steps=5"], "--checkpoint.every_n_batches N saves every N batches"),
+        ([*LDRL_TINY, "--checkpoint.save_last=true"], "last.ckpt is always kept"),
         ([*LDRL_TINY, "--trainer.precision=16-mixed"], "16-mixed is not supported by LDRL, since"),
         ([*LDRL_TINY, "--trainer.precision=16"], "choose one of 32-true, 64-true, bf16-mixed"),
         ([*LDRL_TINY, "--trainer.precision=16-true"], "16-true is not supported by LDRL, since"),

@@ -43,6 +43,8 @@ def explain(message: str) -> str:
     """Turn jsonargparse's nested report of an error into a sentence."""
     if match := re.search(r"Option '([\w.]+)' is not accepted", message):
         return _unknown_argument(match[1])
+    if (match := re.search(r"unrecognized arguments: --([\w.]+)", message)) and match[1] in ELSEWHERE:
+        return _unknown_argument(match[1])
     if match := re.search(r"arguments are required: (.+)", message):
         return _missing([name.strip().removeprefix("fit.") for name in match[1].split(",")], message)
     if match := re.search(r"No module named '([\w.]+)'", message):
