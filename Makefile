@@ -25,10 +25,10 @@ demo: .venv/ready  ## train BP, DTP and L-DRL on real digits and compare them (h
 	$(BIN)/bioprop compare --algorithms backprop,dtp,ldrl --network lenet --data digits --seeds 1 --folder runs/demo
 
 test: .venv/ready  ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 test-slow: .venv/ready  ## run the tests that take minutes
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n auto -m slow
 
 bench: .venv/ready  ## compare the speed of L-DRL's closed forms with plain autograd and BP (some ten minutes on 2 cores)
 	$(BIN)/python -m benchmarks.bench
