@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from multiprocessing import active_children
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
@@ -161,7 +162,8 @@ class Killer:
 
     def epoch(self, job: Job, number: int, accuracy: float | None) -> None:
         if number == self.at:
-            (child,) = active_children()
+            # not those of the pool in which other tests train
+            (child,) = (each for each in active_children() if isinstance(each, ForkServerProcess))
             child.kill()
 
     def ended(self, job: Job, exit_code: int) -> None:
