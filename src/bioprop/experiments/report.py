@@ -14,7 +14,7 @@ from rich.table import Table
 
 from bioprop.experiments.configs import class_name
 from bioprop.experiments.figures import draw_figures
-from bioprop.experiments.plan import TRIAL_SEED, Comparison
+from bioprop.experiments.plan import TRIAL_SEED, Comparison, Run
 from bioprop.experiments.results import Result, write_whole
 from bioprop.experiments.summary import Ended, Row, Spread, backprop_seconds, summarize
 
@@ -183,7 +183,7 @@ def _memory_note(results: Sequence[Result]) -> str:
 def _messages(rows: Sequence[Row]) -> list[str]:
     """What the runs said that did not finish; a trial that diverged is news only where all did."""
     return [
-        f"{each.run.title}: {each.result.status}: {each.result.message}"
+        f"{each.run.title}: {each.result.status}: {_said(each.run, each.result)}"
         for row in rows
         for each in (*row.runs, *row.trials)
         if each.result is not None and each.result.message
@@ -224,9 +224,14 @@ def _csv(columns: Sequence[str], ended: Sequence[Ended], rows: Sequence[Row], ba
             "peak_memory_mib": _number(result.peak_memory),
         }
         named = {"name": run.row, "algorithm": classes[run.row], "seed": run.seed, "status": result.status}
-        stored = {name: getattr(result, name) for name in ("jobs", "hardware", "versions", "ended", "message")}
-        writer.writerow({**named, **figures, **stored})
+        stored = {name: getattr(result, name) for name in ("jobs", "hardware", "versions", "ended")}
+        writer.writerow({**named, **figures, **stored, "message": _said(run, result)})
     return text.getvalue()
+
+
+def _said(run: Run, result: Result) -> str:
+    """A run's message, with paths as they lie in the results folder, wherever that is read."""
+    return result.message.replace(f"{run.folder.parents[2]}/", "")
 
 
 def _number(value: float | None) -> str:
