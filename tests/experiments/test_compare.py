@@ -108,7 +108,7 @@ def test_diverged_crashed_and_killed_runs_are_rows_and_lose_no_other(
     assert status["diverging"][0] == "diverged"
     assert "lower the learning rate of model.optimizer" in status["diverging"][1]
     assert status["crashing"][0] == status["killed"][0] == "failed"
-    assert status["crashing"][1] == "RuntimeError: out of luck (see runs/crashing/seed_0/log.txt)"  # wherever it is read
+    assert status["crashing"][1] == "RuntimeError: out of luck (see runs/crashing/seed_0/log.txt)"
     assert "signal 9" in status["killed"][1]
     assert status["fine"] == ("finished", "")
     shown = table(folder)
