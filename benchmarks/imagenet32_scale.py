@@ -24,10 +24,10 @@ from typing import IO
 import numpy as np
 import torch
 
-from benchmarks.measuring import processor
 from bioprop.datamodules import ImageNet32
 from bioprop.datamodules.imagenet32_conversion import open_converted
 from bioprop.datamodules.imagenet32_files import find_source
+from bioprop.experiments.environment import processor
 
 BATCH = 256
 PARTS = 10
