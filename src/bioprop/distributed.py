@@ -4,6 +4,7 @@ Every process holds the whole model and sees its rows of every batch. Algorithms
 hooks of autograd: they form many gradients a batch, most of them in closed form.
 """
 
+import atexit
 import os
 import sys
 import threading
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from pytorch_lightning.strategies import DDPStrategy, StrategyRegistry
 from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from bioprop.errors import UserError
@@ -144,6 +146,7 @@ class GradientAveraging(DDPStrategy):
         if os.environ.get(LAUNCHER) == str(os.getppid()):
             _end_with_parent()
         super().setup_distributed()
+        atexit.register(_leave)  # gloo's threads must not outlive the interpreter, which would abort
 
     def configure_ddp(self) -> None:
         """Give every process the weights and buffers of the first, in place of wrapping the model."""
@@ -155,11 +158,18 @@ class GradientAveraging(DDPStrategy):
                 tensor.copy_(self.broadcast(tensor))
 
     def on_exception(self, exception: BaseException) -> None:
-        """End the processes that this one started: they would wait for it."""
+        """End the processes that this one started: they would wait for it, unless all were told to stop."""
         super().on_exception(exception)
+        if isinstance(exception, SIGTERMException):
+            return
         if isinstance(self._launcher, _SubprocessScriptLauncher):
             for process in self._launcher.procs:
                 process.kill()
+
+
+def _leave() -> None:
+    if process_count() > 1:
+        dist.destroy_process_group()
 
 
 def _end_with_parent() -> None:
