@@ -20,7 +20,8 @@ from bioprop.functional.feedback_losses import FeedbackGradient, FeedbackObjecti
 from bioprop.functional.layered_feedback import composed_ldrl_gradient, layered_ldrl_gradient
 from bioprop.functional.precision import float32_products, products_are_reduced
 from bioprop.functional.speed import DEFAULT_SPEED, Speed
-from bioprop.networks.layer_pairs import expected_geometry, layer_pair, noise_shape
+from bioprop.functional.tiled_feedback import TiledFeedback
+from bioprop.networks.layer_pairs import expected_geometry, layer_pair, noise_shape, tiled_layer
 from bioprop.networks.mirrors import LayerMirror, Mirror
 from bioprop.networks.network import Network
 from bioprop.networks.residual_mirrors import LayeredMirror
@@ -159,6 +160,11 @@ class LDRL(LayerwiseFeedback):
         pair = layer_pair(stage, mirror, self.speed)
         if pair is None or clean.affine is None or not isinstance(mirror, LayerMirror):
             return self._by_autograd(stage, mirror, clean, noise, shapes, rule)
+        by_tiles = tiled_layer(stage, mirror, self.speed)
+        if by_tiles is not None:
+            tiled = TiledFeedback(by_tiles, pair.weight, clean.affine, compile=True)
+            parts = tiled.noise_shapes()
+            return lambda iteration: tiled.gradient(mirror.weight, noise.draw(iteration, sigma, *parts), *rule)
         weight = pair.products.prepare(pair.weight)
         kept = clean_pass(pair, clean.affine, clean.output, clean.switches)
 
