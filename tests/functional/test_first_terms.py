@@ -1,5 +1,6 @@
 """Iterations prepared in groups against the same iterations one by one, by the closed form and by autograd."""
 
+import weakref
 from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any, NamedTuple
@@ -168,6 +169,25 @@ def test_nothing_is_drawn_beyond_the_last_iteration() -> None:
         sizes[group] = []
         in_groups(make_case("linear"), (True, False), group, sizes[group])
     assert sizes == {1: [1] * 5, 2: [2, 2, 1], 3: [3, 2], 9: [5]}
+
+
+def test_what_was_used_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the objective lives, no map of a past group does."""
+    prepare, maps = first_terms.first_terms, []
+
+    def noted(*given: Any) -> list[Any]:
+        found = prepare(*given)
+        maps.extend(weakref.ref(each.second) for each in found)
+        return found
+
+    monkeypatch.setattr(first_terms, "first_terms", noted)
+    case = make_case("conv pooled")
+    pair, noise = case.pair(), [torch.cat(parts) for parts in zip(*case.noise[:2], strict=True)]
+    weight = pair.products.prepare(pair.weight)
+    gradient_at = ldrl_in_groups(pair, weight, case.clean(), case.mirror.weight, lambda *_: noise, 4, 2, SIGMA)
+    for iteration in range(3):
+        gradient_at(iteration)
+    assert [each() is None for each in maps] == [True, True, True, False]
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------
