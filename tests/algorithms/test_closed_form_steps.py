@@ -185,7 +185,7 @@ def other_switches(pair: Any, clean: Any, change: Tensor, clean_switches: bool) 
     return FEATURES_CHANGE(pair, clean, change, not clean_switches)
 
 
-FEATURES_CHANGE = closed_forms._features_change
+FEATURES_CHANGE = closed_forms.features_change
 
 
 @pytest.mark.parametrize("mutation", [flipped_change, other_switches], ids=["sign flipped", "other pass's switches"])
@@ -193,7 +193,7 @@ FEATURES_CHANGE = closed_forms._features_change
 def test_another_first_term_is_noticed(
     mutation: Callable[..., Tensor], switches: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(closed_forms, "_features_change", mutation)
+    monkeypatch.setattr(closed_forms, "features_change", mutation)
     with pytest.raises(AssertionError):
         assert_closed_form_is_autograd(LDRL, overlapping_network(), switches=switches)
 

@@ -17,6 +17,7 @@ from bioprop.functional.closed_forms import clean_pass, ldrl_closed_form
 from bioprop.functional.expected_feedback import check_covered
 from bioprop.functional.expected_steps import expected_gradient
 from bioprop.functional.feedback_losses import FeedbackGradient, FeedbackObjective, ldrl_gradient
+from bioprop.functional.first_terms import group_size, ldrl_in_groups
 from bioprop.functional.layered_feedback import composed_ldrl_gradient, layered_ldrl_gradient
 from bioprop.functional.precision import float32_products, products_are_reduced
 from bioprop.functional.speed import DEFAULT_SPEED, Speed
@@ -167,6 +168,11 @@ class LDRL(LayerwiseFeedback):
             return lambda iteration: tiled.gradient(mirror.weight, noise.draw(iteration, sigma, *parts), *rule)
         weight = pair.products.prepare(pair.weight)
         kept = clean_pass(pair, clean.affine, clean.output, clean.switches)
+        if self._works_ahead(clean):
+            draws, draw = self._draws(mirror), partial(_draw_group, noise, sigma, shapes)
+            group = group_size(draws, clean.inputs, clean.affine, mirror.weight)
+            if group > 1:
+                return ldrl_in_groups(pair, weight, kept, mirror.weight, draw, draws, group, *rule)
 
         def in_closed_form(iteration: int) -> FeedbackGradient:
             eps, eta = noise.draw(iteration, sigma, *shapes)
@@ -205,8 +211,28 @@ class LDRL(LayerwiseFeedback):
 
         return gradient_at
 
+    @staticmethod
+    def _works_ahead(clean: StagePass) -> bool:
+        """Whether what does not depend on the feedback weights is done for several iterations at once.
+
+        On a CPU it is not: one batch keeps all cores busy, and the maps of several do not fit into its cache.
+        """
+        return clean.inputs.is_cuda
+
+    def _draws(self, mirror: Mirror) -> int:
+        """How many draws of the noise a batch takes for the feedback of one stage."""
+        iterations: int = dict(zip(self.feedback.values(), self.iterations, strict=True))[mirror]
+        return iterations
+
     def _by_layers(self, mirror: LayeredMirror) -> bool:
         return self.noise_at == "layer" or not mirror.is_composed
 
     def _has_curvature(self, mirror: Mirror) -> bool:
         return isinstance(mirror, LayerMirror) or (isinstance(mirror, LayeredMirror) and self._by_layers(mirror))
+
+
+def _draw_group(
+    noise: NoiseStream, sigma: float, shapes: Sequence[Sequence[int]], iteration: int, count: int
+) -> list[Tensor]:
+    """Draw for several iterations that follow each other at once, stacked along the batch."""
+    return noise.draw(iteration, sigma, *((count * batch, *sample) for batch, *sample in shapes))

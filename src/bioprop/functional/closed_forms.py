@@ -123,9 +123,9 @@ def ldrl_closed_form(
     for samples in blocks(clean.affine):
         part, noise = clean.block(samples), input_noise[samples]
         change = products.forward(noise, prepared)
-        first = _features_change(pair, part, change, clean_switches)
+        first = features_change(pair, part, change, clean_switches)
         if antithetic:
-            first = (first - _features_change(pair, part, -change, clean_switches)).mul_(0.5)
+            first = (first - features_change(pair, part, -change, clean_switches)).mul_(0.5)
         del change
         step = pair.phi(part.output + output_noise[samples]).sub_(part.phi)
         second = pair.unpool(step, part.places)
@@ -136,7 +136,7 @@ def ldrl_closed_form(
         sums = found if not sums else [total.add_(term) for total, term in zip(sums, found, strict=True)]
     gradient, second_term, *squares = sums
     # <V, wgrad(V^T D2, D2)> = |V^T D2|^2 is the second term of the loss, -2 <V, wgrad(eps, D1)> the first
-    loss = (2.0 * _inner(feedback, gradient) - second_term) / batch
+    loss = (2.0 * inner(feedback, gradient) - second_term) / batch
     known = feedback.new_full((len(feedback),), 2.0 * sigma**2 * clean.output[0, 0].numel())
     curvature = squares[0].mul_(2.0 / batch) if squares else known
     return FeedbackGradient({"weight": gradient.mul_(2.0 / batch)}, loss, curvature)
@@ -148,7 +148,7 @@ def square_sum(values: Tensor) -> Tensor:
     return torch.dot(flat, flat) if flat.dtype is not torch.bfloat16 else flat.float().square().sum()
 
 
-def _features_change(pair: LayerPair, clean: CleanPass, change: Tensor, clean_switches: bool) -> Tensor:
+def features_change(pair: LayerPair, clean: CleanPass, change: Tensor, clean_switches: bool) -> Tensor:
     """``U_n phi(y_n) - U_c phi(y)`` out of the change of what the stage is activated from."""
     phi, places = pair.features(clean.affine + change)
     if clean_switches:
@@ -156,7 +156,7 @@ def _features_change(pair: LayerPair, clean: CleanPass, change: Tensor, clean_sw
     return pair.unpool_less(phi, places, clean.features)
 
 
-def _inner(first: Tensor, second: Tensor) -> Tensor:
+def inner(first: Tensor, second: Tensor) -> Tensor:
     """``<a, b>`` of two weights, without a copy where they share the layout of convolutions."""
     flat = [each.movedim(1, -1).reshape(-1) for each in (first, second)]
     return torch.dot(*flat)

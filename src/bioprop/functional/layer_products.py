@@ -6,7 +6,7 @@ of the three.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 
 import torch
@@ -54,6 +54,11 @@ class LayerProducts(ABC):
         """Weight gradient of one pair of inputs and outputs, less that of another."""
         return self.weight_gradient(inputs, outputs).sub_(self.weight_gradient(less_inputs, less_outputs))
 
+    def weight_gradients(self, inputs: Tensor, outputs: Tensor, parts: int) -> Sequence[Tensor]:
+        """Weight gradient of each of several equal parts that are stacked along the batch."""
+        pairs = zip(inputs.chunk(parts), outputs.chunk(parts), strict=True)
+        return [self.weight_gradient(*pair) for pair in pairs]
+
     def _cast(self, values: Tensor) -> Tensor:
         return values.to(torch.bfloat16) if self.reduced else values
 
@@ -79,6 +84,11 @@ class LinearProducts(LayerProducts):
     def weight_gradient(self, inputs: Tensor, outputs: Tensor) -> Tensor:
         """Gradient with respect to the weight."""
         return self._uncast(matrix_product(self._cast(outputs).t(), self._cast(inputs).t()))
+
+    def weight_gradients(self, inputs: Tensor, outputs: Tensor, parts: int) -> Sequence[Tensor]:
+        """Weight gradient of each part, all in one batched product."""
+        columns, rows = (self._cast(each).reshape(parts, -1, each.shape[1]) for each in (inputs, outputs))
+        return self._uncast(torch.bmm(rows.mT, columns)).unbind()
 
 
 class ConvProducts(LayerProducts):
