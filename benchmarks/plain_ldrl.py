@@ -69,6 +69,8 @@ class PlainLDRL:
         momentum: of the feedback weights' SGD.
         optimizer: makes the optimizer of the forward weights.
         draw: draws noise.
+        released: run the clean pass of a stage again in every iteration, as the authors' program does to have its
+            switches where its unpooling looks for them.
     """
 
     def __init__(
@@ -81,7 +83,9 @@ class PlainLDRL:
         momentum: float,
         optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
         draw: Draw = lambda like, sigma: sigma * torch.randn_like(like),
+        released: bool = False,
     ) -> None:
+        self.released = released
         self.stages, self.beta, self.noise, self.iterations, self.draw = stages, beta, noise, iterations, draw
         self.feedback_optimizers = [
             torch.optim.SGD(stage.feedback.parameters(), lr=lr, momentum=momentum)
@@ -120,6 +124,8 @@ class PlainLDRL:
             eps, eta = self.draw(inputs, sigma), self.draw(output, sigma)
             with torch.no_grad():
                 noisy, noisy_switches = stage.run(inputs + eps)
+                if self.released:
+                    output, switches = stage.run(inputs)
             clean = stage.back(output, switches, inputs.shape)
             first = eps * (stage.back(noisy, noisy_switches, inputs.shape) - clean)
             second = (stage.back(output + eta, switches, inputs.shape) - clean) ** 2

@@ -22,6 +22,7 @@ class Row:
         seconds_min: best.
         seconds_max: worst.
         ratio_to_plain: seconds over those of plain autograd for the same method.
+        ratio_to_released: seconds over those of plain autograd as its authors released it.
         ratio_to_bp: seconds over those of our BP on the same network.
         gigaflop: arithmetic in convolutions and matrix products, in 1e9 operations.
         gflops_rate: the same a second.
@@ -42,6 +43,7 @@ class Row:
     seconds_min: float | None = None
     seconds_max: float | None = None
     ratio_to_plain: float | None = None
+    ratio_to_released: float | None = None
     ratio_to_bp: float | None = None
     gigaflop: float | None = None
     gflops_rate: float | None = None
@@ -64,6 +66,7 @@ def timed_row(
     backprop: Sequence[float] | None,
     gigaflop: float,
     conv_rate: float | None,
+    released: Sequence[float] | None = None,
 ) -> Row:
     """Make the row of something that was timed.
 
@@ -76,6 +79,7 @@ def timed_row(
         backprop: of BP, likewise.
         gigaflop: arithmetic.
         conv_rate: of the machine, in 1e9 operations a second.
+        released: seconds of plain autograd as released, likewise.
     """
     middle = median(seconds)
     return Row(
@@ -86,6 +90,7 @@ def timed_row(
         min(seconds),
         max(seconds),
         None if plain is None else middle / median(plain),
+        None if released is None else middle / median(released),
         None if backprop is None else middle / median(backprop),
         gigaflop,
         gigaflop / middle,
@@ -107,7 +112,17 @@ def timing_table(title: str, rows: Sequence[Row]) -> Table:
     table = Table(title=title)
     table.add_column("part", no_wrap=True)
     table.add_column("variant", no_wrap=True)
-    for heading in ("ms", "min", "max", "speed-up\nover plain", "ratio\nto BP", "GF", "GF/s", "of conv\nrate"):
+    for heading in (
+        "ms",
+        "min",
+        "max",
+        "speed-up\nover plain",
+        "over plain\nas released",
+        "ratio\nto BP",
+        "GF",
+        "GF/s",
+        "of conv\nrate",
+    ):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         assert row.seconds_median is not None
@@ -120,6 +135,7 @@ def timing_table(title: str, rows: Sequence[Row]) -> Table:
             _digits(1e3 * row.seconds_min),
             _digits(1e3 * row.seconds_max),
             "" if row.ratio_to_plain is None else f"{1 / row.ratio_to_plain:.2f}",
+            "" if row.ratio_to_released is None else f"{1 / row.ratio_to_released:.2f}",
             "" if row.ratio_to_bp is None else f"{row.ratio_to_bp:.1f}",
             _digits(row.gigaflop or 0.0),
             f"{row.gflops_rate:.0f}",

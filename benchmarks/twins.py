@@ -28,12 +28,13 @@ Activation = Callable[[Tensor], Tensor]
 ACTIVATIONS: dict[str, Activation] = {"elu": F.elu, "identity": lambda values: values}
 
 
-def plain_twin(algorithm: LDRL, draw: Draw | None = None) -> PlainLDRL:
+def plain_twin(algorithm: LDRL, draw: Draw | None = None, released: bool = False) -> PlainLDRL:
     """Build the plain implementation of a published L-DRL, with copies of its weights in torch's own layers.
 
     Args:
         algorithm: with the paper's mirror, noisy switches and SGD.
         draw: draws noise in place of torch's default.
+        released: see `PlainLDRL`.
 
     Raises:
         UserError: if a stage is of a kind that the plain implementation does not have.
@@ -50,6 +51,7 @@ def plain_twin(algorithm: LDRL, draw: Draw | None = None) -> PlainLDRL:
         algorithm.iterations,
         algorithm.feedback_momentum,
         lambda parameters: torch.optim.SGD(parameters, lr=0.02, momentum=0.9, weight_decay=1e-4),
+        released=released,
         **({} if draw is None else {"draw": draw}),
     )
 

@@ -1,6 +1,7 @@
 """The whole training steps that are compared, each outside of Lightning."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,9 @@ from benchmarks.settings import Setting
 from benchmarks.twins import plain_twin
 from bioprop.functional.speed import Speed
 
+#: The plain variant that does in every iteration what the authors' program does.
+RELEASED = "plain, as released"
+
 
 class Variant(NamedTuple):
     """One line of the table.
@@ -20,18 +24,16 @@ class Variant(NamedTuple):
         make: builds it.
         plain: the variant that is plain autograd for the same method, to compare with.
         repeats: steps a round; short ones are noisy.
-        counted_as: the variant whose arithmetic is the same, if this one cannot be looked into.
     """
 
     make: Callable[[Setting], Learner]
     plain: str | None = "plain"
     repeats: int = 1
-    counted_as: str | None = None
 
 
-def plain_learner(setting: Setting) -> Learner:
-    """L-DRL written plainly."""
-    plain = plain_twin(setting.ldrl())
+def plain_learner(setting: Setting, released: bool = False) -> Learner:
+    """L-DRL written plainly; with the clean pass in every iteration, as released by its authors, or once a batch."""
+    plain = plain_twin(setting.ldrl(), released=released)
     return Learner(plain.step, [weight for stage in plain.stages for weight in stage.parameters()], plain)
 
 
@@ -62,6 +64,7 @@ def variants(compile: bool) -> dict[str, Variant]:
         "BP": Variant(lambda setting: algorithm_learner(setting.backprop()), plain=None, repeats=3),
         "BP, plain": Variant(plain_backprop, plain=None, repeats=3),
         "plain": Variant(plain_learner),
+        RELEASED: Variant(partial(plain_learner, released=True)),
         "autograd": _ldrl(Speed(closed_form=False)),
         "closed form": _ldrl(Speed()),
         "closed form, antithetic": _ldrl(Speed(), sampling="antithetic"),
@@ -72,8 +75,8 @@ def variants(compile: bool) -> dict[str, Variant]:
         Speed(), sampling="expected", mirror="exact"
     )  # windows that overwrite have none
     if compile:
-        found["compiled"] = _ldrl(Speed(compile=True), "closed form")
-        found["compiled, bfloat16"] = _ldrl(Speed(compile=True, bfloat16=True), "closed form, bfloat16")
+        found["compiled"] = _ldrl(Speed(compile=True))
+        found["compiled, bfloat16"] = _ldrl(Speed(compile=True, bfloat16=True))
     return found | {
         "DTP, autograd": Variant(
             lambda setting: algorithm_learner(setting.dtp(speed=Speed(closed_form=False))), plain="DTP, autograd"
@@ -82,5 +85,5 @@ def variants(compile: bool) -> dict[str, Variant]:
     }
 
 
-def _ldrl(speed: Speed, counted_as: str | None = None, **changes: str) -> Variant:
-    return Variant(lambda setting: algorithm_learner(setting.ldrl(speed=speed, **changes)), counted_as=counted_as)
+def _ldrl(speed: Speed, **changes: str) -> Variant:
+    return Variant(lambda setting: algorithm_learner(setting.ldrl(speed=speed, **changes)))

@@ -14,6 +14,7 @@ from bioprop.functional.compiled import compiled
 from bioprop.functional.layer_products import ConvProducts, LayerProducts, LinearProducts, SmallMapProducts
 from bioprop.functional.pool_windows import NO_POOL, ConvGeometry
 from bioprop.functional.pooling import Places, Pool, Size, gather_less, last_windows
+from bioprop.functional.precision import products_are_reduced
 from bioprop.functional.speed import Speed
 from bioprop.functional.stage_maps import StageMaps
 from bioprop.functional.tiled_feedback import TiledLayer
@@ -152,7 +153,7 @@ def tiled_layer(stage: Stage, mirror: Mirror, speed: Speed) -> TiledLayer | None
     taps, (padding, _) = stage.weight.shape[-1], (int(side) for side in stage.conv.padding)
     known = stage.conv.stride == (1, 1) and taps <= MOST_TAPS and padding < taps
     narrow = min(stage.weight.shape[:2]) < TILED_CHANNELS or isinstance(layer_products(stage), SmallMapProducts)
-    reduced = speed.bfloat16 and prod(stage.map_size) >= REDUCED_PIXELS
+    reduced = (speed.bfloat16 or products_are_reduced()) and prod(stage.map_size) >= REDUCED_PIXELS
     if not known or narrow or reduced or stage.weight.device.type != "cpu":
         return None
     return tile_layer(stage, mirror)
