@@ -106,7 +106,7 @@ def measure(settings: Mapping[str, Setting], amounts: Amounts, threads: int, out
         title = f"{name}, batch {setting.batch}, {threads} threads, torch {run['torch']}, {run['cpu']}"
         console.print(timing_table(f"{title}\none iteration of a stage; a whole training step", timed))
         if amounts.memory:
-            values += _memory(name, setting, threads)
+            values += _memory(name, setting, threads, amounts.compile)
         rows += [replace(row, batch=setting.batch, **run) for row in timed]
         values += [rate] if rate is not None else []
     values += _lightning(amounts.lightning_batches) if amounts.lightning_batches else []
@@ -168,8 +168,8 @@ def _step_gigaflop(setting: Setting, variant: Variant) -> float:
         return count_gigaflop(lambda: step(*batch)) * setting.batch / COUNTED_BATCH
 
 
-def _memory(name: str, setting: Setting, threads: int) -> Iterator[Row]:
-    for variant in ("plain", "closed form"):
+def _memory(name: str, setting: Setting, threads: int, compile: bool) -> Iterator[Row]:
+    for variant in ("plain", "closed form", *(["compiled"] if compile else [])):
         peak, added = peak_memory(setting, variant, threads)
         for value, unit in ((peak, "MiB, peak of a process"), (added, "MiB of it by two steps")):
             yield Row(name, "memory", variant, value=value, unit=unit, batch=setting.batch)

@@ -24,7 +24,7 @@ def peak_memory(setting: Setting, variant: str, threads: int) -> tuple[float, fl
 
 def _measure(setting: Setting, variant: str, threads: int) -> tuple[float, float]:
     torch.set_num_threads(threads)
-    learner = variants(compile=False)[variant].make(setting)
+    learner = variants(compile=True)[variant].make(setting)
     images, labels = setting.draw()
     memory = PeakMemory(torch.device("cpu"))
     before = memory.read()

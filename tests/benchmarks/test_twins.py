@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.arithmetic import count_gigaflop
 from benchmarks.plain_ldrl import PlainLDRL
 from benchmarks.settings import Setting
-from benchmarks.twins import assert_equal
+from benchmarks.twins import assert_equal, plain_twin
 from bioprop.errors import UserError
 from bioprop.networks import LeNet, SimpleVGG
 
@@ -47,6 +48,24 @@ SETTINGS = {
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
 def test_plain_closed_form_and_autograd_train_alike(setting: Setting) -> None:
     assert_equal(setting)
+
+
+def test_as_released_the_clean_pass_is_run_again_and_changes_nothing() -> None:
+    setting = SETTINGS["lenet"]
+    images, labels = setting.draw()
+    twins: list[PlainLDRL] = []
+    gigaflop: list[float] = []
+    for released in (False, True):
+        algorithm = setting.ldrl().double()
+        plain = plain_twin(algorithm, released=released)
+        torch.manual_seed(1)
+        gigaflop.append(count_gigaflop(partial(plain.step, images.double(), labels)))
+        twins.append(plain)
+    for once, again in zip(*(each.stages for each in twins), strict=True):
+        assert all(torch.equal(*pair) for pair in zip(once.parameters(), again.parameters(), strict=True))
+    # 8 images; conv2: 5x4 kernels of 5x5 at 8x8 places, 3 times; fc1: 80 to 12 units, twice; fc2: 12 to 10 units
+    again = 2 * 8 * (3 * 5 * 4 * 25 * 64 + 2 * 80 * 12 + 12 * 10) / 1e9
+    assert gigaflop[1] - gigaflop[0] == pytest.approx(again)
 
 
 def flip_target(plain: PlainLDRL) -> None:
