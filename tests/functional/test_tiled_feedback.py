@@ -109,7 +109,9 @@ def test_blocks_are_equal_parts_that_stay_in_the_cache() -> None:
     assert module._block(128, module.BLOCK_BYTES // 64) == 64
     assert module._block(128, module.BLOCK_BYTES // 200) == 128
     assert module._block(90, module.BLOCK_BYTES // 40) == 30
-    assert module._block(97, module.BLOCK_BYTES // 40) == 1
+    assert module._block(97, module.BLOCK_BYTES // 40) == 97
+    assert module._block(4 * 97, module.BLOCK_BYTES // 40) == 97
+    assert module._block(6, 2 * module.BLOCK_BYTES) == 1
 
 
 def wide(channels: int = 64, taps: int = 3, size: int = 8, **more: Any) -> ConvStage:

@@ -175,9 +175,15 @@ class _Padded:
 
 
 def _block(batch: int, sample_bytes: int) -> int:
-    """Samples of a block: the largest part of a batch, in equal parts, whose tiles stay in the cache."""
+    """Samples of a block: the largest part of a batch, in equal parts, whose tiles stay in the cache.
+
+    Equal, since every size is compiled for itself. Where that would make many tiny blocks (of a prime number of
+    samples, say), the next larger part.
+    """
+    most = max(1, min(batch, BLOCK_BYTES // sample_bytes))
     parts = [part for part in range(1, batch + 1) if batch % part == 0]
-    return max((part for part in parts if part * sample_bytes <= BLOCK_BYTES), default=1)
+    fitting = max(part for part in parts if part <= most)
+    return fitting if 4 * fitting > most else min(part for part in parts if part > most)
 
 
 def _total(blocks: Sequence[Tiles]) -> Tiles:
