@@ -131,8 +131,10 @@ def _time(name: str, setting: Setting, amounts: Amounts) -> tuple[list[Row], Row
 
 def _stages(name: str, setting: Setting, amounts: Amounts, rate: float | None) -> Iterator[Row]:
     iterations = min(amounts.stage_iterations, *setting.iterations)
-    runs = stages.stage_runs(setting, iterations)
-    counts = {key: count_gigaflop(run) for key, run in stages.stage_runs(setting, 1, COUNTED_BATCH).items()}
+    runs = stages.stage_runs(setting, iterations, compile=amounts.compile)
+    counted = stages.stage_runs(setting, 1, COUNTED_BATCH, amounts.compile)
+    with torch.compiler.set_stance("force_eager"):  # what is compiled cannot be looked into
+        counts = {key: count_gigaflop(run) for key, run in counted.items()}
     seconds = interleaved({" ".join(key): run for key, run in runs.items()}, amounts.stage_rounds)
     each = {key: [time / iterations for time in seconds[" ".join(key)]] for key in runs}
     for (stage, variant), times in each.items():
@@ -164,7 +166,7 @@ def _steps(name: str, setting: Setting, amounts: Amounts, rate: float | None) ->
 
 def _step_gigaflop(setting: Setting, variant: Variant) -> float:
     step, batch = variant.make(setting).step, setting.draw(COUNTED_BATCH)
-    with torch.compiler.set_stance("force_eager"):  # what is compiled cannot be looked into
+    with torch.compiler.set_stance("force_eager"):
         return count_gigaflop(lambda: step(*batch)) * setting.batch / COUNTED_BATCH
 
 
