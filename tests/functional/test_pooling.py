@@ -10,6 +10,8 @@ from torch import Tensor
 from bioprop.functional.pooling import (
     Pool,
     gather_windows,
+    last_windows,
+    last_windows_as_numbers,
     max_pool,
     unpool_adding,
     unpool_overwriting,
@@ -119,3 +121,12 @@ def test_overwriting_has_the_right_jacobian() -> None:
     survived = torch.isin(values.detach(), maps.detach())
     assert torch.equal(gradient != 0, survived)
     assert not survived.all()
+
+
+@pytest.mark.parametrize("pool", [Pool(3, 2, 1), Pool(3, 1, 1), Pool(5, 2, 2)], ids=str)
+def test_last_windows_as_numbers_are_the_same_windows(pool: Pool) -> None:
+    _, switches = max_pool(torch.randn(3, 4, 11, 9).contiguous(memory_format=torch.channels_last), pool)
+    found = last_windows_as_numbers(switches, pool)
+    assert torch.equal(found, last_windows(switches, pool).float())
+    assert 0 < found.mean() < 1
+    assert found.is_contiguous(memory_format=torch.channels_last)

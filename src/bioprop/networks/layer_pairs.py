@@ -13,7 +13,7 @@ from bioprop.functional.closed_forms import LayerPair
 from bioprop.functional.compiled import compiled
 from bioprop.functional.layer_products import ConvProducts, LayerProducts, LinearProducts, SmallMapProducts
 from bioprop.functional.pool_windows import NO_POOL, ConvGeometry
-from bioprop.functional.pooling import Places, Pool, Size, gather_less, last_windows
+from bioprop.functional.pooling import Places, Pool, Size, gather_less, last_windows_as_numbers
 from bioprop.functional.precision import products_are_reduced
 from bioprop.functional.speed import Speed
 from bioprop.functional.stage_maps import StageMaps
@@ -184,7 +184,7 @@ def _fused_unpool_less(pool: Pool, size: Size) -> UnpoolLess:
 @cache
 def _fused_locate(pool: Pool, size: Size) -> Callable[[Tensor | None], Places | None]:
     """Compile the search for the windows whose value stays, for one geometry; where none overlap there is no search."""
-    last = compiled(last_windows) if pool.overlaps else None
+    last = compiled(last_windows_as_numbers) if pool.overlaps else None
 
     def run(switches: Tensor | None) -> Places | None:
         assert switches is not None
