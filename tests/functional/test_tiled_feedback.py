@@ -15,7 +15,7 @@ from bioprop.functional.speed import Speed
 from bioprop.functional.tiled_feedback import TiledFeedback
 from bioprop.functional.winograd import MOST_TAPS
 from bioprop.networks import ConvStage, LinearStage, Stage, build_mirror
-from bioprop.networks.layer_pairs import tile_layer, tiled_layer
+from bioprop.networks.layer_pairs import tiled_layer, tiled_where_it_pays
 from tests.geometries import ACTIVATIONS, POOLS, few
 
 SIGMA, BATCH = 0.3, 6
@@ -65,7 +65,7 @@ def both(
         inputs = torch.randn(BATCH, *stage.input_shape, dtype=dtype)
         affine = stage.affine(inputs)
         output, switches = stage.activate(affine)
-        tiled = TiledFeedback(tile_layer(stage, mirror), stage.weight, affine, compile)
+        tiled = TiledFeedback(tiled_layer(stage, mirror), stage.weight, affine, compile)
         noise = [SIGMA * torch.randn(shape, dtype=dtype) for shape in tiled.noise_shapes()]
         assert len(noise) == 2 * blocks
         found = tiled.gradient(mirror.weight, noise, SIGMA, *rule)
@@ -120,8 +120,8 @@ def wide(channels: int = 64, taps: int = 3, size: int = 8, **more: Any) -> ConvS
 
 def test_tiles_are_for_wide_layers_that_are_compiled() -> None:
     for stage in (wide(), wide(taps=5, pool=OVERLAPPING), wide(size=4)):
-        assert tiled_layer(stage, build_mirror(stage, "paper"), COMPILED) is not None
-        assert tiled_layer(stage, build_mirror(stage, "paper"), Speed()) is None
+        assert tiled_where_it_pays(stage, build_mirror(stage, "paper"), COMPILED) is not None
+        assert tiled_where_it_pays(stage, build_mirror(stage, "paper"), Speed()) is None
 
 
 @pytest.mark.parametrize(
@@ -130,13 +130,13 @@ def test_tiles_are_for_wide_layers_that_are_compiled() -> None:
     ids=["narrow", "stride", "large kernel", "wide border", "2x2 map", "linear"],
 )
 def test_other_layers_keep_their_products(stage: Stage) -> None:
-    assert tiled_layer(stage, build_mirror(stage, "paper"), COMPILED) is None
+    assert tiled_where_it_pays(stage, build_mirror(stage, "paper"), COMPILED) is None
 
 
 def test_bfloat16_keeps_its_products_where_they_are_faster() -> None:
     reduced = Speed(compile=True, bfloat16=True)
     for stage, by_tiles in ((wide(size=8), False), (wide(size=4), True)):
-        assert (tiled_layer(stage, build_mirror(stage, "paper"), reduced) is not None) == by_tiles
+        assert (tiled_where_it_pays(stage, build_mirror(stage, "paper"), reduced) is not None) == by_tiles
 
 
 @pytest.mark.slow  # a compiler takes its time

@@ -22,7 +22,7 @@ from bioprop.functional.layered_feedback import composed_ldrl_gradient, layered_
 from bioprop.functional.precision import float32_products, products_are_reduced
 from bioprop.functional.speed import DEFAULT_SPEED, Speed
 from bioprop.functional.tiled_feedback import TiledFeedback
-from bioprop.networks.layer_pairs import expected_geometry, layer_pair, noise_shape, tiled_layer
+from bioprop.networks.layer_pairs import expected_geometry, layer_pair, noise_shape, tiled_where_it_pays
 from bioprop.networks.mirrors import LayerMirror, Mirror
 from bioprop.networks.network import Network
 from bioprop.networks.residual_mirrors import LayeredMirror
@@ -161,7 +161,7 @@ class LDRL(LayerwiseFeedback):
         pair = layer_pair(stage, mirror, self.speed)
         if pair is None or clean.affine is None or not isinstance(mirror, LayerMirror):
             return self._by_autograd(stage, mirror, clean, noise, shapes, rule)
-        by_tiles = tiled_layer(stage, mirror, self.speed)
+        by_tiles = tiled_where_it_pays(stage, mirror, self.speed)
         if by_tiles is not None:
             tiled = TiledFeedback(by_tiles, pair.weight, clean.affine, compile=True)
             parts = tiled.noise_shapes()

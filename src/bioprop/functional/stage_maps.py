@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bioprop.functional.plane_pooling import pool_planes, unpool_planes
+from bioprop.functional.batch_last_pooling import pool_batch_last, unpool_batch_last
 from bioprop.functional.pooling import Pool, Size
 
 #: ``phi(y_n)`` and switches of the noisy pass; and of that with the opposite noise, if it is asked for.
@@ -26,7 +26,7 @@ class StageMaps(NamedTuple):
         phi: activation of ``G``.
         pool: max-pooling, if any.
         pool_last: pool after the activation, as one that maps many values to one needs.
-        overwrite: how unpooling treats overlapping windows, see `unpool_planes`.
+        overwrite: how unpooling treats overlapping windows, see `unpool_batch_last`.
     """
 
     map_size: Size
@@ -57,15 +57,15 @@ class StageMaps(NamedTuple):
             return output, torch.zeros_like(output)
         bordered = self.pool._replace(padding=0)
         if self.pool_last:
-            return pool_planes(torch.where(affine == -torch.inf, affine, self.rho(affine)), bordered)
-        pooled, switches = pool_planes(affine, bordered)
+            return pool_batch_last(torch.where(affine == -torch.inf, affine, self.rho(affine)), bordered)
+        pooled, switches = pool_batch_last(affine, bordered)
         return self.rho(pooled), switches
 
     def unpool(self, pooled: Tensor, switches: Tensor) -> Tensor:
         """Put values back to their places."""
         if self.pool is None:
             return pooled
-        return unpool_planes(pooled, switches, self.pool, self.map_size, self.overwrite)
+        return unpool_batch_last(pooled, switches, self.pool, self.map_size, self.overwrite)
 
 
 class CleanMaps(NamedTuple):

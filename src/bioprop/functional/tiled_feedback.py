@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bioprop.functional.activations import identity
+from bioprop.functional.closed_forms import inner
 from bioprop.functional.compiled import compiled
 from bioprop.functional.feedback_losses import FeedbackGradient
 from bioprop.functional.pooling import Size
@@ -133,9 +134,9 @@ class TiledFeedback:
             del second, tiles
         first_sum, second_sum = passes.weight_gradients(_total(firsts), _total(seconds), tiling)
         # |V^T D2|^2 = <V, wgrad(V^T D2, D2)>
-        second_term = torch.dot(*map(_flat, (feedback, second_sum)))
+        second_term = inner(feedback, second_sum)
         gradient = second_sum.sub_(first_sum)
-        loss = (2.0 * torch.dot(*map(_flat, (feedback, gradient))) - second_term) / self._batch
+        loss = (2.0 * inner(feedback, gradient) - second_term) / self._batch
         if maps.phi is identity:
             curvature = feedback.new_full((len(feedback),), 2.0 * sigma**2 * prod(maps.output_size))
         else:
@@ -147,11 +148,6 @@ class TiledFeedback:
         bordered = F.pad(affine, (0, 0, *[maps.border] * 4), value=-torch.inf).contiguous()
         output, switches, phi = self._passes.clean_outputs(bordered, maps)
         return CleanMaps(bordered, output, switches, phi, self._passes.unpool(phi, switches, maps))
-
-
-def _flat(weight: Tensor) -> Tensor:
-    """View a weight in ``channels_last`` layout as a vector."""
-    return weight.permute(0, 2, 3, 1).reshape(-1)
 
 
 class _Padded:

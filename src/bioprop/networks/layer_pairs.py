@@ -138,7 +138,7 @@ def layer_pair(stage: Stage, mirror: Mirror, speed: Speed) -> LayerPair | None:
     )
 
 
-def tiled_layer(stage: Stage, mirror: Mirror, speed: Speed) -> TiledLayer | None:
+def tiled_where_it_pays(stage: Stage, mirror: Mirror, speed: Speed) -> TiledLayer | None:
     """Return what the closed form by tiles needs of a stage that `layer_pair` holds for; None where it does not pay.
 
     It has to be compiled, on a CPU: on a GPU the library of convolutions chooses such ways by itself.
@@ -156,10 +156,10 @@ def tiled_layer(stage: Stage, mirror: Mirror, speed: Speed) -> TiledLayer | None
     reduced = (speed.bfloat16 or products_are_reduced()) and prod(stage.map_size) >= REDUCED_PIXELS
     if not known or narrow or reduced or stage.weight.device.type != "cpu":
         return None
-    return tile_layer(stage, mirror)
+    return tiled_layer(stage, mirror)
 
 
-def tile_layer(stage: ConvStage, mirror: ConvMirror) -> TiledLayer:
+def tiled_layer(stage: ConvStage, mirror: ConvMirror) -> TiledLayer:
     """Return what the closed form by tiles needs of a convolution of stride 1."""
     (padding, _), size = (int(side) for side in stage.conv.padding), (stage.input_shape[1], stage.input_shape[2])
     rho, pool_last = forward_activation(stage.activation), stage.activation in FLAT

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bioprop.functional.plane_pooling import pool_planes, unpool_planes
+from bioprop.functional.batch_last_pooling import pool_batch_last, unpool_batch_last
 from bioprop.functional.pooling import Pool, max_pool, unpool_adding, unpool_overwriting
 from tests.geometries import POOLS
 
@@ -24,10 +24,10 @@ def test_pooling_and_its_two_ways_back(pool: Pool, size: tuple[int, int], ties: 
     images = torch.randn(3, 4, *size, dtype=torch.float64)
     images = images.round() if ties else images
     pooled, switches = max_pool(images, pool)
-    found, numbers = pool_planes(planes(images), pool)
+    found, numbers = pool_batch_last(planes(images), pool)
     assert torch.equal(found, planes(pooled))
     assert numbers.dtype is torch.float64
     values = torch.randn_like(pooled)
     for overwrite, way_back in ((False, unpool_adding), (True, unpool_overwriting)):
-        back = unpool_planes(planes(values), numbers, pool, size, overwrite)
+        back = unpool_batch_last(planes(values), numbers, pool, size, overwrite)
         torch.testing.assert_close(back, planes(way_back(values, switches, pool, size)), rtol=1e-14, atol=1e-14)

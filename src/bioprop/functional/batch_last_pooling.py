@@ -12,7 +12,7 @@ from torch import Tensor
 from bioprop.functional.pooling import Pool
 
 
-def pool_planes(maps: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
+def pool_batch_last(maps: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
     """Pool, and return (pooled maps, switches). The first of equal maxima in reading order is chosen."""
     rows, columns = pool.output_size(*maps.shape[1:3])
     if pool.padding:
@@ -29,12 +29,12 @@ def pool_planes(maps: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
     return largest, switches
 
 
-def unpool_planes(pooled: Tensor, switches: Tensor, pool: Pool, size: tuple[int, int], overwrite: bool) -> Tensor:
+def unpool_batch_last(pooled: Tensor, switches: Tensor, pool: Pool, size: tuple[int, int], overwrite: bool) -> Tensor:
     """Put values back where their switches point.
 
     Args:
         pooled: ``[channels, rows, columns, batch]``.
-        switches: by `pool_planes`.
+        switches: by `pool_batch_last`.
         pool: its geometry.
         size: height and width of the map before pooling.
         overwrite: where windows overlap, keep the value of the last in reading order, instead of adding all.
