@@ -1,6 +1,7 @@
 """Recording feedback training, with a stand-in for CUDA graphs: it repeats the call on the recorded tensors."""
 
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
 
 import pytest
@@ -17,12 +18,12 @@ from tests.algorithms.contract import changed, copy_state, draw_batch, small_len
 class StandIn:
     """Records by remembering the function; counts recordings and replays."""
 
-    def __init__(self) -> None:
-        self.recordings = self.replays = 0
+    def __init__(self, device: str = "cpu") -> None:
+        self.device, self.recordings, self.replays = device, 0, 0
 
     def __call__(self, function: Callable[[], Tensor], generator: torch.Generator) -> tuple[Replay, Tensor]:
         self.recordings += 1
-        result = torch.zeros(())
+        result = torch.zeros((), device=self.device)
 
         def replay() -> None:
             self.replays += 1
@@ -39,8 +40,7 @@ def refuse(function: Callable[[], Tensor], generator: torch.Generator) -> tuple[
 def record_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[LDRL], StandIn]:
     def install(algorithm: LDRL) -> StandIn:
         backend = StandIn()
-        names = ["conv2", "fc1", "fc2"]
-        algorithm._recorded = {name: Recorded(backend) for name in names}
+        algorithm._recorded = defaultdict(lambda: Recorded(backend))
         monkeypatch.setattr(LayerwiseFeedback, "_may_record", lambda self, clean: self is algorithm)
         return backend
 

@@ -1,6 +1,7 @@
 """What methods that train a feedback operator a stage share: their settings, and the loop that trains them."""
 
 from abc import abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -103,7 +104,7 @@ class LayerwiseFeedback(MirroredFeedback):
         for (_, below), (name, stage) in mirrored:
             self.feedback[name] = self._build_mirror(below, stage, mirror)
         self.streams = RandomStreams()
-        self._recorded: dict[str, Recorded] = {}
+        self._recorded = defaultdict[str, Recorded](Recorded)
         self._observers: list[Callable[[FeedbackIteration], None]] = []
         self._feedback_optimizer = self._make_feedback_optimizer()
         self.remember(
@@ -153,7 +154,7 @@ class LayerwiseFeedback(MirroredFeedback):
                 noise = self._noise(place, clean)
                 train = partial(self._train_stage, name, stage, mirror, sigma, lr, iterations, noise)
                 if self._may_record(clean):
-                    losses[name] = self._recorded.setdefault(name, Recorded())(train, clean, noise.generator())
+                    losses[name] = self._recorded[name](train, clean, noise.generator())
                 else:
                     losses[name] = train(*clean)
         self.streams.next_batch()

@@ -46,8 +46,7 @@ class Recorded:
         self._backend = backend
         self._shapes: list[Any] | None = None
         self._inputs: list[Tensor | None] = []
-        self._replay: Replay | None = None
-        self._result = torch.empty(0)
+        self._recording: tuple[Replay, Tensor] | None = None
         self._failed = False
 
     def __call__(
@@ -66,12 +65,12 @@ class Recorded:
         shapes: list[Any] = [each if each is None else (each.shape, each.stride(), each.dtype) for each in arguments]
         shapes.append(products_are_reduced())
         if self._failed or shapes != self._shapes:
-            self._shapes, self._replay = shapes, None
+            self._shapes, self._recording = shapes, None
             return function(*arguments)
-        if self._replay is None:
+        if self._recording is None:
             self._inputs = [each if each is None else each.clone() for each in arguments]
             try:
-                self._replay, self._result = self._backend(lambda: function(*self._inputs), generator)
+                self._recording = self._backend(lambda: function(*self._inputs), generator)
             except RuntimeError as error:
                 self._failed = True
                 reason = str(error).strip().splitlines()[0]
@@ -80,5 +79,6 @@ class Recorded:
         for kept, fresh in zip(self._inputs, arguments, strict=True):
             if kept is not None and fresh is not None:
                 kept.copy_(fresh)
-        self._replay()
-        return self._result.clone()
+        replay, result = self._recording
+        replay()
+        return result.clone()

@@ -1,0 +1,151 @@
+"""What a GPU would be asked to do, without one: torch's fake tensors know where everything lies, and hold no values.
+
+So a tensor left on the CPU, a copy between the two, or a host that waits for a result (``.item()``, a mask that
+selects) is an error here; any of them would keep a stage from being recorded as a CUDA graph.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bioprop.algorithms import DTP, LDRL, ParallelLDRL
+from bioprop.algorithms.layerwise_feedback import LayerwiseFeedback
+from bioprop.algorithms.random_streams import RandomStreams
+from bioprop.algorithms.recorded import Recorded
+from bioprop.functional import pool_windows
+from bioprop.functional.feedback_losses import FeedbackGradient
+from bioprop.functional.speed import Speed
+from bioprop.networks.mirrors import Mirror
+from bioprop.networks.network import Network
+from tests.algorithms.contract import NETWORKS, SHAPE, on_every_network
+from tests.algorithms.test_recorded import StandIn
+
+BATCH = 8
+METHODS: dict[str, tuple[type[LayerwiseFeedback], dict[str, Any]]] = {
+    "L-DRL": (LDRL, {}),
+    "L-DRL as published": (LDRL, {"mirror": "paper", "switches": "noisy", "feedback_step": "sgd"}),
+    "antithetic": (LDRL, {"sampling": "antithetic"}),
+    "expected": (LDRL, {"sampling": "expected"}),
+    "bfloat16": (LDRL, {"speed": Speed(bfloat16=True)}),
+    "parallel": (ParallelLDRL, {"samples": 2}),
+    "DTP": (DTP, {}),
+}
+
+
+class NothingOnTheHost(TorchDispatchMode):
+    """Count operations; refuse those that read a tensor of the CPU, or make one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        seen = [each for each in tree_leaves((args, kwargs, result)) if isinstance(each, Tensor)]
+        assert all(each.is_cuda for each in seen), f"{function} of or to the CPU"
+        self.operations += 1
+        return result
+
+
+@contextmanager
+def on_a_simulated_gpu(algorithm: LayerwiseFeedback) -> Iterator[None]:
+    """Move an algorithm to a GPU that is not there, but for the counters of its noise, which stay on the CPU."""
+    algorithm.streams = Counters()
+    with FakeTensorMode():
+        for module in algorithm.modules():
+            for kept in (module._parameters, module._buffers):
+                kept.update({name: moved(tensor) for name, tensor in kept.items() if tensor is not None})
+        algorithm._feedback_optimizer = algorithm._make_feedback_optimizer()
+        for group in algorithm._feedback_optimizer.param_groups if algorithm._feedback_optimizer else []:
+            group["fused"], group["foreach"] = False, False  # fake tensors know no fused step
+        yield
+
+
+def moved(tensor: Tensor) -> Tensor:
+    there = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
+    return nn.Parameter(there, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else there
+
+
+class Counters(RandomStreams):
+    """Counters that are plain numbers: the real ones are tensors of the CPU that are read there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self._buffers["seed"], self._buffers["batches"]
+        self.seed, self.batches = 7, 0  # type: ignore[assignment]
+
+
+@pytest.fixture(autouse=True)
+def own_constants() -> Iterator[None]:
+    """Keep constants without values from other tests."""
+    yield
+    for cached in (pool_windows.window_classes, pool_windows._switch_values):
+        cached.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def device_generators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let generators of a GPU be made, and drawn from, without one."""
+
+    class Generator:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def manual_seed(self, seed: int) -> "Generator":
+            return self
+
+    normal = Tensor.normal_
+    monkeypatch.setattr(torch, "Generator", Generator)
+    monkeypatch.setattr(Tensor, "normal_", lambda self, mean, sigma, generator: normal(self, mean, sigma))
+
+
+def make(method: str, build: Callable[[], Network]) -> LayerwiseFeedback:
+    algorithm, settings = METHODS[method]
+    return algorithm(build(), iterations=3, **settings)
+
+
+def draw_batch() -> tuple[Tensor, Tensor]:
+    images = torch.empty(BATCH, *SHAPE, device="cuda").contiguous(memory_format=torch.channels_last)
+    return images, torch.empty(BATCH, dtype=torch.int64, device="cuda")
+
+
+@on_every_network
+@pytest.mark.parametrize("method", METHODS)
+def test_a_batch_stays_on_the_gpu(method: str, build: Callable[[], Network]) -> None:
+    algorithm, backend = make(method, build), StandIn("cuda")
+    algorithm._recorded = defaultdict(lambda: Recorded(backend))
+    with on_a_simulated_gpu(algorithm):
+        algorithm._learn(*draw_batch())  # copies constants and makes momentum, which stay
+        with NothingOnTheHost() as watched:
+            for _ in range(2):
+                losses, gradients = algorithm._learn(*draw_batch())
+    assert losses.keys() == algorithm.feedback.keys()
+    assert gradients.forward.keys() == dict(algorithm.network.named_parameters()).keys()
+    assert watched.operations > 0
+    recorded = 0 if isinstance(algorithm, ParallelLDRL) else len(algorithm.feedback)  # parallel stages take turns
+    assert (backend.recordings, backend.replays) == (recorded, 2 * recorded)
+
+
+@pytest.mark.parametrize("fault", [Tensor.item, Tensor.cpu, Tensor.nonzero, lambda loss: loss + torch.ones(1)])
+def test_a_host_that_waits_is_noticed(fault: Callable[[Tensor], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    algorithm = make("L-DRL", NETWORKS["lenet"])
+    step = LayerwiseFeedback._step_feedback_weights
+
+    def faulty(self: LayerwiseFeedback, mirror: Mirror, gradient: FeedbackGradient, lr: float) -> None:
+        step(self, mirror, gradient, lr)
+        fault(gradient.loss)
+
+    monkeypatch.setattr(LayerwiseFeedback, "_step_feedback_weights", faulty)
+    refused = pytest.raises((AssertionError, DataDependentOutputException, DynamicOutputShapeException))
+    with on_a_simulated_gpu(algorithm), NothingOnTheHost(), refused:
+        algorithm._learn(*draw_batch())
