@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from bioprop.algorithms import DTP, LDRL, LayerwiseFeedback
 from bioprop.errors import UserError
+from bioprop.functional import closed_forms
+from bioprop.functional.closed_forms import blocks
 from bioprop.functional.pooling import Pool
 from bioprop.functional.speed import Speed
 from bioprop.networks import ConvStage, LinearStage, Network, Stage, StageOutput
@@ -48,6 +50,16 @@ def test_closed_form_is_autograd_and_leaves_frozen_parameters_out(network: Netwo
         if not any(parameter.requires_grad for parameter in stage.parameters()):
             next(stage.parameters()).requires_grad_(True)
     assert_same_gradients(network.double(), torch.randn(4, *network.stages()[0][1].input_shape, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("cut", ["middle.conv.weight", "middle.conv.bias", None])
+def test_blocks_of_samples_add_up(cut: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = with_middle(ConvStage((4, 6, 6), 4, 3, padding=1, pool=Pool(3, 2, 1))).double()
+    if cut is not None:
+        network.get_parameter(cut).requires_grad_(False)
+    monkeypatch.setattr(closed_forms, "BLOCK_BYTES", 1)
+    assert [each.stop - each.start for each in blocks(torch.empty(27, 4, 6, 6), fewest=8)] == [7, 7, 7, 6]
+    assert_same_gradients(network, torch.randn(27, 1, 6, 6, dtype=torch.float64))
 
 
 def test_a_frozen_stage_has_no_gradient() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from bioprop.errors import UserError
 from bioprop.functional.pooling import Pool, unpool_adding
 from bioprop.networks import ConvStage, LinearStage, Mirror, Stage, StageOutput, build_mirror
+from bioprop.networks.mirrors import ConvMirror
 
 # torch's own forward-mode differentiation compiles its rules in a way that it deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
@@ -125,6 +126,21 @@ def test_difference_is_the_difference_of_two_feedback_passes(build: Build, form:
     step = torch.randn_like(output)
     expected = mirror(output + step, switches) - mirror(output, switches)
     assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(mirror.difference(output, step, switches), expected, rtol=1e-10, atol=1e-13)
+
+
+class SquaringMirror(ConvMirror):
+    """A user's mirror with features of its own."""
+
+    def features(self, outputs: Tensor, switches: Tensor | None) -> Tensor:
+        return super().features(outputs, switches).square()
+
+
+def test_a_mirror_with_features_of_its_own_has_their_difference() -> None:
+    _, mirror, _, (output, switches) = make_pair(STAGES["conv, overlapping pool"], "exact")
+    mirror.__class__ = SquaringMirror
+    step = torch.randn_like(output)
+    expected = mirror(output + step, switches) - mirror(output, switches)
     torch.testing.assert_close(mirror.difference(output, step, switches), expected, rtol=1e-10, atol=1e-13)
 
 

@@ -59,7 +59,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 #: The slope ``rho'(a)`` as a function of the output ``rho(a)``; at a kink that of torch's own derivative.
 SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
-    "elu": lambda y: (y + 1.0).clamp_max(1.0),
+    "elu": lambda y: (y + 1.0).clamp_max_(1.0),
     "relu": lambda y: (y > 0).to(y.dtype),
     "tanh": lambda y: 1.0 - y.square(),
     "leaky_relu": lambda y: torch.full_like(y, 0.01).masked_fill(y > 0, 1.0),  # in float64 `where` would round 0.01

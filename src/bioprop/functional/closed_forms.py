@@ -77,11 +77,16 @@ def clean_pass(pair: LayerPair, affine: Tensor, output: Tensor, switches: Tensor
     return CleanPass(affine, output, places, phi, pair.unpool(phi, places))
 
 
-def blocks(affine: Tensor) -> list[slice]:
-    """Cut a batch on a CPU into blocks whose maps stay in its cache: 15 percent faster on LeNet's second stage."""
+def blocks(affine: Tensor, fewest: int = 32) -> list[slice]:
+    """Cut a batch on a CPU into blocks whose maps stay in its cache: 15 percent faster on LeNet's second stage.
+
+    Args:
+        affine: maps of the batch.
+        fewest: samples that a block is not cut to less than.
+    """
     batch, size = len(affine), affine[0].numel() * affine.element_size()
     samples = batch
-    while affine.device.type == "cpu" and samples * size > BLOCK_BYTES and samples > 32:
+    while affine.device.type == "cpu" and samples * size > BLOCK_BYTES and samples > fewest:
         samples = (samples + 1) // 2
     return [slice(start, min(start + samples, batch)) for start in range(0, batch, samples)]
 

@@ -1,5 +1,7 @@
 """Gradient of the expected feedback loss, and steps along it."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -58,15 +60,18 @@ def expected_steps(
     M = torch.zeros_like(g) if velocity is None else velocity
     if isinstance(rate, Tensor):
         rate = rate.view(-1, *[1] * (g.dim() - 1))
+    # (x_k, y_k) for all k, and the p_k, q_k of the velocity p_k g_0 + q_k M_0: small, so that calls are what they cost
+    course = h.new_zeros(iterations + 1, 2, *h.shape)
+    velocities = torch.stack([torch.zeros_like(h), torch.ones_like(h)])
+    for here, after in pairwise(course):
+        velocities.mul_(momentum).addcmul_(h, here)
+        velocities[0].add_(1.0)
+        torch.sub(here, velocities * rate, out=after)
+    x, y = course[:-1].unbind(1)
     gg, gM, MM = ((a * b).sum(1, keepdim=True) for a, b in ((g, g), (g, M), (M, M)))
-    x, y, p, q = torch.zeros_like(h), torch.zeros_like(h), torch.zeros_like(h), torch.ones_like(h)
-    losses = []
-    for _ in range(iterations):
-        linear, square = x * gg + y * gM, x * x * gg + 2 * x * y * gM + y * y * MM
-        losses.append(first.loss + (linear + 0.5 * h * square).sum())
-        p, q = momentum * p + 1.0 + h * x, momentum * q + h * y
-        x, y = x - rate * p, y - rate * q
+    terms = x * gg + y * gM + 0.5 * h * (x * x * gg + 2 * x * y * gM + y * y * MM)
+    (x, y), (p, q) = course[-1], velocities
     feedback.addcmul_(x, g).addcmul_(y, M)
     if velocity is not None:
         velocity.mul_(q).addcmul_(p, g)
-    return torch.stack(losses)
+    return first.loss + terms.flatten(1).sum(1)

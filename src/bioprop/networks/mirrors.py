@@ -108,7 +108,11 @@ class LayerMirror(Mirror):
         In float32 this keeps digits that subtracting two projections loses: on LeNet's conv1, symmetric, with beta
         1e-3, the part of the angle to BP that is due to rounding was 0.35 degrees instead of 2.1.
         """
-        return self.project(self.features(outputs + step, switches) - self.features(outputs, switches))
+        return self.project(self._features_change(outputs, step, switches))
+
+    def _features_change(self, outputs: Tensor, step: Tensor, switches: Switches) -> Tensor:
+        """Compute ``features(outputs + step) - features(outputs)``."""
+        return self.features(outputs + step, switches) - self.features(outputs, switches)
 
 
 class LinearMirror(LayerMirror):
@@ -159,6 +163,11 @@ class ConvMirror(LayerMirror):
         Every ``phi`` is 0 at 0, so that it may be applied before unpooling, to fewer values.
         """
         return self.unpool(self.phi(outputs), self.locate(switches))
+
+    def _features_change(self, outputs: Tensor, step: Tensor, switches: Tensor | None) -> Tensor:
+        if type(self) is not ConvMirror:  # it may have features of its own
+            return super()._features_change(outputs, step, switches)
+        return self.unpool(self.phi(outputs + step) - self.phi(outputs), self.locate(switches))
 
     def locate(self, switches: Tensor | None) -> Places | None:
         """Say where pooled values go back to, by the rule of the mirror's form; None without pooling."""
