@@ -327,7 +327,7 @@ def test_values_out_of_range_are_refused(settings: dict[str, Any], named: str) -
 
 
 def test_networks_without_such_feedback_are_refused() -> None:
-    with refused("a BasicBlockStage has no outer mirror", "ConvStage, LinearStage"):
+    with refused("a BasicBlockStage has no feedback operator with its activation outside", "ConvStage, LinearStage"):
         FixedWeightDTP(ResNet(SHAPE, CLASSES, blocks=(1, 1), widths=(4, 6)))
     for make in (DTP, LDRL, lambda network: DTP(network, mirror="outer")):
         with refused("a StandardizedStage has no"):

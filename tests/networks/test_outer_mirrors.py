@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 from bioprop.errors import UserError
 from bioprop.functional.pooling import Pool
-from bioprop.networks import ConvStage, LinearStage, build_outer_mirror
+from bioprop.networks import ConvStage, LinearStage, Stage, build_outer_mirror
+from bioprop.networks.outer_mirrors import activation_of
 from bioprop.networks.resnet import StemStage
 from tests.algorithms.plain import unpool
 
@@ -57,7 +58,43 @@ def test_small_differences_keep_their_digits_in_float32() -> None:
 
 
 def test_a_stage_of_another_kind_is_refused() -> None:
-    with pytest.raises(
-        UserError, match="a StemStage has no outer mirror: it needs stages among ConvStage, LinearStage"
-    ):
+    refusal = r"a StemStage has no .* choose a network of stages among ConvStage, LinearStage"
+    with pytest.raises(UserError, match=refusal):
         build_outer_mirror(StemStage((3, 8, 8), 4, "relu", batch_norm=False), "tanh")
+
+
+def test_it_is_drawn_by_xaviers_rule() -> None:
+    mirror = build_outer_mirror(LinearStage((300,), 500, "tanh"), "tanh")
+    mirror.draw_by_xavier()
+    assert float(mirror.weight.detach().std()) == pytest.approx((2 / 800) ** 0.5, rel=0.02)
+    assert mirror.bias.abs().max() == 0
+
+
+def test_the_activation_is_that_of_the_stage_below() -> None:
+    assert activation_of(LinearStage((3,), 7, "tanh")) == "tanh"
+    assert activation_of(ConvStage((1, 8, 8), 3, 1, activation="relu")) == "relu"
+    assert activation_of(StemStage((3, 8, 8), 4, "relu", batch_norm=False)) == "identity"
+
+
+STAGES: dict[str, Stage] = {
+    "linear": LinearStage((7,), 4, "identity"),
+    "conv": ConvStage((3, 6, 6), 4, 3, padding=1, activation="tanh", pool=Pool(3, 2, 1)),
+    "strided conv": ConvStage((3, 8, 8), 4, 3, stride=2, activation="elu"),
+    "without bias": LinearStage((7,), 4, "tanh", bias=False),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
+def test_before_its_activation_it_is_the_transposed_layer(stage: Stage) -> None:
+    """``psi^{-1}(G(y)) - c`` is the adjoint of the stage's layer and pooling, for ``V = W``."""
+    mirror, stage = build_outer_mirror(stage, "identity").double(), stage.double()
+    with torch.no_grad():
+        mirror.weight.copy_(stage.weight)
+    states = torch.randn(2, *stage.input_shape, **DOUBLE).requires_grad_()
+    _, switches = stage.run(states)
+    y = torch.randn(2, *stage.output_shape, **DOUBLE)
+    affine = stage.affine(states)
+    if switches is not None:
+        affine = affine.flatten(2).gather(2, switches.flatten(2)).view(2, *stage.output_shape)
+    (adjoint,) = torch.autograd.grad(affine, states, y)
+    torch.testing.assert_close(mirror(y, switches) - mirror(torch.zeros_like(y), switches), adjoint)

@@ -15,8 +15,8 @@ from bioprop.functional.speed import DEFAULT_SPEED, Speed
 from bioprop.networks.layer_pairs import layer_pair, noise_shape
 from bioprop.networks.mirrors import LayerMirror, Mirror
 from bioprop.networks.network import Network
-from bioprop.networks.outer_mirrors import OuterMirror, build_outer_mirror
-from bioprop.networks.stages import LayerStage, Stage, StagePass
+from bioprop.networks.outer_mirrors import OuterMirror, activation_of, build_outer_mirror
+from bioprop.networks.stages import Stage, StagePass
 
 ReconstructingMirrorName = Literal["exact", "paper", "outer"]
 PenultimateTarget = Literal["feedback", "gradient"]
@@ -95,7 +95,7 @@ class DTP(LayerwiseFeedback):
         if form != "outer":
             return super()._build_mirror(below, stage, form)
         # hands out values in the range of the stage below
-        return build_outer_mirror(stage, below.activation if isinstance(below, LayerStage) else "identity")
+        return build_outer_mirror(stage, activation_of(below))
 
     def feedback_objective(
         self, stage: Stage, mirror: Mirror, clean: StagePass, sigma: float, noise: NoiseStream

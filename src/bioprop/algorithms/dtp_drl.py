@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from bioprop.algorithms.difference_reconstruction import DifferenceReconstruction, ReconstructionObjective
+from bioprop.errors import UserError
 from bioprop.functional.angles import angle_degrees
 from bioprop.functional.feedback_losses import FeedbackGradient
 from bioprop.functional.reconstruction_losses import difference_reconstruction_gradient
-from bioprop.networks.direct_feedback import Decoder
+from bioprop.networks.outer_mirrors import OuterMirror, activation_of, build_outer_mirror
 from bioprop.networks.stages import LayerStage, StagePass
 
 
@@ -32,23 +33,29 @@ class DTPDRL(DifferenceReconstruction):
     `DifferenceReconstruction`. Feedback operators are counted by the stages n >= 2 they lead back through.
     """
 
-    def make_feedback(self) -> Mapping[str, Decoder]:
-        """One layer-wise decoder for each stage but the first."""
-        stages = self.network.stages()
-        return {name: Decoder(stage, below) for (_, below), (name, stage) in pairwise(stages)}
+    def make_feedback(self) -> Mapping[str, OuterMirror]:
+        """One layer-wise operator for each stage but the first, drawn by Xavier's normal rule."""
+        feedback: dict[str, OuterMirror] = {}
+        for (_, below), (name, stage) in pairwise(self.network.stages()):
+            try:
+                feedback[name] = build_outer_mirror(stage, activation_of(below))
+            except UserError as error:
+                raise UserError(f"{error}, or use DDTPLinear, which takes stages of any kind") from error
+            feedback[name].draw_by_xavier()
+        return feedback
 
     def feedback_objectives(self, passes: Sequence[StagePass]) -> list[ReconstructionObjective]:
-        """The difference reconstruction loss of every decoder, through all those above it."""
+        """The difference reconstruction loss of every operator, through all those above it."""
         return [partial(self._objective, place, passes) for place in range(len(self.feedback))]
 
     def _objective(
         self, place: int, passes: Sequence[StagePass], noisy_output: Tensor, noise: Tensor
     ) -> FeedbackGradient:
-        decoder, clean = self.decoders()[place], passes[place + 1]
+        mirror, clean = self.mirrors()[place], passes[place + 1]
         step = self._send_back(passes, noisy_output - passes[-1].output.detach(), down_to=place + 1)[-1]
         state = clean.output.detach()
-        decode = partial(decoder, switches=clean.switches)
-        parameters = dict(decoder.named_parameters())
+        decode = partial(mirror, switches=clean.switches)
+        parameters = dict(mirror.named_parameters())
         sigma, decay = self.noise[place], self.feedback_decay[place]
         return difference_reconstruction_gradient(decode, parameters, state + step, state, noise, sigma, decay)
 
@@ -64,23 +71,23 @@ class DTPDRL(DifferenceReconstruction):
     def _send_back(self, passes: Sequence[StagePass], output: Tensor, down_to: int = 0) -> list[Tensor]:
         """Send ``t^N - s^N`` back as ``t^n - s^n``, from the output to the stage at this place, counted from 0."""
         differences = [output]
-        for decoder, clean in list(zip(self.decoders(), passes[1:], strict=True))[down_to:][::-1]:
-            differences.append(decoder.difference(clean.output.detach(), differences[-1], clean.switches))
+        for mirror, clean in list(zip(self.mirrors(), passes[1:], strict=True))[down_to:][::-1]:
+            differences.append(mirror.difference(clean.output.detach(), differences[-1], clean.switches))
         return differences
 
-    def decoders(self) -> list[Decoder]:
+    def mirrors(self) -> list[OuterMirror]:
         """Return the feedback operators, from the input to the output."""
-        return cast(list[Decoder], list(self.feedback.values()))
+        return cast(list[OuterMirror], list(self.feedback.values()))
 
     @torch.no_grad()
     def symmetrize_feedback(self) -> None:
         """Copy every forward weight into its feedback weight, without the biases: a copy, never the same tensor."""
-        for (_, stage), decoder in zip(self.network.stages()[1:], self.decoders(), strict=True):
-            decoder.weight.copy_(cast(LayerStage, stage).weight)
+        for (_, stage), mirror in zip(self.network.stages()[1:], self.mirrors(), strict=True):
+            mirror.weight.copy_(cast(LayerStage, stage).weight)
 
     def feedback_angles(self) -> dict[str, float]:
         """Return degrees between each stage's forward and feedback weights, by name of stage."""
-        pairs = zip(self.network.stages()[1:], self.decoders(), strict=True)
+        pairs = zip(self.network.stages()[1:], self.mirrors(), strict=True)
         return {
             name: float(angle_degrees(cast(LayerStage, stage).weight, back.weight)) for (name, stage), back in pairs
         }

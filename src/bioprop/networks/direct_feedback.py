@@ -1,20 +1,12 @@
-"""Feedback from the output straight to a hidden stage, and the feedback of difference target propagation as published.
-
-Unlike the mirrors, these put the activation behind the weights: ``g(y) = rho(Q y + c)``, as Lee et al. (2015) and
-Meulemans et al. (2020) have it, so that ``g`` keeps to the range of the activations it reconstructs.
-"""
+"""Feedback from the output straight to a hidden stage (Meulemans et al., 2020)."""
 
 from math import prod
-from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bioprop.errors import UserError
-from bioprop.functional.activations import ActivationName, forward_activation, identity
-from bioprop.networks.mirrors import LayerMirror, build_mirror
-from bioprop.networks.stages import LayerStage, Stage
+from bioprop.functional.activations import ActivationName, forward_activation
 
 
 class ReadOut(nn.Module):
@@ -75,48 +67,3 @@ class RandomHiddenLayer(nn.Module):
         """Compute ``phi(z + d) - phi(z) = tanh(A d) (1 - phi(z + d) phi(z))``, which keeps the digits of a small d."""
         ends: Tensor = self(outputs + step) * self(outputs)
         return torch.tanh(F.linear(step, self.linear.weight)) * (1.0 - ends)
-
-
-class Decoder(nn.Module):
-    """``g(y) = rho(Q y + c)`` from the output of a stage back to its input, the layer-wise feedback as published.
-
-    On a conv stage ``Q`` is the transposed convolution of the unpooled maps, by the true transpose of the pooling.
-    ``Q`` is drawn by Xavier's normal rule, ``c`` is zero at first.
-
-    Args:
-        stage: the stage to go back through.
-        below: the stage that made its input, whose activation is ``rho``; the identity if it is not of one layer.
-
-    Raises:
-        UserError: if the kind of stage has no such feedback.
-    """
-
-    def __init__(self, stage: Stage, below: Stage) -> None:
-        super().__init__()
-        if not isinstance(stage, LayerStage):
-            raise UserError(
-                f"a {type(stage).__name__} has no layer to send targets back through: DTPDRL needs linear or conv "
-                "stages, DDTPLinear takes any"
-            )
-        mirror = cast(LayerMirror, build_mirror(stage, "exact"))
-        mirror.phi, mirror.is_linear = identity, True  # the activation comes behind the weights
-        self.mirror = mirror
-        self._rho = forward_activation(below.activation if isinstance(below, LayerStage) else "identity")
-        nn.init.xavier_normal_(mirror.weight)
-        if mirror.bias is not None:
-            nn.init.zeros_(mirror.bias)
-
-    @property
-    def weight(self) -> Tensor:
-        """``Q``, in the layout of the stage's forward weight, of which it is the counterpart."""
-        return self.mirror.weight
-
-    def forward(self, outputs: Tensor, switches: Tensor | None) -> Tensor:
-        """Map ``[batch, *output_shape]`` of the stage to ``[batch, *input_shape]``, unpooling by ``switches``."""
-        mapped: Tensor = self._rho(self.mirror(outputs, switches))
-        return mapped
-
-    def difference(self, outputs: Tensor, step: Tensor, switches: Tensor | None) -> Tensor:
-        """Compute ``g(outputs + step) - g(outputs)``."""
-        difference: Tensor = self(outputs + step, switches) - self(outputs, switches)
-        return difference

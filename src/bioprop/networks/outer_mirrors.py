@@ -1,4 +1,4 @@
-"""Feedback operators with their activation outside: ``G(y) = psi(V^T y + c)``, as Lee et al. (2015) have them.
+"""Feedback operators with their activation outside, ``G(y) = psi(V^T y + c)``: of Lee (2015), Meulemans (2020) et al.
 
 The mirrors of `bioprop.networks.mirrors` apply the activation first and the weights last, which can match the
 transposed Jacobian. These apply it last, so that ``G`` hands out values in the range of the stage below.
@@ -6,7 +6,7 @@ transposed Jacobian. These apply it last, so that ``G`` hands out values in the 
 
 from functools import singledispatch
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bioprop.errors import UserError
 from bioprop.functional.activations import forward_activation, identity
@@ -30,6 +30,12 @@ class OuterMirror(LayerMirror):
         self.phi = identity
         self.is_linear = False
 
+    def draw_by_xavier(self) -> None:
+        """Draw ``V`` anew by Xavier's normal rule and set ``c`` to zero, as Meulemans et al. (2020) do."""
+        nn.init.xavier_normal_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
     def forward(self, outputs: Tensor, switches: Switches) -> Tensor:
         """Compute ``G(outputs)``, ``[batch, *output_shape]`` to ``[batch, *input_shape]``."""
         return self.psi(super().forward(outputs, switches))
@@ -48,6 +54,11 @@ class OuterConvMirror(OuterMirror, ConvMirror):
     """``psi(convT(P^T y; V) + c)``; ``V`` is ``[out_channels, in_channels, kernel, kernel]``."""
 
 
+def activation_of(stage: Stage) -> str:
+    """Name of the activation whose range a stage's output has; the identity for stages that are not of one layer."""
+    return stage.activation if isinstance(stage, LayerStage) else "identity"
+
+
 @singledispatch
 def build_outer_mirror(stage: Stage, activation: str) -> OuterMirror:
     """Build the outer mirror of a stage, chosen by the kind of stage; new kinds ``@build_outer_mirror.register``.
@@ -56,7 +67,10 @@ def build_outer_mirror(stage: Stage, activation: str) -> OuterMirror:
         UserError: if the kind of stage has none.
     """
     kinds = ", ".join(sorted(kind.__name__ for kind in build_outer_mirror.registry if kind is not object))
-    raise UserError(f"a {type(stage).__name__} has no outer mirror: it needs stages among {kinds}")
+    raise UserError(
+        f"a {type(stage).__name__} has no feedback operator with its activation outside: choose a network of stages "
+        f"among {kinds}"
+    )
 
 
 @build_outer_mirror.register
