@@ -189,6 +189,11 @@ def test_diverging_run_stops_names_the_culprit_and_keeps_the_checkpoint() -> Non
     ("arguments", "sentence"),
     [
         (["--model=Foo", "--data=Digits"], "Foo, which is not a class that can be used here: choose one of "),
+        (["--model=Foo", "--data=Digits"], "one of Backprop, DDTPControl, DDTPLinear, DDTPRHL, DTP, DTPDRL, Direct"),
+        (
+            ["--model=Foo", "--data=Digits"],
+            "DirectFeedbackAlignment, FeedbackAlignment, FixedWeightDTP, GAITProp, LDRL, P",
+        ),
         (["--model=LDRL", "--model.network=Foo", "--data=Digits"], "choose one of InvertibleMLP, LeNet, MLP, "),
         ([*LDRL_TINY, "--model.noize=1"], "did you mean noise?"),
         ([*LDRL_TINY, "--model.noise=loud"], "noise is loud, but it must be a number or a list"),
@@ -278,6 +283,16 @@ def test_process_prints_the_sentence_and_exits_with_2() -> None:
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("bioprop: error: batch_size is 0")
+
+
+@pytest.mark.parametrize("command", ["fit", "compare"])
+def test_ctrl_c_while_libraries_are_imported_leaves_no_traceback(command: str, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt\n")  # imported first of all that takes long
+    words = [sys.executable, "-m", "bioprop", command]
+    source = str(Path(main.__code__.co_filename).parents[1])
+    paths = os.pathsep.join([str(tmp_path), source])
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": paths})
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_unforeseen_report_of_the_parser_still_becomes_one_line() -> None:

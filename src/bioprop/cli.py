@@ -1,8 +1,6 @@
-"""The command line: ``bioprop fit|validate|test|predict``, a LightningCLI, and the way to ``bioprop compare``."""
+"""The commands ``bioprop fit|validate|test|predict``, a LightningCLI."""
 
 import logging
-import signal
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,13 +28,10 @@ from bioprop.distributed import (
     is_lost_process,
     process_rank,
     refuse_strangers,
-    wait_for_the_first,
 )
 from bioprop.errors import UserError
 from bioprop.metrics_file import MetricsFile
 
-#: What shells take for a process that Ctrl-C ended.
-INTERRUPTED = 128 + signal.SIGINT
 CSV_LOGGER = "pytorch_lightning.loggers.CSVLogger"
 #: Arguments of a network that flow from the data.
 DECIDED_BY_DATA = ("image_shape", "num_classes")
@@ -198,29 +193,6 @@ def main(args: ArgsType = None, command_line: Callable[[ArgsType], BiopropCLI] =
     """
     with _calm_output(), _plain_user_errors(), reported_to_wandb():
         return command_line(args)
-
-
-def run() -> None:
-    """Run the command that the process was called with.
-
-    Raises:
-        SystemExit: with status 2 and one sentence on a user's mistake, with 130 on Ctrl-C, with 143 on SIGTERM.
-    """
-    sys.path.insert(0, "")  # a user's own classes, named by dotted path, as with `python -m bioprop`
-    try:
-        if sys.argv[1:2] == ["compare"]:  # many runs, each of which comes back here
-            from bioprop.experiments.compare import main as compare
-
-            sys.exit(compare(sys.argv[2:]))
-        main()
-    except UserError as error:
-        wait_for_the_first()
-        sys.stderr.write(f"bioprop: error: {error}\n")
-        sys.exit(1 if isinstance(error, LostProcessError) else 2)
-    except (KeyboardInterrupt, SystemExit) as left:  # Lightning turns the former into the latter, with status 1
-        if isinstance(left, KeyboardInterrupt) or isinstance(left.__context__, KeyboardInterrupt):
-            sys.exit(INTERRUPTED)
-        raise
 
 
 @contextmanager

@@ -1,6 +1,9 @@
 """DDTP-linear: difference targets through one linear map from the output to each hidden stage."""
 
+from collections.abc import Mapping
+
 from bioprop.algorithms.direct_difference_targets import DirectDifferenceTargets
+from bioprop.networks.direct_feedback import ReadOut
 
 
 class DDTPLinear(DirectDifferenceTargets):
@@ -17,3 +20,8 @@ class DDTPLinear(DirectDifferenceTargets):
     The maps have no bias, which would cancel everywhere. Hyperparameters, schedule and deviations from the authors'
     program: see `DifferenceReconstruction`. Feedback operators are counted by the hidden stages they lead to.
     """
+
+    def make_feedback(self) -> Mapping[str, ReadOut]:
+        """One linear map for each hidden stage, from the output to its activations."""
+        *hidden, (_, output) = self.network.stages()
+        return {name: ReadOut(output.output_shape[0], stage.output_shape) for name, stage in hidden}

@@ -1,5 +1,6 @@
 """Difference targets straight from the output: what DDTP-linear, DDTP-RHL and DDTP-control share."""
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import cast
@@ -21,10 +22,9 @@ class DirectDifferenceTargets(DifferenceReconstruction):
     forward weight's counterpart: `symmetrize_feedback` does nothing, and `feedback_angles` is empty.
     """
 
+    @abstractmethod
     def make_feedback(self) -> Mapping[str, ReadOut]:
-        """One linear map for each hidden stage, from the output to its activations."""
-        *hidden, (_, output) = self.network.stages()
-        return {name: ReadOut(output.output_shape[0], stage.output_shape) for name, stage in hidden}
+        """Draw one map for each hidden stage, from `features` of the output to its activations, by name of stage."""
 
     def features(self, outputs: Tensor) -> Tensor:
         """What the maps of all stages are applied to: the output itself unless a method says otherwise."""

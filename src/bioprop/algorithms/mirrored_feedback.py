@@ -1,5 +1,6 @@
 """What methods with a feedback operator a stage share: the operators, and the targets that come down through them."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import cast
 
@@ -24,6 +25,7 @@ class MirroredFeedback(TargetAlgorithm):
         feedback: the operators by name of stage. ``G^1`` would reach the input: nothing needs it.
     """
 
+    @abstractmethod  # there is nothing to train, nor to name on the command line, without operators
     def __init__(
         self, network: Network, beta: float, optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None
     ) -> None:
