@@ -1,6 +1,7 @@
 """Callbacks in real training runs on a few digits."""
 
 import csv
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,41 @@ def test_feedback_record_holds_every_iteration_of_the_chosen_batches(tmp_path: P
     last = algorithm.feedback["fc2"].weight
     assert abs(float(rows[-1]["angle"]) - float(angle_degrees(algorithm.network.fc2.weight, last))) < 5.0
     assert not algorithm._observers
+
+
+class FullDisk(Callback):
+    """Files of this process can hold no more than so many bytes until a batch is over."""
+
+    def __init__(self, size: int, until: int) -> None:
+        self.size, self.until, self.limits = size, until, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def on_train_start(self, *_: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.limits[1]))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, i: int
+    ) -> None:
+        if i == self.until:
+            resource.setrlimit(resource.RLIMIT_FSIZE, self.limits)
+
+    def on_exception(self, *_: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.limits)
+
+
+@pytest.mark.parametrize(
+    "until", [1, 2]
+)  # a batch is recorded after it; none is, so that the end of training has to do
+def test_rows_that_a_full_disk_refuses_are_written_when_there_is_room(
+    until: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = []
+    for disk in ([], [FullDisk(100, until)]):  # bytes: a header and half a batch
+        trainer = fit(tmp_path / str(len(files)), make(), FeedbackRecord(every_n_batches=2), *disk)
+        files.append((run_folder(trainer) / "feedback_training.csv").read_bytes())
+    assert len(files[0]) > 300
+    assert files[0] == files[1]
+    (warning,) = [record.getMessage() for record in caplog.records if "feedback_training.csv" in record.getMessage()]
+    assert warning.endswith("feedback_training.csv: File too large: its rows wait in memory until it can be written")
 
 
 @pytest.mark.parametrize(("kind", "shown"), [(DDTPLinear, "nan"), (DTPDRL, "0")])

@@ -1,8 +1,11 @@
 """The course of feedback training within a batch, for figures."""
 
 import csv
+import io
+import logging
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -12,6 +15,8 @@ from bioprop.algorithms.layerwise_feedback import FeedbackIteration, LayerwiseFe
 from bioprop.callbacks.run_folder import run_folder
 from bioprop.callbacks.wandb_runs import chart_feedback, wandb_run
 from bioprop.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 FILE_NAME = "feedback_training.csv"
 COLUMNS = ("epoch", "batch", "stage", "iteration", "loss", "angle")
@@ -23,7 +28,7 @@ class FeedbackRecord(Callback):
     Columns: epoch, batch, stage, iteration, feedback loss before the step, and the angle (degrees) between forward
     and feedback weight after it (nan where the latter is no forward weight's counterpart). Batches that are not
     recorded cost nothing; algorithms without feedback training leave no file. With Weights & Biases, loss and angle of
-    every stage are line charts too.
+    every stage are line charts too. Rows that a full disk refuses wait in memory for the next attempt.
 
     Args:
         every_n_batches: batches from one recorded batch to the next within an epoch, counted from its first.
@@ -41,6 +46,8 @@ class FeedbackRecord(Callback):
         self._resumed_size: int | None = None
         self._observing = ExitStack()
         self._charted = 0
+        self._waiting = ""  # rows that are not in the file yet
+        self._warned = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop what was recorded after the checkpoint that a run goes on from in its own folder."""
@@ -63,28 +70,48 @@ class FeedbackRecord(Callback):
         if not self._seen or not trainer.is_global_zero:
             self._seen.clear()
             return
-        path = run_folder(trainer) / FILE_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        is_new = not path.exists() or path.stat().st_size == 0
-        with path.open("a", newline="") as file:
-            writer = csv.writer(file)
-            if is_new:
-                writer.writerow(COLUMNS)
-            for seen in self._seen:
-                row = (seen.stage, seen.iteration, float(seen.loss), float(seen.angle))
-                writer.writerow((trainer.current_epoch, batch_idx, *row))
+        text = io.StringIO(newline="")
+        writer = csv.writer(text)
+        if not self._size and not self._waiting:
+            writer.writerow(COLUMNS)
+        for seen in self._seen:
+            row = (seen.stage, seen.iteration, float(seen.loss), float(seen.angle))
+            writer.writerow((trainer.current_epoch, batch_idx, *row))
+        self._waiting += text.getvalue()
         if (run := wandb_run(trainer)) is not None:
             self._charted = chart_feedback(run, self._seen, self._charted)
         self._seen.clear()
-        self._size = path.stat().st_size
+        self._write(run_folder(trainer) / FILE_NAME)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Try once more, where the last rows could not be written."""
+        if self._waiting:
+            self._write(run_folder(trainer) / FILE_NAME)
+
+    def _write(self, path: Path) -> None:
+        """Append what waits; where that is refused, say so once and let it wait for the next attempt."""
+        rows = self._waiting.encode()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("ab") as file:
+                file.write(rows)
+        except OSError as error:
+            if not self._warned:
+                logger.warning("%s: %s: its rows wait in memory until it can be written", path, error.strerror)
+            self._warned = True
+            with suppress(OSError):
+                os.truncate(path, self._size)  # half a row may have fitted
+        else:
+            self._size, self._waiting, self._warned = self._size + len(rows), "", False
 
     def state_dict(self) -> dict[str, Any]:
-        """How long the file is."""
-        return {"size": self._size}
+        """How long the file is, and what waits to be written to it."""
+        return {"size": self._size, "waiting": self._waiting}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the length that the file had."""
+        """Take over the length that the file had, and what waited."""
         self._size = self._resumed_size = state_dict["size"]
+        self._waiting = state_dict["waiting"]
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop observing when a batch was cut short."""
