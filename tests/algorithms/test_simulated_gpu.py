@@ -20,7 +20,7 @@ from bioprop.algorithms import DTP, LDRL, ParallelLDRL
 from bioprop.algorithms.layerwise_feedback import LayerwiseFeedback
 from bioprop.algorithms.random_streams import RandomStreams
 from bioprop.algorithms.recorded import Recorded
-from bioprop.functional import pool_windows
+from bioprop.functional import pool_windows, pooling
 from bioprop.functional.feedback_losses import FeedbackGradient
 from bioprop.functional.speed import Speed
 from bioprop.networks.mirrors import Mirror
@@ -89,7 +89,7 @@ class Counters(RandomStreams):
 def own_constants() -> Iterator[None]:
     """Keep constants without values from other tests."""
     yield
-    for cached in (pool_windows.window_classes, pool_windows._switch_values):
+    for cached in (pool_windows.window_classes, pool_windows._switch_values, pooling._kept_window_indices):
         cached.cache_clear()
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bioprop.functional import pooling
 from bioprop.functional.pooling import (
     Pool,
     gather_windows,
@@ -95,6 +96,17 @@ def test_gathering_equals_scattering(pool: Pool, size: tuple[int, int], layout: 
     torch.testing.assert_close(unpool_adding(values, switches, pool, size), expected, rtol=1e-14, atol=1e-14)
     gathered = gather_windows(values, switches, pool, size)
     torch.testing.assert_close(gathered, expected, rtol=1e-14, atol=1e-14)
+
+
+def test_what_gathering_keeps_serves_differentiation_after_inference() -> None:
+    pool, size = Pool(3, 2, 1), (9, 7)
+    pooled, switches = max_pool(draw_maps(size), pool)
+    pooling._kept_window_indices.cache_clear()
+    with torch.inference_mode():
+        gather_windows(pooled, switches, pool, size)
+    values = pooled.clone().requires_grad_()
+    gather_windows(values, switches, pool, size).sum().backward()
+    torch.testing.assert_close(values.grad, torch.ones_like(values))
 
 
 @pytest.mark.parametrize("way_back", [unpool_overwriting, unpool_adding])

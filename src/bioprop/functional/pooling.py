@@ -4,6 +4,7 @@ Switches are values, never hidden state: ``[batch, channels, pooled height, pool
 position (row * width + column) of a window's maximum in the map before pooling.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -119,19 +120,43 @@ def gather_windows(pooled: Tensor, switches: Tensor, pool: Pool, size: Size) -> 
 
     Made of comparisons and sums alone, which a compiler fuses with what comes before and after.
     """
-    candidates = -(-pool.kernel_size // pool.stride)  # windows over one position, in one direction
-    rows, columns = (torch.arange(side, device=pooled.device) for side in size)
-    places = (rows[:, None] * size[1] + columns)[..., None].to(switches.dtype)
+    indices = window_indices if torch.compiler.is_compiling() else _kept_window_indices
+    places, rows, columns = indices(pool, size, pooled.device)
     last = [int((side - 1 + pool.padding) // pool.stride) for side in size]
-    low, (high, right) = candidates - 1, (max(0, n + 1 - m) for n, m in zip(last, pooled.shape[2:], strict=True))
+    low, (high, right) = len(rows) - 1, (max(0, n + 1 - m) for n, m in zip(last, pooled.shape[2:], strict=True))
     # channels innermost, as the maps lie in memory
     values = F.pad(pooled.permute(0, 2, 3, 1), (0, 0, low, right, low, high))
     chosen = F.pad(switches.permute(0, 2, 3, 1), (0, 0, low, right, low, high), value=-1)
+    places = places.to(switches.dtype)
     total = torch.zeros((), dtype=pooled.dtype, device=pooled.device)
-    for up in range(candidates):
-        row = (rows + pool.padding) // pool.stride + low - up
-        for left in range(candidates):
-            column = (columns + pool.padding) // pool.stride + low - left
-            hit = chosen[:, row][:, :, column] == places
-            total = total + torch.where(hit, values[:, row][:, :, column], 0.0)
+    for row in rows:
+        for column in columns:
+            hit = chosen[:, row, column] == places
+            total = total + torch.where(hit, values[:, row, column], 0.0)
     return total.permute(0, 3, 1, 2)
+
+
+def window_indices(pool: Pool, size: Size, device: torch.device) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Where the windows over each position of a map are found: constants of `gather_windows`.
+
+    Returns:
+        What a switch to each position holds, ``[height, width, 1]``; and for each of the windows that can lie over a
+        position in one direction their rows, ``[height, 1]``, and their columns, ``[width]``, in the pooled maps within
+        a border of one less than that number before the first row and column.
+    """
+    candidates = -(-pool.kernel_size // pool.stride)
+    rows, columns = (torch.arange(side, device=device) for side in size)
+    places = (rows[:, None] * size[1] + columns)[..., None]
+    first_row, first_column = ((each + pool.padding) // pool.stride + candidates - 1 for each in (rows, columns))
+    back = range(candidates)
+    return places, [first_row[:, None] - up for up in back], [first_column - left for left in back]
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _kept_window_indices(pool: Pool, size: Size, device: torch.device) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """`window_indices` once for each geometry: on a GPU each of its small operations would be a launch.
+
+    Not as tensors of inference mode, which nothing that is differentiated may use later.
+    """
+    return window_indices(pool, size, device)
