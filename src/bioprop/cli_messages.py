@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NoReturn
 
 from pytorch_lightning.cli import LightningArgumentParser
@@ -17,6 +17,9 @@ from bioprop.networks import Network
 KINDS: dict[str, type] = {"model": Algorithm, "network": Network, "data": ImageDataModule}
 #: How to name what is missing.
 EXAMPLES = {"model": "--model LDRL", "network": "--model.network LeNet", "data": "--data Digits"}
+
+#: How many classes that have an argument are named where it was given to another.
+OWNERS_SHOWN = 6
 
 BY_BATCHES = "--checkpoint.every_n_batches N saves every N batches (and last.ckpt at the end of every epoch)"
 #: Lightning's own arguments of a checkpoint callback, and what takes their place.
@@ -36,15 +39,22 @@ class OneSentenceParser(LightningArgumentParser):
         cause: BaseException | None = ex
         while cause is not None and not isinstance(cause, UserError):
             cause = cause.__cause__
-        self.exit(2, f"bioprop: error: {cause or explain(message)}\n")
+        self.exit(2, f"bioprop: error: {cause or explain(message, self._option_string_actions)}\n")
 
 
-def explain(message: str) -> str:
-    """Turn jsonargparse's nested report of an error into a sentence."""
+def explain(message: str, options: Iterable[str] = ()) -> str:
+    """Turn jsonargparse's nested report of an error into a sentence.
+
+    Args:
+        message: the report.
+        options: those of the command, ``--like.this``.
+    """
     if match := re.search(r"Option '([\w.]+)' is not accepted", message):
         return _unknown_argument(match[1])
-    if (match := re.search(r"unrecognized arguments: --([\w.]+)", message)) and match[1] in ELSEWHERE:
-        return _unknown_argument(match[1])
+    if match := re.search(r"unrecognized arguments: --([\w.]+)", message):
+        return _unknown_argument(match[1]) if match[1] in ELSEWHERE else _unknown_option(match[1], options)
+    if match := re.search(r"subcommand: invalid choice: '(.*)' \(choose from (.*)\)", message):
+        return f"there is no command {match[1]}: choose one of {match[2]}, 'compare'"
     if match := re.search(r"arguments are required: (.+)", message):
         return _missing([name.strip().removeprefix("fit.") for name in match[1].split(",")], message)
     if match := re.search(r"No module named '([\w.]+)'", message):
@@ -74,10 +84,27 @@ def explain(message: str) -> str:
 def _unknown_argument(name: str) -> str:
     if name in ELSEWHERE:
         return f"there is no argument {name} here: {ELSEWHERE[name]}"
-    known = {argument for kind in KINDS.values() for cls in _subclasses(kind) for argument in _arguments(cls)}
+    classes = [cls for kind in KINDS.values() for cls in _subclasses(kind)]
+    if owners := sorted(cls.__name__ for cls in classes if name in _arguments(cls)):
+        others = ", ..." if len(owners) > OWNERS_SHOWN else ""
+        return f"there is no argument {name} in this place: it belongs to {', '.join(owners[:OWNERS_SHOWN])}{others}"
+    known = {argument for cls in classes for argument in _arguments(cls)}
     close = difflib.get_close_matches(name, sorted(known), n=1)
     hint = f"did you mean {close[0]}" if close else "is it misspelt, or another class's"
     return f"there is no argument {name} in this place: {hint}? --model.help CLASS and --data.help CLASS list them"
+
+
+def _unknown_option(name: str, options: Iterable[str]) -> str:
+    """What is said of an option; the parser of a model's own arguments knows them without the leading ``model.``."""
+    own = {option.removeprefix("--") for option in options}
+    prefix = "" if "model" in own or "network" not in own else "model."
+    known = {f"{prefix}{option}" for option in own if len(option) > 2}  # no single letters
+    known |= {
+        f"{key}.{each}" for key in ("model", "data") for cls in _subclasses(KINDS[key]) for each in _arguments(cls)
+    }
+    close = difflib.get_close_matches(f"{prefix}{name}", sorted(known), n=1, cutoff=0.75)
+    hint = f"did you mean --{close[0]}" if close else "is it misspelt"
+    return f"there is no option --{prefix}{name}: {hint}? bioprop fit --help lists them"
 
 
 def _missing(names: list[str], message: str) -> str:
