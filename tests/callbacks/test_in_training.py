@@ -213,3 +213,16 @@ def test_guard_lets_a_sound_run_pass_and_seconds_are_logged(tmp_path: Path) -> N
     seconds = [float(row["train/seconds"]) for row in metrics(trainer) if row["train/seconds"]]
     assert len(seconds) == 2
     assert all(0.0 < value < 60.0 for value in seconds)
+
+
+def test_rows_that_waited_go_to_the_file_they_are_of_and_no_other(tmp_path: Path) -> None:
+    for folder, resumed, expected in (("own", 7, b"before\nwaited"), ("another", 99, b"before\nstale")):
+        trainer = Trainer(logger=CSVLogger(tmp_path, name=folder), accelerator="cpu", enable_checkpointing=False)
+        path = run_folder(trainer) / "feedback_training.csv"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"before\nstale")
+        record = FeedbackRecord()
+        record.load_state_dict({"size": resumed, "waiting": "waited"})
+        record.on_train_start(trainer, make())
+        record.on_train_end(trainer, make())
+        assert path.read_bytes() == expected

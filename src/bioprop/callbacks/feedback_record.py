@@ -53,9 +53,12 @@ class FeedbackRecord(Callback):
         """Drop what was recorded after the checkpoint that a run goes on from in its own folder."""
         size, self._resumed_size = self._resumed_size, None
         path = run_folder(trainer) / FILE_NAME
-        if size is not None and path.exists() and path.stat().st_size > size:
-            os.truncate(path, size)
         self._size = path.stat().st_size if path.exists() else 0
+        if size is not None and self._size < size:
+            self._waiting = ""  # of a file in another folder
+        elif size is not None and self._size > size:
+            os.truncate(path, size)
+            self._size = size
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin to observe a batch that is to be recorded."""
