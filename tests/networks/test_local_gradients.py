@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bioprop.algorithms import DTP, LDRL, LayerwiseFeedback
+from bioprop.algorithms import DTP, DTPDRL, LDRL, Algorithm, LayerwiseFeedback
 from bioprop.errors import UserError
 from bioprop.functional import closed_forms
 from bioprop.functional.closed_forms import blocks
@@ -177,18 +177,26 @@ def feedback_after(algorithm: type[LayerwiseFeedback], network: Network, closed:
     return [*made.feedback.parameters(), *losses.values()]
 
 
-@strangers
+@pytest.mark.parametrize("build", [build for name, build in STRANGERS.items() if name != "groups"])
 @pytest.mark.parametrize("algorithm", [LDRL, DTP])
 def test_feedback_of_stages_of_another_kind_takes_autograd(
     build: Callable[[], Stage], algorithm: type[LayerwiseFeedback]
 ) -> None:
     stage = build()
-    if isinstance(stage, ConvStage) and stage.conv.groups > 1:
-        pytest.skip("a mirror carries no groups, and says so")
     network = with_middle(stage)
     assert layer_pair(stage, build_mirror(stage, "exact"), CLOSED) is None
     for found, wanted in zip(*(feedback_after(algorithm, network, closed) for closed in (True, False)), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("algorithm", [LDRL, DTP, DTPDRL])
+@pytest.mark.parametrize(("name", "value"), [("groups", 2), ("dilation", 2)])
+def test_what_a_mirror_does_not_carry_is_refused(algorithm: type[Algorithm], name: str, value: int) -> None:
+    network = with_middle(replaced(plain_conv(), **{name: value}))
+    with pytest.raises(
+        UserError, match=f"{name} of a conv stage is 2, which its feedback mirror does not carry: use 1"
+    ):
+        algorithm(network)
 
 
 @pytest.mark.parametrize("algorithm", [LDRL, DTP])

@@ -143,9 +143,16 @@ class LinearMirror(LayerMirror):
 
 
 class ConvMirror(LayerMirror):
-    """Transposed convolution of the unpooled maps; ``V`` is ``[out_channels, in_channels, kernel, kernel]``."""
+    """Transposed convolution of the unpooled maps; ``V`` is ``[out_channels, in_channels, kernel, kernel]``.
+
+    Raises:
+        UserError: if a user's convolution has groups or dilation.
+    """
 
     def __init__(self, stage: ConvStage, form: MirrorName) -> None:
+        for name, given in (("groups", stage.conv.groups), ("dilation", max(stage.conv.dilation))):
+            if given > 1:
+                raise UserError(f"{name} of a conv stage is {given}, which its feedback mirror does not carry: use 1")
         super().__init__(stage, form)
         self.pool, self.map_size = stage.pool, stage.map_size
         (self.stride, _), (self.padding, _) = stage.conv.stride, (int(p) for p in stage.conv.padding)
