@@ -1,6 +1,6 @@
 """How fast feedback training is: closed forms, plain autograd, BP; whole steps and single stages, in one process.
 
-    make bench            (or: python -m benchmarks.bench --network lenet --compile false)
+    make bench            (or: python -m benchmarks.bench --network lenet)
 
 Before anything is timed, plain and ours must train alike in float64. Then all variants take turns, every round; figures
 are medians over the rounds. Tables go to the console, all numbers to <out>/bench.csv.
@@ -24,10 +24,9 @@ from benchmarks.overhead import overheads
 from benchmarks.report import Row, timed_row, timing_table, value_table, write_csv
 from benchmarks.settings import PUBLISHED, Setting
 from benchmarks.twins import assert_equal
-from benchmarks.variants import RELEASED, Variant, variants
+from benchmarks.variants import RELEASED, VARIANTS, Variant
 from bioprop.errors import UserError
 from bioprop.experiments.environment import processor
-from bioprop.functional.compiled import refuse_without_compiler
 
 #: Columns of the console that the tables need.
 WIDTH = 130
@@ -41,7 +40,6 @@ class Amounts:
         rounds: timed rounds of the whole steps.
         stage_rounds: timed rounds of the single stages and of the convolutions.
         stage_iterations: feedback iterations of a stage in each of them, at most.
-        compile: with the compiled variants, where there is a C++ compiler.
         memory: with the peak memory of a step.
         lightning_batches: batches that Lightning's overhead is measured on, 0 for none.
         images: images in memory that the loaders are compared on, 0 for none.
@@ -50,7 +48,6 @@ class Amounts:
     rounds: int = 5
     stage_rounds: int = 5
     stage_iterations: int = 10
-    compile: bool = True
     memory: bool = True
     lightning_batches: int = 300
     images: int = 10_000
@@ -62,7 +59,6 @@ def bench(
     rounds: int = 5,
     threads: int = 2,
     out: Path = Path("runs/bench"),
-    compile: bool = True,
     data: bool = True,
 ) -> None:
     """Measure, print the tables and write the CSV.
@@ -73,14 +69,13 @@ def bench(
         rounds: timed rounds of everything.
         threads: of torch.
         out: folder of bench.csv.
-        compile: with the compiled variants, where there is a C++ compiler.
         data: with Lightning's overhead and the loaders, which do not depend on the network.
     """
     if rounds < 5:
         raise UserError(f"rounds is {rounds}, too few for a median to mean something: choose 5 or more")
     chosen = PUBLISHED if network == "both" else {network: PUBLISHED[network]}
     settings = {name: setting if batch is None else replace(setting, batch=batch) for name, setting in chosen.items()}
-    amounts = Amounts(rounds=rounds, stage_rounds=rounds, compile=compile)
+    amounts = Amounts(rounds=rounds, stage_rounds=rounds)
     measure(settings, amounts if data else replace(amounts, lightning_batches=0, images=0), threads, out)
 
 
@@ -92,12 +87,6 @@ def measure(settings: Mapping[str, Setting], amounts: Amounts, threads: int, out
     run = {"threads": threads, "torch": torch.__version__, "cpu": processor()}
     console = Console()
     console.width = max(console.width, WIDTH)
-    if amounts.compile:
-        try:
-            refuse_without_compiler()
-        except UserError as error:
-            console.print(f"without the compiled variants: {error}")
-            amounts = replace(amounts, compile=False)
     rows: list[Row] = []
     values: list[Row] = []
     for name, setting in settings.items():
@@ -106,7 +95,7 @@ def measure(settings: Mapping[str, Setting], amounts: Amounts, threads: int, out
         title = f"{name}, batch {setting.batch}, {threads} threads, torch {run['torch']}, {run['cpu']}"
         console.print(timing_table(f"{title}\none iteration of a stage; a whole training step", timed))
         if amounts.memory:
-            values += _memory(name, setting, threads, amounts.compile)
+            values += _memory(name, setting, threads)
         rows += [replace(row, batch=setting.batch, **run) for row in timed]
         values += [rate] if rate is not None else []
     values += _lightning(amounts.lightning_batches) if amounts.lightning_batches else []
@@ -131,10 +120,9 @@ def _time(name: str, setting: Setting, amounts: Amounts) -> tuple[list[Row], Row
 
 def _stages(name: str, setting: Setting, amounts: Amounts, rate: float | None) -> Iterator[Row]:
     iterations = min(amounts.stage_iterations, *setting.iterations)
-    runs = stages.stage_runs(setting, iterations, compile=amounts.compile)
-    counted = stages.stage_runs(setting, 1, COUNTED_BATCH, amounts.compile)
-    with torch.compiler.set_stance("force_eager"):  # what is compiled cannot be looked into
-        counts = {key: count_gigaflop(run) for key, run in counted.items()}
+    runs = stages.stage_runs(setting, iterations)
+    counted = stages.stage_runs(setting, 1, COUNTED_BATCH)
+    counts = {key: count_gigaflop(run) for key, run in counted.items()}
     seconds = interleaved({" ".join(key): run for key, run in runs.items()}, amounts.stage_rounds)
     each = {key: [time / iterations for time in seconds[" ".join(key)]] for key in runs}
     for (stage, variant), times in each.items():
@@ -144,19 +132,18 @@ def _stages(name: str, setting: Setting, amounts: Amounts, rate: float | None) -
 
 
 def _steps(name: str, setting: Setting, amounts: Amounts, rate: float | None) -> Iterator[Row]:
-    compared = variants(amounts.compile)
     images, labels = setting.draw()
-    learners = {variant: each.make(setting) for variant, each in compared.items()}
+    learners = {variant: each.make(setting) for variant, each in VARIANTS.items()}
     seconds = interleaved(
         {variant: lambda learner=learner: learner.step(images, labels) for variant, learner in learners.items()},
         amounts.rounds,
-        {variant: each.repeats for variant, each in compared.items()},
+        {variant: each.repeats for variant, each in VARIANTS.items()},
         {variant: lambda learner=learner: learner.warm_up(images, labels) for variant, learner in learners.items()},
     )
     for variant, learner in learners.items():
         if not all(bool(weight.isfinite().all()) for weight in learner.weights):
             raise UserError(f"{name}: {variant} diverged, so that its time says nothing: choose smaller learning rates")
-    for variant, each in compared.items():
+    for variant, each in VARIANTS.items():
         plain = None if each.plain is None else seconds[each.plain]
         gigaflop = _step_gigaflop(setting, each)
         released = seconds[RELEASED] if each.plain == "plain" else None
@@ -166,12 +153,11 @@ def _steps(name: str, setting: Setting, amounts: Amounts, rate: float | None) ->
 
 def _step_gigaflop(setting: Setting, variant: Variant) -> float:
     step, batch = variant.make(setting).step, setting.draw(COUNTED_BATCH)
-    with torch.compiler.set_stance("force_eager"):
-        return count_gigaflop(lambda: step(*batch)) * setting.batch / COUNTED_BATCH
+    return count_gigaflop(lambda: step(*batch)) * setting.batch / COUNTED_BATCH
 
 
-def _memory(name: str, setting: Setting, threads: int, compile: bool) -> Iterator[Row]:
-    for variant in ("plain", "closed form", *(["compiled"] if compile else [])):
+def _memory(name: str, setting: Setting, threads: int) -> Iterator[Row]:
+    for variant in ("plain", "closed form"):
         peak, added = peak_memory(setting, variant, threads)
         for value, unit in ((peak, "MiB, peak of a process"), (added, "MiB of it by two steps")):
             yield Row(name, "memory", variant, value=value, unit=unit, batch=setting.batch)

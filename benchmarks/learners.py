@@ -22,7 +22,7 @@ class Learner(NamedTuple):
     method: Any = None
 
     def warm_up(self, images: Tensor, labels: Tensor) -> None:
-        """Step with one feedback iteration a stage: all that is compiled or allocated once, in little time."""
+        """Step with one feedback iteration a stage: all that is allocated once, in little time."""
         iterations = getattr(self.method, "iterations", None)
         if iterations is None:
             self.step(images, labels)

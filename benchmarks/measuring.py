@@ -16,7 +16,7 @@ def interleaved(
         runs: what to run, by name.
         rounds: timed rounds.
         repeats: calls a round, by name; 1 where missing.
-        warm_ups: what to run before the first round, in place of everything once: for allocating and compiling.
+        warm_ups: what to run before the first round, in place of everything once.
     """
     for warm_up in (warm_ups or runs).values():
         warm_up()

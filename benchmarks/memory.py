@@ -7,7 +7,7 @@ from multiprocessing import get_context
 import torch
 
 from benchmarks.settings import Setting
-from benchmarks.variants import variants
+from benchmarks.variants import VARIANTS
 from bioprop.experiments.costs import PeakMemory
 
 
@@ -24,7 +24,7 @@ def peak_memory(setting: Setting, variant: str, threads: int) -> tuple[float, fl
 
 def _measure(setting: Setting, variant: str, threads: int) -> tuple[float, float]:
     torch.set_num_threads(threads)
-    learner = variants(compile=True)[variant].make(setting)
+    learner = VARIANTS[variant].make(setting)
     images, labels = setting.draw()
     memory = PeakMemory(torch.device("cpu"))
     before = memory.read()

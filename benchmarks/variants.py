@@ -54,36 +54,21 @@ def plain_backprop(setting: Setting) -> Learner:
     return Learner(step, weights)
 
 
-def variants(compile: bool) -> dict[str, Variant]:
-    """List what is compared, by name.
-
-    Args:
-        compile: with those that a compiler speeds up.
-    """
-    found = {
-        "BP": Variant(lambda setting: algorithm_learner(setting.backprop()), plain=None, repeats=3),
-        "BP, plain": Variant(plain_backprop, plain=None, repeats=3),
-        "plain": Variant(plain_learner),
-        RELEASED: Variant(partial(plain_learner, released=True)),
-        "autograd": _ldrl(Speed(closed_form=False)),
-        "closed form": _ldrl(Speed()),
-        "closed form, antithetic": _ldrl(Speed(), sampling="antithetic"),
-        "closed form, bfloat16": _ldrl(Speed(bfloat16=True)),
-    }
-    # where windows overwrite each other there is no expectation in closed form
-    found["closed form, expected"] = _ldrl(
-        Speed(), sampling="expected", mirror="exact"
-    )  # windows that overwrite have none
-    if compile:
-        found["compiled"] = _ldrl(Speed(compile=True))
-        found["compiled, bfloat16"] = _ldrl(Speed(compile=True, bfloat16=True))
-    return found | {
-        "DTP, autograd": Variant(
-            lambda setting: algorithm_learner(setting.dtp(speed=Speed(closed_form=False))), plain="DTP, autograd"
-        ),
-        "DTP, closed form": Variant(lambda setting: algorithm_learner(setting.dtp()), plain="DTP, autograd"),
-    }
+def _ldrl(speed: Speed) -> Variant:
+    return Variant(lambda setting: algorithm_learner(setting.ldrl(speed=speed)))
 
 
-def _ldrl(speed: Speed, **changes: str) -> Variant:
-    return Variant(lambda setting: algorithm_learner(setting.ldrl(speed=speed, **changes)))
+#: What is compared, by name.
+VARIANTS = {
+    "BP": Variant(lambda setting: algorithm_learner(setting.backprop()), plain=None, repeats=3),
+    "BP, plain": Variant(plain_backprop, plain=None, repeats=3),
+    "plain": Variant(plain_learner),
+    RELEASED: Variant(partial(plain_learner, released=True)),
+    "autograd": _ldrl(Speed(closed_form=False)),
+    "closed form": _ldrl(Speed()),
+    "closed form, bfloat16": _ldrl(Speed(bfloat16=True)),
+    "DTP, autograd": Variant(
+        lambda setting: algorithm_learner(setting.dtp(speed=Speed(closed_form=False))), plain="DTP, autograd"
+    ),
+    "DTP, closed form": Variant(lambda setting: algorithm_learner(setting.dtp()), plain="DTP, autograd"),
+}

@@ -202,7 +202,7 @@ def test_diverging_run_stops_names_the_culprit_and_keeps_the_checkpoint() -> Non
         (["--model=Foo", "--data=Digits"], "Foo, which is not a class that can be used here: choose one of "),
         (["--model=LDRL", "--model.network=Foo", "--data=Digits"], "choose one of InvertibleMLP, LeNet, MLP, "),
         ([*LDRL_TINY, "--model.noize=1"], "did you mean noise?"),
-        ([*LDRL_TINY, "--model.spead.compile=true"], "--model.spead.compile: did you mean --model.speed.compile?"),
+        ([*LDRL_TINY, "--model.spead.bfloat16=true"], "--model.spead.bfloat16: did you mean --model.speed.bfloat16?"),
         (
             [*LDRL_TINY, "--trainer.max_epocs=3"],
             "there is no option --trainer.max_epocs: did you mean --trainer.max_epochs?",

@@ -182,8 +182,7 @@ TRAINED: dict[str, tuple[Callable[..., LayerwiseFeedback], Callable[[], Network]
     "ldrl": (LDRL, tanh_mlp),
     "ldrl by autograd": (partial(LDRL, speed=AUTOGRAD), tanh_mlp),
     "ldrl, little noise": (partial(LDRL, speed=AUTOGRAD, noise=0.01), tanh_mlp),
-    "ldrl antithetic": (partial(LDRL, sampling="antithetic"), NETWORKS["strided"]),
-    "ldrl expected": (partial(LDRL, sampling="expected"), tanh_mlp),
+    "ldrl strided": (LDRL, NETWORKS["strided"]),
     "ldrl resnet": (LDRL, resnet),
     "ldrl resnet, stage": (partial(LDRL, noise_at="stage", feedback_step="sgd", feedback_lr=1e-3), resnet),
     "parallel ldrl": (ParallelLDRL, tanh_mlp),
@@ -234,22 +233,6 @@ def test_autocast_itself_would_multiply_by_stale_weights(monkeypatch: pytest.Mon
     _, expected = course(make, build, torch.autocast("cpu", torch.bfloat16, cache_enabled=False))
     _, found = course(make, build, reduced())
     assert {name for name in found if "weight" in name} <= changed(found, expected)
-
-
-@pytest.mark.slow  # a compiler takes its time
-def test_compiled_parts_are_left_as_they_are() -> None:
-    found = []
-    for around in (nullcontext(), reduced()):
-        torch.manual_seed(5)
-        algorithm = LDRL(small_lenet(), iterations=20, feedback_lr=0.1, speed=Speed(compile=True))
-        before = algorithm.feedback_angles()
-        with around:
-            for seed in range(3):
-                algorithm.train_feedback(draw_batch(64, seed)[0])
-        assert all(angle < before[name] - 5 for name, angle in algorithm.feedback_angles().items())
-        found.append(algorithm.feedback_angles())
-    assert found[1] == pytest.approx(found[0], abs=2.0)
-    assert found[1] != found[0]
 
 
 # -- whole runs ------------------------------------------------------------------------------------------------------

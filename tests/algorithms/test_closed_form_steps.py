@@ -31,7 +31,6 @@ forms = st.sampled_from(["paper", "exact"])
 ldrl_rules = st.fixed_dictionaries(
     {
         "switches": st.sampled_from(["noisy", "clean"]),
-        "sampling": st.sampled_from(["independent", "antithetic"]),
         "feedback_step": st.sampled_from(["sgd", "normalized"]),
     }
 )
@@ -215,15 +214,14 @@ def test_a_missing_second_term_is_noticed(monkeypatch: pytest.MonkeyPatch) -> No
         assert_closed_form_is_autograd(LDRL, overlapping_network())
 
 
-@pytest.mark.parametrize("sampling", ["independent", "antithetic"])
 @pytest.mark.parametrize("step", ["sgd", "normalized"])
-def test_a_batch_in_blocks_learns_as_one_in_a_piece(sampling: str, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_in_blocks_learns_as_one_in_a_piece(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the batch: here one of 67 samples in blocks of 17 and less."""
     images = torch.randn(67, 1, 7, 6, dtype=torch.float64)
     ends = []
     for limit in (closed_forms.BLOCK_BYTES, 1):
         monkeypatch.setattr(closed_forms, "BLOCK_BYTES", limit)
-        algorithm = make(LDRL, overlapping_network_of_seed(), True, sampling=sampling, feedback_step=step)
+        algorithm = make(LDRL, overlapping_network_of_seed(), True, feedback_step=step)
         losses = algorithm.train_feedback(images)
         ends.append([*weights_of(algorithm).values(), *losses.values()])
     pieces = closed_forms.blocks(torch.empty(67, 3, 7, 6))

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from bioprop.algorithms import LDRL
 from bioprop.algorithms.random_streams import CHUNK, NoiseStream, RandomStreams, keyed_generator
-from bioprop.functional.compiled import _mix, compiled_noise, counter_noise
 from tests.algorithms.contract import draw_batch, small_lenet
 
 CPU = torch.device("cpu")
@@ -21,16 +20,6 @@ KEY = (2**30 + 5, 17, 3)
 
 def draw(key: tuple[int, int, int] = KEY, iteration: int = 0, count: int = 16, sigma: float = 1.0) -> Tensor:
     return NoiseStream(key, CPU, torch.float32).draw(iteration, sigma, (count,))[0].clone()
-
-
-def draw_counter(key: tuple[int, int, int] = KEY, iteration: int = 0, count: int = 16, sigma: float = 1.0) -> Tensor:
-    """What a compiled stream draws, by the same function uncompiled."""
-    words = np.random.Philox(key=key[0], counter=[1, iteration, *key[1:]]).random_raw(2)
-    return counter_noise(torch.from_numpy(words.view(np.int32)[:3]), torch.tensor(sigma), count)
-
-
-all_kinds = pytest.mark.parametrize("kind", [draw, draw_counter], ids=["torch's", "counter"])
-Kind = Callable[..., Tensor]
 
 
 @pytest.fixture
@@ -57,13 +46,12 @@ def test_the_order_of_iterations_does_not_matter() -> None:
         assert torch.equal(values, draw(iteration=number, count=64))
 
 
-@all_kinds
-def test_no_two_of_many_streams_are_the_same(kind: Kind) -> None:
+def test_no_two_of_many_streams_are_the_same() -> None:
     """Keys that differ in one part by one, keys with parts swapped, keys of one bit."""
     bits = [1 << place for place in range(31)]
     keys = {*product((0, 1, 2), repeat=3), *((bit, 0, 0) for bit in bits), *((0, bit, 0) for bit in bits)}
     keys |= {(5, batch, place) for batch in range(400) for place in range(4)}
-    seen = {tuple(kind(key, iteration, 16).tolist()) for key in keys for iteration in (0, 1, 2)}
+    seen = {tuple(draw(key, iteration, 16).tolist()) for key in keys for iteration in (0, 1, 2)}
     assert len(seen) == 3 * len(keys)
 
 
@@ -76,12 +64,11 @@ def test_a_generators_state_is_its_keys() -> None:
     assert len(words.unique()) > words.numel() - 5  # of 62,400 numbers of 32 bits, 0.5 pairs are the same by chance
 
 
-@all_kinds
 @pytest.mark.parametrize("key", [KEY, (0, 0, 0), (1, 2**31, 7)])
-def test_noise_is_normal(kind: Kind, key: tuple[int, int, int]) -> None:
+def test_noise_is_normal(key: tuple[int, int, int]) -> None:
     """Five standard errors of each moment; Kolmogorov and Smirnov's distance; the tails."""
     count = 400_000
-    values = kind(key, 1, count, 0.3).double().numpy() / 0.3
+    values = draw(key, 1, count, 0.3).double().numpy() / 0.3
     errors = np.sqrt(np.array([1.0, 2.0, 6.0, 24.0]) / count)
     moments = np.array([values.mean(), values.var() - 1.0, stats.skew(values), stats.kurtosis(values)])
     assert (np.abs(moments) < 5 * errors).all()
@@ -97,67 +84,16 @@ def correlation(first: Tensor, second: Tensor) -> float:
     return float(np.corrcoef(first.double(), second.double())[0, 1] * np.sqrt(len(first)))
 
 
-@all_kinds
-def test_nothing_is_correlated(kind: Kind) -> None:
+def test_nothing_is_correlated() -> None:
     """Neighbours, halves, iterations, batches, stages, seeds; the values and their squares."""
     count = 200_000
-    one = kind(KEY, 0, count)
+    one = draw(KEY, 0, count)
     half = count // 2
     pairs = [(one[:-1], one[1:]), (one[:-2], one[2:]), (one[:half], one[half:])]
     others = [(KEY, 1), *((tuple(part + (place == axis) for place, part in enumerate(KEY)), 0) for axis in range(3))]
-    pairs += [(one, kind(*other, count)) for other in others]
+    pairs += [(one, draw(*other, count)) for other in others]
     for first, second in pairs:
         for power in (1, 2):
-            assert abs(correlation(first**power, second**power)) < 5.0
-
-
-def test_every_bit_of_the_mixing_function_is_fair_and_follows_every_bit() -> None:
-    """Counting numbers give bits that are ones half of the time, and one bit flipped flips half of them."""
-    numbers = torch.arange(2**16, dtype=torch.int32)
-    places = torch.arange(32, dtype=torch.int32)
-
-    def bits(values: Tensor) -> Tensor:
-        return (_mix(values)[:, None] >> places) & 1
-
-    mixed = bits(numbers)
-    error = 0.5 / len(numbers) ** 0.5
-    assert ((mixed.double().mean(0) - 0.5).abs() < 5 * error).all()
-    for place in range(32):
-        flip = 1 << place if place < 31 else -(2**31)
-        share = (mixed ^ bits(numbers ^ flip)).double().mean(0)
-        assert ((share - 0.5).abs() < 0.05).all()
-
-
-def test_the_mixing_function_loses_nothing() -> None:
-    numbers = torch.arange(-(2**18), 2**18, dtype=torch.int32) * 4097
-    assert len(_mix(numbers).unique()) == len(numbers.unique()) == len(numbers)
-
-
-def test_the_mixing_function_is_the_published_one() -> None:
-    """On unsigned integers, as its author writes it."""
-
-    def lowbias32(value: int) -> int:
-        value ^= value >> 16
-        value = value * 0x7FEB352D % 2**32
-        value ^= value >> 15
-        value = value * 0x846CA68B % 2**32
-        return value ^ value >> 16
-
-    numbers = [0, 1, 2, 12345, 2**31 - 1, -1, -2, -(2**31)]
-    expected = [lowbias32(number % 2**32) for number in numbers]
-    assert [number % 2**32 for number in _mix(torch.tensor(numbers, dtype=torch.int32)).tolist()] == expected
-
-
-@pytest.mark.parametrize("place", range(3))
-def test_keys_that_differ_in_one_bit_have_nothing_in_common(place: int) -> None:
-    """The third key turns the pairs of numbers only: their lengths, and so the squares, follow from the first two."""
-    count = 100_000
-    key = torch.tensor([123, -456, 789], dtype=torch.int32)
-    for bit in (0, 7, 15, 30):
-        other = key.clone()
-        other[place] ^= 1 << bit
-        first, second = (counter_noise(each, torch.tensor(1.0), count) for each in (key, other))
-        for power in (1, 2) if place < 2 else (1,):
             assert abs(correlation(first**power, second**power)) < 5.0
 
 
@@ -172,8 +108,7 @@ def test_images_come_channels_last_and_in_their_shape() -> None:
 
 
 def test_sigma_scales() -> None:
-    for kind in (draw, draw_counter):
-        torch.testing.assert_close(kind(sigma=0.25), 0.25 * kind(sigma=1.0))
+    torch.testing.assert_close(draw(sigma=0.25), 0.25 * draw(sigma=1.0))
 
 
 def test_counters_stay_on_the_cpu_and_as_they_are(tmp_path: Path) -> None:
@@ -215,12 +150,3 @@ def test_every_batch_stage_and_iteration_draws_its_own(monkeypatch: pytest.Monke
 def test_both_noises_of_an_iteration_are_independent() -> None:
     first, second = NoiseStream(KEY, CPU, torch.float32).draw(0, 1.0, (100_000,), (100_000,))
     assert abs(correlation(first, second)) < 5.0
-
-
-@pytest.mark.slow  # a compiler takes its time
-def test_the_compiled_generator_draws_the_same_numbers() -> None:
-    stream = NoiseStream(KEY, CPU, torch.float32, compile=True)
-    for count in (10, 11, 5000):
-        found = stream.draw(2, 0.5, (count,))[0]
-        torch.testing.assert_close(found, draw_counter(KEY, 2, count + count % 2, 0.5)[:count], rtol=1e-4, atol=1e-6)
-    assert compiled_noise() is compiled_noise()

@@ -20,7 +20,7 @@ from bioprop.algorithms import DTP, LDRL, ParallelLDRL
 from bioprop.algorithms.layerwise_feedback import LayerwiseFeedback
 from bioprop.algorithms.random_streams import RandomStreams
 from bioprop.algorithms.recorded import Recorded
-from bioprop.functional import pool_windows, pooling
+from bioprop.functional import pooling
 from bioprop.functional.feedback_losses import FeedbackGradient
 from bioprop.functional.speed import Speed
 from bioprop.networks.mirrors import Mirror
@@ -32,8 +32,6 @@ BATCH = 8
 METHODS: dict[str, tuple[type[LayerwiseFeedback], dict[str, Any]]] = {
     "L-DRL": (LDRL, {}),
     "L-DRL as published": (LDRL, {"mirror": "paper", "switches": "noisy", "feedback_step": "sgd"}),
-    "antithetic": (LDRL, {"sampling": "antithetic"}),
-    "expected": (LDRL, {"sampling": "expected"}),
     "bfloat16": (LDRL, {"speed": Speed(bfloat16=True)}),
     "parallel": (ParallelLDRL, {"samples": 2}),
     "DTP": (DTP, {}),
@@ -89,8 +87,7 @@ class Counters(RandomStreams):
 def own_constants() -> Iterator[None]:
     """Keep constants without values from other tests."""
     yield
-    for cached in (pool_windows.window_classes, pool_windows._switch_values, pooling._kept_window_indices):
-        cached.cache_clear()
+    pooling.window_indices.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -2,36 +2,31 @@
 
 import csv
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.arithmetic import count_gigaflop
-from benchmarks.bench import Amounts, _step_gigaflop, bench, measure
+from benchmarks.bench import Amounts, bench, measure
 from benchmarks.loading import OURS, TORCHVISION, loading_rates
 from benchmarks.memory import peak_memory
 from benchmarks.stages import CLOSED, PLAIN, stage_runs
-from benchmarks.variants import variants
+from benchmarks.variants import VARIANTS
 from bioprop.errors import UserError
-from bioprop.networks import SimpleVGG
 from tests.benchmarks.test_twins import SETTINGS
 
-SMALL = Amounts(
-    rounds=2, stage_rounds=2, stage_iterations=1, compile=True, memory=False, lightning_batches=20, images=300
-)
+SMALL = Amounts(rounds=2, stage_rounds=2, stage_iterations=1, memory=False, lightning_batches=20, images=300)
 
 
-def test_tables_and_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")  # compiling takes half a minute
+def test_tables_and_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = measure({"tiny": SETTINGS["lenet"], "vgg": SETTINGS["vgg"]}, SMALL, threads=1, out=tmp_path / "new")
 
     with (tmp_path / "new" / "bench.csv").open(newline="") as file:
         written = list(csv.DictReader(file))
     assert len(written) == len(rows)
     steps = {row["variant"]: row for row in written if row["network"] == "tiny" and row["part"] == "step"}
-    assert set(steps) == set(variants(compile=False))
+    assert set(steps) == set(VARIANTS)
     assert all(float(row["seconds_min"]) <= float(row["seconds_median"]) for row in steps.values())
     assert all(row["cpu"] and row["torch"] == torch.__version__ for row in written)
     assert float(steps["plain"]["ratio_to_plain"]) == 1.0
@@ -43,13 +38,8 @@ def test_tables_and_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
         "step",
     }
     shown = capsys.readouterr().out
-    assert "without the compiled variants: speed.compile needs a C++ compiler, and no-such-compiler" in shown
-    assert "closed form, antithetic" in shown
+    assert "closed form, bfloat16" in shown
     assert "torchvision, one process" in shown
-
-
-def test_compiled_variants_are_in_the_list() -> None:
-    assert {name for name in variants(compile=True) if "compiled" in name} == {"compiled", "compiled, bfloat16"}
 
 
 def test_arithmetic_is_counted_as_by_hand() -> None:
@@ -82,13 +72,3 @@ def test_both_loaders_hand_out_all_full_batches() -> None:
 def test_too_few_rounds_are_refused() -> None:
     with pytest.raises(UserError, match="rounds is 4"):
         bench(rounds=4)
-
-
-def test_arithmetic_of_compiled_tiles_is_counted_without_compiling() -> None:
-    setting = replace(SETTINGS["vgg"], network=partial(SimpleVGG, (3, 32, 32), 10, channels=(64, 64)), batch=2)
-    setting = replace(setting, noise=(0.1, 0.1), feedback_lr=(1e-3, 1e-3), iterations=(10, 0))
-    listed = variants(compile=True)
-    closed, compiled = (_step_gigaflop(setting, listed[name]) for name in ("closed form", "compiled"))
-    # 10 iterations of 4 products of conv2, on 16x16 maps: 36 multiplications instead of 144 for every 16 places
-    product = 2 * 2 * 64 * 64 * 9 * 256 / 1e9
-    assert closed - compiled == pytest.approx(10 * 4 * product * 0.75)

@@ -25,7 +25,7 @@ SETTINGS = {
         feedback_lr=(1e-3, 2e-3, 3e-2),
         iterations=(3, 2, 1),
     ),
-    # the last map is 2x2, where ours is a dense matrix
+    # the last map is 2x2, smaller than the kernel
     "vgg": Setting(
         network=partial(SimpleVGG, (3, 16, 16), 10, channels=(4, 5, 6, 7)),
         batch=8,

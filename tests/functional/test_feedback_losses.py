@@ -138,6 +138,41 @@ def test_reconstruction_gradient_of_a_linear_stage(form: str) -> None:
     assert found.curvature is None
 
 
+class Halves:
+    """Passes four of six units on, halved; its switches say whose pass it was."""
+
+    def run(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return 0.5 * inputs[:, :4], torch.ones(1)
+
+
+class Outer(nn.Module):
+    """``G(y) = tanh(V^T y + c)``, which is not linear in its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 6, dtype=torch.float64))
+        self.bias = nn.Parameter(torch.randn(6, dtype=torch.float64))
+
+    def forward(self, outputs: Tensor, switches: Tensor | None) -> Tensor:
+        assert switches is not None
+        return torch.tanh(outputs @ self.weight + self.bias)
+
+
+def test_reconstruction_gradient_of_an_operator_that_is_not_linear() -> None:
+    """Written out: ``dL/da = 2/batch (G - x) (1 - G^2)`` with ``G = tanh(a)``."""
+    back, inputs, noise = Outer(), torch.randn(5, 6, dtype=torch.float64), torch.randn(5, 6, dtype=torch.float64)
+    found = reconstruction_gradient(Halves(), back, inputs, noise)
+    noisy = inputs + noise
+    outputs = 0.5 * noisy[:, :4]
+    guess = torch.tanh(outputs @ back.weight + back.bias).detach()
+    slope = 2 / 5 * (guess - noisy) * (1 - guess**2)
+    torch.testing.assert_close(found.parameters["weight"], outputs.T @ slope)
+    torch.testing.assert_close(found.parameters["bias"], slope.sum(0))
+    assert found.loss.item() == pytest.approx(((guess - noisy) ** 2).sum().item() / 5)
+    assert found.curvature is None
+    assert all(parameter.grad is None for parameter in back.parameters())
+
+
 # -- conv stages, with torch's own layers, or loops where they have none ----------------------------------------------
 
 

@@ -14,7 +14,6 @@ from bioprop.functional.layer_products import (
     ConvProducts,
     LayerProducts,
     LinearProducts,
-    SmallMapProducts,
     matrix_product,
 )
 from tests.geometries import conv_geometries, few
@@ -24,7 +23,7 @@ Size = tuple[int, int]
 
 
 class Geometry:
-    """A convolution's, with the products it may be computed by."""
+    """A convolution's, with its products."""
 
     def __init__(self, given: dict[str, Any]) -> None:
         channels, *size = given["input_shape"]
@@ -34,13 +33,9 @@ class Geometry:
         out = [(side + 2 * self.padding - kernel) // self.stride + 1 for side in size]
         self.outputs = (5, given["out_channels"], *out)
 
-    def products(self, reduced: bool = False) -> list[LayerProducts]:
-        shape, size, out = torch.Size(self.weight), self.inputs[2:], self.outputs[2:]
-        unread = tuple((side + 2 * self.padding - self.weight[2]) % self.stride for side in size)
-        return [
-            ConvProducts(shape, self.stride, self.padding, unread, reduced),
-            SmallMapProducts(shape, self.stride, self.padding, size, out, reduced),
-        ]
+    def products(self, reduced: bool = False) -> ConvProducts:
+        unread = tuple((side + 2 * self.padding - self.weight[2]) % self.stride for side in self.inputs[2:])
+        return ConvProducts(torch.Size(self.weight), self.stride, self.padding, unread, reduced)
 
     def draw(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
         return tuple(torch.randn(shape, dtype=dtype) for shape in (self.weight, self.inputs, self.outputs))
@@ -70,10 +65,9 @@ def three_products(products: LayerProducts, weight: Tensor, inputs: Tensor, outp
 @given(geometry=geometries, layout=layouts)
 def test_convolutions_products_are_torchs(geometry: Geometry, layout: torch.memory_format) -> None:
     drawn = [each.to(memory_format=layout) for each in geometry.draw()]
-    for products in geometry.products():
-        found = three_products(products, *drawn)
-        for ours, wanted in zip(found, geometry.expected(*drawn), strict=True):
-            torch.testing.assert_close(ours, wanted, **EXACT)
+    found = three_products(geometry.products(), *drawn)
+    for ours, wanted in zip(found, geometry.expected(*drawn), strict=True):
+        torch.testing.assert_close(ours, wanted, **EXACT)
 
 
 @few(40)
@@ -81,11 +75,10 @@ def test_convolutions_products_are_torchs(geometry: Geometry, layout: torch.memo
 def test_the_three_products_are_adjoint(geometry: Geometry) -> None:
     """``<d, W x> = <W^T d, x> = <W, wgrad(x, d)>``."""
     weight, inputs, outputs = geometry.draw()
-    for products in geometry.products():
-        forward, back, gradient = three_products(products, weight, inputs, outputs)
-        value = (outputs * forward).sum()
-        torch.testing.assert_close((back * inputs).sum(), value, **EXACT)
-        torch.testing.assert_close((gradient * weight).sum(), value, **EXACT)
+    forward, back, gradient = three_products(geometry.products(), weight, inputs, outputs)
+    value = (outputs * forward).sum()
+    torch.testing.assert_close((back * inputs).sum(), value, **EXACT)
+    torch.testing.assert_close((gradient * weight).sum(), value, **EXACT)
 
 
 @few(20)
@@ -136,14 +129,13 @@ def test_matrix_product_is_torchs(rows: int, inner: int, columns: int, first: st
 @given(geometry=geometries)
 def test_bfloat16_stays_within_its_accuracy_and_hands_out_float32(geometry: Geometry) -> None:
     drawn = geometry.draw(torch.float32)
-    for products in geometry.products(reduced=True):
-        found = three_products(products, *drawn)
-        assert found[2].dtype is torch.float32
-        # eight bits of each factor, relative to the sum of the factors' magnitudes
-        for ours, wanted, scale in zip(
-            found, geometry.expected(*drawn), geometry.expected(*(each.abs() for each in drawn)), strict=True
-        ):
-            assert ((ours - wanted).abs() <= 2**-6 * scale + 1e-6).all()
+    found = three_products(geometry.products(reduced=True), *drawn)
+    assert found[2].dtype is torch.float32
+    # eight bits of each factor, relative to the sum of the factors' magnitudes
+    for ours, wanted, scale in zip(
+        found, geometry.expected(*drawn), geometry.expected(*(each.abs() for each in drawn)), strict=True
+    ):
+        assert ((ours - wanted).abs() <= 2**-6 * scale + 1e-6).all()
 
 
 def test_bfloat16_rounds() -> None:

@@ -11,8 +11,6 @@ from bioprop.functional import pooling
 from bioprop.functional.pooling import (
     Pool,
     gather_windows,
-    last_windows,
-    last_windows_as_numbers,
     max_pool,
     unpool_adding,
     unpool_overwriting,
@@ -101,7 +99,7 @@ def test_gathering_equals_scattering(pool: Pool, size: tuple[int, int], layout: 
 def test_what_gathering_keeps_serves_differentiation_after_inference() -> None:
     pool, size = Pool(3, 2, 1), (9, 7)
     pooled, switches = max_pool(draw_maps(size), pool)
-    pooling._kept_window_indices.cache_clear()
+    pooling.window_indices.cache_clear()
     with torch.inference_mode():
         gather_windows(pooled, switches, pool, size)
     values = pooled.clone().requires_grad_()
@@ -133,12 +131,3 @@ def test_overwriting_has_the_right_jacobian() -> None:
     survived = torch.isin(values.detach(), maps.detach())
     assert torch.equal(gradient != 0, survived)
     assert not survived.all()
-
-
-@pytest.mark.parametrize("pool", [Pool(3, 2, 1), Pool(3, 1, 1), Pool(5, 2, 2)], ids=str)
-def test_last_windows_as_numbers_are_the_same_windows(pool: Pool) -> None:
-    _, switches = max_pool(torch.randn(3, 4, 11, 9).contiguous(memory_format=torch.channels_last), pool)
-    found = last_windows_as_numbers(switches, pool)
-    assert torch.equal(found, last_windows(switches, pool).float())
-    assert 0 < found.mean() < 1
-    assert found.is_contiguous(memory_format=torch.channels_last)

@@ -9,9 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bioprop.algorithms import DTP, LDRL, LayerwiseFeedback
 from bioprop.cli import main
-from bioprop.errors import UserError
-from bioprop.functional.compiled import compiled
-from bioprop.functional.pooling import Pool, gather_less, last_windows, max_pool, overwriting_places, unpool
+from bioprop.functional.pooling import Pool
 from bioprop.functional.speed import Speed
 from bioprop.networks import ConvStage, LinearStage, Network
 from tests.algorithms.contract import draw_batch, small_lenet
@@ -106,27 +104,6 @@ def test_bfloat16_is_close_and_leaves_float32(algorithm: type[LayerwiseFeedback]
     torch.testing.assert_close(reduced_losses, losses, rtol=0.02, atol=1e-3)
 
 
-def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(UserError, match=r"needs a C\+\+ compiler, and no-such-compiler is not found") as caught:
-        LDRL(small_lenet(), speed=Speed(compile=True))
-    assert len(str(caught.value).splitlines()) == 1
-    LDRL(small_lenet())  # who does not compile needs none
-
-
-def test_compiling_without_a_compiler_ends_the_command(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises((SystemExit, UserError)) as caught:
-        main(["fit", *LDRL_TINY, "--model.speed.compile=true", "--trainer.max_epochs=1"])
-    said = str(caught.value) if caught.type is UserError else capsys.readouterr().err
-    assert caught.type is UserError or caught.value.code == 2
-    assert "no-such-compiler is not found" in said
-    assert len(said.strip().splitlines()) == 1
-
-
 def test_speed_is_set_from_the_command_line_and_free_to_change(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     first = main(["fit", *LDRL_TINY, "--model.speed.bfloat16=true", "--trainer.max_epochs=1"])
@@ -136,39 +113,3 @@ def test_speed_is_set_from_the_command_line_and_free_to_change(monkeypatch: pyte
     resumed = main(["fit", *LDRL_TINY, "--model.speed.closed_form=false", "--trainer.max_epochs=2", "--ckpt_path=last"])
     assert resumed.model.speed == Speed(closed_form=False)
     assert resumed.trainer.global_step == 2 * first.trainer.global_step
-
-
-@pytest.mark.slow  # a compiler takes its time
-@pytest.mark.parametrize("pool", [Pool(2, 2), Pool(3, 2, 1)], ids=str)
-def test_compiled_unpooling_is_the_eager_one(pool: Pool) -> None:
-    pooled, switches = max_pool(torch.randn(3, 4, 7, 9), pool)
-    less, places = torch.randn(3, 4, 7, 9), overwriting_places(switches, pool)
-    found = compiled(gather_less)(pooled * last_windows(switches, pool), switches, less, pool, (7, 9))
-    torch.testing.assert_close(found, unpool(pooled, places, pool, (7, 9)) - less, rtol=0, atol=1e-6)
-
-
-@pytest.mark.slow
-def test_a_compiled_run_trains() -> None:
-    torch.manual_seed(1)
-    algorithm = LDRL(small_lenet(), iterations=20, feedback_lr=0.1, speed=Speed(compile=True))
-    before = algorithm.feedback_angles()
-    for seed in range(3):
-        algorithm.train_feedback(draw_batch(64, seed)[0])
-    assert all(angle < before[name] - 5 for name, angle in algorithm.feedback_angles().items())
-
-
-@pytest.mark.parametrize("pool", [Pool(2, 2), Pool(3, 2, 1), Pool(3, 1, 1), Pool(2, 3)], ids=str)
-def test_what_is_compiled_is_the_eager_unpooling(pool: Pool) -> None:
-    pooled, switches = max_pool(torch.randn(3, 4, 7, 9, dtype=torch.float64), pool)
-    less, places = torch.randn(3, 4, 7, 9, dtype=torch.float64), overwriting_places(switches, pool)
-    found = gather_less(pooled * last_windows(switches, pool), switches, less, pool, (7, 9))
-    torch.testing.assert_close(found, unpool(pooled, places, pool, (7, 9)) - less, rtol=1e-14, atol=1e-14)
-
-
-def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(values: Tensor) -> Tensor:
-        raise torch._dynamo.exc.TorchDynamoException("backend='inductor' raised:\nno disk space\n\nSet A=1 for more")
-
-    monkeypatch.setattr(torch, "compile", lambda twin, dynamic: fail)
-    with pytest.raises(UserError, match=r"the compiler failed \(backend='inductor' raised: no disk space\): leave"):
-        compiled(lambda values: values.sin())(torch.randn(3))

@@ -10,12 +10,11 @@ from bioprop.algorithms.random_streams import NoiseStream
 from bioprop.errors import UserError
 from bioprop.functional.closed_forms import reconstruction_closed_form
 from bioprop.functional.feedback_losses import FeedbackGradient, FeedbackObjective, reconstruction_gradient
-from bioprop.functional.outer_reconstruction import outer_reconstruction_gradient
 from bioprop.functional.speed import DEFAULT_SPEED, Speed
 from bioprop.networks.layer_pairs import layer_pair, noise_shape
 from bioprop.networks.mirrors import LayerMirror, Mirror
 from bioprop.networks.network import Network
-from bioprop.networks.outer_mirrors import OuterMirror, activation_of, build_outer_mirror
+from bioprop.networks.outer_mirrors import activation_of, build_outer_mirror
 from bioprop.networks.stages import Stage, StagePass
 
 ReconstructingMirrorName = Literal["exact", "paper", "outer"]
@@ -106,8 +105,7 @@ class DTP(LayerwiseFeedback):
 
         def by_autograd(iteration: int) -> FeedbackGradient:
             (eps,) = noise.draw(iteration, sigma, shape)
-            gradient_of = outer_reconstruction_gradient if isinstance(mirror, OuterMirror) else reconstruction_gradient
-            return gradient_of(stage, mirror, clean.inputs, eps.view(clean.inputs.shape))
+            return reconstruction_gradient(stage, mirror, clean.inputs, eps.view(clean.inputs.shape))
 
         if pair is None or clean.affine is None or not isinstance(mirror, LayerMirror):
             return by_autograd

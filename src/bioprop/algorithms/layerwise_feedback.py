@@ -22,7 +22,6 @@ from bioprop.distributed import gather_rows, process_count, process_rank
 from bioprop.errors import UserError
 from bioprop.functional.activations import MirrorName
 from bioprop.functional.angles import angle_degrees, flatten_all
-from bioprop.functional.compiled import refuse_without_compiler
 from bioprop.functional.feedback_losses import FeedbackGradient, FeedbackObjective
 from bioprop.functional.feedback_steps import normalized_steps
 from bioprop.functional.speed import Sharing, Speed
@@ -78,8 +77,6 @@ class LayerwiseFeedback(MirroredFeedback):
         self.closed_form = speed.closed_form
         if speed.processes not in get_args(Sharing):
             raise UserError(f"speed.processes {speed.processes!r} is not known: choose one of {get_args(Sharing)}")
-        if speed.compile:
-            refuse_without_compiler()
         pairs = list(pairwise(network.stages()))
         mirrored = pairs[: max(0, len(pairs) - gradient_stages)]
         names = [name for _, (name, _) in mirrored]
@@ -163,7 +160,7 @@ class LayerwiseFeedback(MirroredFeedback):
     def _noise(self, place: int, clean: StagePass) -> NoiseStream:
         # whoever trains a stage on the images of all processes draws what one process would draw
         rank = 0 if self._shares("stages") else process_rank()
-        return self.streams.noise(place, clean.inputs, self.speed.compile, rank)
+        return self.streams.noise(place, clean.inputs, rank)
 
     def _train_stage(
         self,

@@ -2,34 +2,27 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor
 
-from bioprop.algorithms.expected_sampling import average_expected, prepare_expected_loss, train_expected
 from bioprop.algorithms.layerwise_feedback import FeedbackStep, LayerwiseFeedback
 from bioprop.algorithms.random_streams import NoiseStream
 from bioprop.errors import UserError
 from bioprop.functional.activations import MirrorName
 from bioprop.functional.closed_forms import clean_pass, ldrl_closed_form
-from bioprop.functional.expected_feedback import check_covered
-from bioprop.functional.expected_steps import expected_gradient
 from bioprop.functional.feedback_losses import FeedbackGradient, FeedbackObjective, ldrl_gradient
-from bioprop.functional.first_terms import group_size, ldrl_in_groups
 from bioprop.functional.layered_feedback import composed_ldrl_gradient, layered_ldrl_gradient
 from bioprop.functional.precision import float32_products, products_are_reduced
 from bioprop.functional.speed import DEFAULT_SPEED, Speed
-from bioprop.functional.tiled_feedback import TiledFeedback
-from bioprop.networks.layer_pairs import expected_geometry, layer_pair, noise_shape, tiled_where_it_pays
+from bioprop.networks.layer_pairs import layer_pair, noise_shape
 from bioprop.networks.mirrors import LayerMirror, Mirror
 from bioprop.networks.network import Network
 from bioprop.networks.residual_mirrors import LayeredMirror
 from bioprop.networks.stages import Stage, StagePass
 
 SwitchesOf = Literal["noisy", "clean"]
-Sampling = Literal["independent", "antithetic", "expected"]
 NoiseAt = Literal["layer", "stage"]
 
 
@@ -56,11 +49,6 @@ class LDRL(LayerwiseFeedback):
         mirror: ``exact`` (ours) or ``paper``, the authors' form of the feedback operator.
         feedback_step: ``normalized`` (ours: by the loss's curvature, no momentum) or ``sgd``, as published.
         feedback_momentum: of ``sgd``.
-        sampling: of the noise: ``independent`` draws, as published, or ``antithetic`` ones: the first term is averaged
-            over ``eps`` and ``-eps``, which leaves its expectation as it is and lowers its variance. ``expected``
-            integrates the noise out, for 20 to 30 times less work: it READS THE FORWARD WEIGHTS, so it simulates the
-            mean dynamics of the rule and is no model of a local one; a tool for study, whose accuracies are not those
-            of the sampled rule. It covers linear stages and conv stages whose pool windows do not compete.
         noise_at: how the feedback of a stage of several layers (a residual block) is trained: by noise around each
             ``layer`` (ours) or around the ``stage`` as a whole, as published, which needs ``sgd``. Only the former has
             ``V = W`` for its one minimiser: factors that cancel between two layers leave the whole as it is.
@@ -83,7 +71,6 @@ class LDRL(LayerwiseFeedback):
         mirror: MirrorName = "exact",
         feedback_step: FeedbackStep = "normalized",
         feedback_momentum: float = 0.9,
-        sampling: Sampling = "independent",
         noise_at: NoiseAt = "layer",
         speed: Speed = DEFAULT_SPEED,
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.02, momentum=0.9, weight_decay=1e-4),
@@ -102,13 +89,10 @@ class LDRL(LayerwiseFeedback):
             scheduler=scheduler,
             speed=speed,
             switches=switches,
-            sampling=sampling,
             noise_at=noise_at,
         )
         if switches not in get_args(SwitchesOf):
             raise UserError(f"switches {switches!r} is not known: choose one of {', '.join(get_args(SwitchesOf))}")
-        if sampling not in get_args(Sampling):
-            raise UserError(f"sampling {sampling!r} is not known: choose one of {', '.join(get_args(Sampling))}")
         if noise_at not in get_args(NoiseAt):
             raise UserError(f"noise_at {noise_at!r} is not known: choose one of {', '.join(get_args(NoiseAt))}")
         self.noise_at = noise_at
@@ -119,64 +103,24 @@ class LDRL(LayerwiseFeedback):
                     "normalized step divides by: use feedback_step: sgd, or noise_at: layer"
                 )
         self._clean_switches = switches == "clean"
-        self.sampling = sampling
-        if sampling == "expected":
-            for name, stage, _ in self.mirrored_stages():
-                check_covered(f"stage {name}", expected_geometry(name, stage), mirror)
-
-    def _train_stage(
-        self,
-        name: str,
-        stage: Stage,
-        mirror: Mirror,
-        sigma: float,
-        lr: float,
-        iterations: int,
-        noise: NoiseStream,
-        *clean: Tensor | None,
-    ) -> Tensor:
-        if self.sampling != "expected" or self._observers:
-            return super()._train_stage(name, stage, mirror, sigma, lr, iterations, noise, *clean)
-        # all iterations at once: the gradient is linear in the weights
-        layer = cast(LayerMirror, mirror)
-        loss = prepare_expected_loss(stage, layer, StagePass(*clean), sigma, noise, self._clean_switches)  # type: ignore[arg-type]
-        loss = average_expected(loss) if self._shares("gradients") else loss
-        return train_expected(layer, loss, lr, iterations, self._feedback_optimizer, self.feedback_momentum)
 
     def feedback_objective(
         self, stage: Stage, mirror: Mirror, clean: StagePass, sigma: float, noise: NoiseStream
     ) -> FeedbackObjective:
         """The L-DRL loss, on fresh noise at the stage's input and output."""
-        if self.sampling == "expected":
-            layer = cast(LayerMirror, mirror)
-            expected = prepare_expected_loss(stage, layer, clean, sigma, noise, self._clean_switches)
-            return lambda iteration: expected_gradient(expected, layer.weight)
-        rule = sigma, self._clean_switches, self.sampling == "antithetic"
         if isinstance(mirror, LayeredMirror) and self._by_layers(mirror):
             layers, noise_shapes = mirror.layers(stage, clean, self.speed.bfloat16)
-            return lambda iteration: layered_ldrl_gradient(
-                layers, noise.draw(iteration, sigma, *noise_shapes), sigma, self.sampling == "antithetic"
-            )
+            return lambda iteration: layered_ldrl_gradient(layers, noise.draw(iteration, sigma, *noise_shapes), sigma)
         shapes = noise_shape(stage, clean.inputs), clean.output.shape
         pair = layer_pair(stage, mirror, self.speed)
         if pair is None or clean.affine is None or not isinstance(mirror, LayerMirror):
-            return self._by_autograd(stage, mirror, clean, noise, shapes, rule)
-        by_tiles = tiled_where_it_pays(stage, mirror, self.speed)
-        if by_tiles is not None:
-            tiled = TiledFeedback(by_tiles, pair.weight, clean.affine, compile=True)
-            parts = tiled.noise_shapes()
-            return lambda iteration: tiled.gradient(mirror.weight, noise.draw(iteration, sigma, *parts), *rule)
+            return self._by_autograd(stage, mirror, clean, sigma, noise, shapes)
         weight = pair.products.prepare(pair.weight)
         kept = clean_pass(pair, clean.affine, clean.output, clean.switches)
-        if self._works_ahead(clean):
-            draws, draw = self._draws(mirror), partial(_draw_group, noise, sigma, shapes)
-            group = group_size(draws, clean.inputs, clean.affine, mirror.weight)
-            if group > 1:
-                return ldrl_in_groups(pair, weight, kept, mirror.weight, draw, draws, group, *rule)
 
         def in_closed_form(iteration: int) -> FeedbackGradient:
             eps, eta = noise.draw(iteration, sigma, *shapes)
-            return ldrl_closed_form(pair, weight, kept, mirror.weight, eps, eta, *rule)
+            return ldrl_closed_form(pair, weight, kept, mirror.weight, eps, eta, sigma, self._clean_switches)
 
         return in_closed_form
 
@@ -185,9 +129,9 @@ class LDRL(LayerwiseFeedback):
         stage: Stage,
         mirror: Mirror,
         clean: StagePass,
+        sigma: float,
         noise: NoiseStream,
         shapes: tuple[Sequence[int], Sequence[int]],
-        rule: tuple[float, bool, bool],
     ) -> FeedbackObjective:
         """The same loss for any kind of stage.
 
@@ -202,37 +146,17 @@ class LDRL(LayerwiseFeedback):
         output = output.detach()
 
         def gradient_at(iteration: int) -> FeedbackGradient:
-            eps, eta = noise.draw(iteration, rule[0], *shapes)
+            eps, eta = noise.draw(iteration, sigma, *shapes)
             values = clean.inputs, output, switches, eps.view(clean.inputs.shape), eta
             with exact():
                 if isinstance(mirror, LayerMirror):
-                    return ldrl_gradient(stage, mirror, *values, *rule)
-                return composed_ldrl_gradient(stage, mirror, *values, *rule[1:])
+                    return ldrl_gradient(stage, mirror, *values, sigma, self._clean_switches)
+                return composed_ldrl_gradient(stage, mirror, *values, self._clean_switches)
 
         return gradient_at
-
-    @staticmethod
-    def _works_ahead(clean: StagePass) -> bool:
-        """Whether what does not depend on the feedback weights is done for several iterations at once.
-
-        On a CPU it is not: one batch keeps all cores busy, and the maps of several do not fit into its cache.
-        """
-        return clean.inputs.is_cuda
-
-    def _draws(self, mirror: Mirror) -> int:
-        """How many draws of the noise a batch takes for the feedback of one stage."""
-        iterations: int = dict(zip(self.feedback.values(), self.iterations, strict=True))[mirror]
-        return iterations
 
     def _by_layers(self, mirror: LayeredMirror) -> bool:
         return self.noise_at == "layer" or not mirror.is_composed
 
     def _has_curvature(self, mirror: Mirror) -> bool:
         return isinstance(mirror, LayerMirror) or (isinstance(mirror, LayeredMirror) and self._by_layers(mirror))
-
-
-def _draw_group(
-    noise: NoiseStream, sigma: float, shapes: Sequence[Sequence[int]], iteration: int, count: int
-) -> list[Tensor]:
-    """Draw for several iterations that follow each other at once, stacked along the batch."""
-    return noise.draw(iteration, sigma, *((count * batch, *sample) for batch, *sample in shapes))

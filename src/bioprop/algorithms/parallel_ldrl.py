@@ -13,7 +13,6 @@ from bioprop.functional.activations import MirrorName
 from bioprop.functional.feedback_losses import FeedbackGradient
 from bioprop.functional.feedback_steps import mean_gradient, normalized_steps
 from bioprop.functional.speed import DEFAULT_SPEED, Speed
-from bioprop.networks.mirrors import Mirror
 from bioprop.networks.network import Network
 from bioprop.networks.stages import StagePass
 
@@ -107,9 +106,6 @@ class ParallelLDRL(LDRL):
         self.streams.next_batch()
         losses = {name: torch.stack(each).mean() for name, each in course.items() if each}
         return self._exchange(losses, owners)
-
-    def _draws(self, mirror: Mirror) -> int:
-        return super()._draws(mirror) * self.samples
 
     def _step_all_stages(self, gradients: Mapping[str, FeedbackGradient]) -> None:
         """Take one step of the feedback weights of all stages together."""

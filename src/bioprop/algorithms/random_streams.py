@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bioprop.functional.compiled import compiled_noise
-
 #: Numbers that one generator draws: few enough to share among threads, many enough to be worth its set-up.
 CHUNK = 2**18
 #: Words of the state of torch's CPU generator (a Mersenne Twister), and where they lie in what `get_state` gives.
@@ -25,8 +23,6 @@ class NoiseStream:
         key: three integers that name the stream; streams of different keys are independent.
         device: where the noise is wanted.
         dtype: of the noise.
-        compile: draw float32 noise on a CPU by a compiled generator: other numbers of the same distribution, several
-            times as many a second.
         generator: what to draw from, in order, once it is seeded by the key; needed on a GPU, where generators count.
     """
 
@@ -35,11 +31,9 @@ class NoiseStream:
         key: tuple[int, int, int],
         device: torch.device,
         dtype: torch.dtype,
-        compile: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
         self.key, self.device, self.dtype, self._generator = key, device, dtype, generator
-        self._compiled = compile and device.type == "cpu" and dtype is torch.float32
         self._seeded = False
         self._buffer = torch.empty(0, device=device, dtype=dtype)
 
@@ -55,12 +49,6 @@ class NoiseStream:
             One tensor a shape. The next draw overwrites them.
         """
         counts = [prod(shape) for shape in shapes]
-        if self._compiled:
-            words = np.random.Philox(key=self.key[0], counter=[1, iteration, *self.key[1:]]).random_raw(2)
-            keys = torch.from_numpy(words.view(np.int32)[:3])
-            total = sum(counts)
-            values = compiled_noise()(keys, torch.tensor(sigma), total + total % 2)[:total]
-            return [_shaped(part, shape) for part, shape in zip(torch.split(values, counts), shapes, strict=True)]
         if self._buffer.numel() != sum(counts):
             self._buffer = torch.empty(sum(counts), device=self.device, dtype=self.dtype)
         if self._generator is None:
@@ -156,18 +144,17 @@ class RandomStreams(nn.Module):
         sequence = np.random.SeedSequence([int(self.seed), int(self.batches), place])
         return torch.Generator(device).manual_seed(int(sequence.generate_state(1)[0]))
 
-    def noise(self, place: int, like: Tensor, compile: bool = False, rank: int = 0) -> NoiseStream:
+    def noise(self, place: int, like: Tensor, rank: int = 0) -> NoiseStream:
         """Make the noise of this batch for one place, in the type and on the device of a tensor.
 
         Args:
             place: a stage or layer, by its number.
             like: of the type and on the device wanted.
-            compile: see `NoiseStream`.
             rank: of the process whose images the noise is for: each draws its own.
         """
         key = int(self.seed), int(self.batches), rank << 32 | place
         if like.device.type == "cpu":
-            return NoiseStream(key, like.device, like.dtype, compile)
+            return NoiseStream(key, like.device, like.dtype)
         # a recorded CUDA graph goes on drawing from the generator it was recorded with
         generator = self._generators.setdefault((place, like.device), torch.Generator(like.device))
         return NoiseStream(key, like.device, like.dtype, generator=generator)

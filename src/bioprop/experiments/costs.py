@@ -9,7 +9,7 @@ from pytorch_lightning.profilers import Profiler
 
 #: Actions that Lightning's loop and `bioprop.algorithms.base.Algorithm` name.
 BATCH, FEEDBACK = "run_training_batch", "[Algorithm]train_feedback"
-#: First batches of a process, which allocate, compile and record graphs: not timed where there are others.
+#: First batches of a process, which allocate and record graphs: not timed where there are others.
 WARM_UP = 5
 CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 

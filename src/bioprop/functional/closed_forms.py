@@ -29,7 +29,6 @@ class LayerPair(NamedTuple):
         phi: activation of ``G``.
         locate: from switches to the places that ``unpool`` takes.
         unpool: from pooled values and places to the map before pooling.
-        unpool_less: the same, less a map.
         phi_is_identity: whether ``phi`` is.
     """
 
@@ -39,7 +38,6 @@ class LayerPair(NamedTuple):
     phi: Callable[[Tensor], Tensor]
     locate: Callable[[Tensor | None], Places | None]
     unpool: Callable[[Tensor, Places | None], Tensor]
-    unpool_less: Callable[[Tensor, Places | None, Tensor], Tensor]
     phi_is_identity: bool
 
     def features(self, affine: Tensor) -> tuple[Tensor, Places | None]:
@@ -101,7 +99,6 @@ def ldrl_closed_form(
     output_noise: Tensor,
     sigma: float,
     clean_switches: bool = False,
-    antithetic: bool = False,
 ) -> FeedbackGradient:
     """Gradient of the L-DRL loss (Ernoult et al., 2022), as `feedback_losses.ldrl_gradient` defines it.
 
@@ -117,7 +114,6 @@ def ldrl_closed_form(
         output_noise: ``eta``, like the stage's output.
         sigma: standard deviation of both.
         clean_switches: unpool the noisy output by the clean pass's switches.
-        antithetic: average the first term over ``eps`` and ``-eps``, which share the product ``W eps``.
 
     Returns:
         Gradient, loss and curvature.
@@ -129,13 +125,12 @@ def ldrl_closed_form(
         part, noise = clean.block(samples), input_noise[samples]
         change = products.forward(noise, prepared)
         first = features_change(pair, part, change, clean_switches)
-        if antithetic:
-            first = (first - features_change(pair, part, -change, clean_switches)).mul_(0.5)
         del change
         step = pair.phi(part.output + output_noise[samples]).sub_(part.phi)
         second = pair.unpool(step, part.places)
         back = products.backward(second, back_weight)
-        found = [products.weight_gradient_difference(back, second, noise, first), square_sum(back)]
+        gradient = products.weight_gradient(back, second).sub_(products.weight_gradient(noise, first))
+        found = [gradient, square_sum(back)]
         if not pair.phi_is_identity:
             found.append(unit_square_sums(step).mul_(len(step)))
         sums = found if not sums else [total.add_(term) for total, term in zip(sums, found, strict=True)]
@@ -158,7 +153,7 @@ def features_change(pair: LayerPair, clean: CleanPass, change: Tensor, clean_swi
     phi, places = pair.features(clean.affine + change)
     if clean_switches:
         return pair.unpool(phi.sub_(clean.phi), clean.places)
-    return pair.unpool_less(phi, places, clean.features)
+    return pair.unpool(phi, places).sub_(clean.features)
 
 
 def inner(first: Tensor, second: Tensor) -> Tensor:

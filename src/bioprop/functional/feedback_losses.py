@@ -100,7 +100,6 @@ def ldrl_gradient(
     output_noise: Tensor,
     sigma: float,
     clean_switches: bool = False,
-    antithetic: bool = False,
 ) -> FeedbackGradient:
     """Gradient of the layer-wise difference reconstruction loss (Ernoult et al., 2022).
 
@@ -118,26 +117,21 @@ def ldrl_gradient(
         output_noise: ``eta ~ N(0, sigma^2)``, like ``output``.
         sigma: standard deviation of both.
         clean_switches: unpool the noisy output by ``switches`` too, instead of by those of the noisy pass.
-        antithetic: average the first term over ``eps`` and ``-eps``, for less variance.
 
     Returns:
         The gradient; its curvature is that of the second term, ``2 mean_batch sum_positions
         (phi(s^n + eta) - phi(s^n))_o^2``, read off the same samples (``2 sigma^2`` a position where ``phi`` is the
         identity).
     """
-    signs = (1.0, -1.0) if antithetic else (1.0,)
     with torch.no_grad():
-        noisy = [stage.run(inputs + sign * input_noise) for sign in signs]
+        noisy_output, noisy_switches = stage.run(inputs + input_noise)
         if mirror.is_linear:
             curvature = output.new_full((output.shape[1],), 2.0 * sigma**2 * output[0, 0].numel())
         else:
             curvature = 2.0 * unit_square_sums(mirror.phi(output + output_noise) - mirror.phi(output))
     with torch.enable_grad():
         clean = mirror(output, switches)
-        first = torch.zeros_like(clean)
-        for sign, (noisy_output, noisy_switches) in zip(signs, noisy, strict=True):
-            change = mirror(noisy_output, switches if clean_switches else noisy_switches) - clean
-            first = first + sign / len(signs) * input_noise * change
+        first = input_noise * (mirror(noisy_output, switches if clean_switches else noisy_switches) - clean)
         second = (mirror(output + output_noise, switches) - clean).square()
         loss = (second - 2.0 * first).flatten(1).sum(1).mean()
     (weight,) = torch.autograd.grad(loss, (mirror.weight,))

@@ -50,16 +50,13 @@ class FeedbackLayers(NamedTuple):
 
 
 @torch.no_grad()
-def layered_ldrl_gradient(
-    layers: Sequence[FeedbackLayer], noise: Sequence[Tensor], sigma: float, antithetic: bool = False
-) -> FeedbackGradient:
+def layered_ldrl_gradient(layers: Sequence[FeedbackLayer], noise: Sequence[Tensor], sigma: float) -> FeedbackGradient:
     """Gradient of the sum of the layers' L-DRL losses (Ernoult et al., 2022, with a layer in the place of a stage).
 
     Args:
         layers: of one feedback operator.
         noise: ``N(0, sigma^2)``, by their numbers in the layers.
         sigma: standard deviation.
-        antithetic: average the first term over the noise and its negative.
 
     Returns:
         Gradient and curvature by name of parameter, and the sum of the losses.
@@ -71,9 +68,8 @@ def layered_ldrl_gradient(
         units = layer.feedback.new_ones(len(layer.feedback)) if layer.scale is None else layer.scale
         scale = units.view(-1, *[1] * (layer.feedback.dim() - 1))
         eps, eta = noise[layer.input_noise], noise[layer.output_noise]
-        found = ldrl_closed_form(
-            layer.pair, layer.prepared, layer.clean, scale * layer.feedback, eps, eta, sigma, True, antithetic
-        )
+        effective = scale * layer.feedback
+        found = ldrl_closed_form(layer.pair, layer.prepared, layer.clean, effective, eps, eta, sigma, True)
         gradients[layer.name] = layer.share * scale * found.weight
         if isinstance(found.curvature, Tensor):
             curvatures[layer.name] = layer.share * units.square() * found.curvature
@@ -110,7 +106,6 @@ def composed_ldrl_gradient(
     input_noise: Tensor,
     output_noise: Tensor,
     clean_switches: bool = False,
-    antithetic: bool = False,
 ) -> FeedbackGradient:
     """Gradient of the L-DRL loss of a stage as a whole, by autograd: see `feedback_losses.ldrl_gradient`.
 
@@ -123,23 +118,19 @@ def composed_ldrl_gradient(
         input_noise: ``eps``, like ``inputs``.
         output_noise: ``eta``, like ``output``.
         clean_switches: give the clean pass's to ``G(F(s + eps))`` too, instead of those of the noisy pass.
-        antithetic: average the first term over ``eps`` and ``-eps``.
 
     Returns:
         The gradient without a curvature: one for each weight would not add up to that of a step along all of them.
     """
-    signs = (1.0, -1.0) if antithetic else (1.0,)
     with torch.no_grad():
-        noisy = [stage.run(inputs + sign * input_noise) for sign in signs]
+        noisy_output, noisy_switches = stage.run(inputs + input_noise)
     parameters = mirror.difference_parameters()
     with torch.enable_grad():
-        first = torch.zeros_like(inputs)
-        for sign, (noisy_output, noisy_switches) in zip(signs, noisy, strict=True):
-            if clean_switches:
-                change = mirror.difference(output, noisy_output - output, switches)
-            else:
-                change = mirror(noisy_output, noisy_switches) - mirror(output, switches)
-            first = first + sign / len(signs) * input_noise * change
+        if clean_switches:
+            change = mirror.difference(output, noisy_output - output, switches)
+        else:
+            change = mirror(noisy_output, noisy_switches) - mirror(output, switches)
+        first = input_noise * change
         second = mirror.difference(output, output_noise, switches).square()
         loss = (second - 2.0 * first).flatten(1).sum(1).mean()
     gradients = torch.autograd.grad(loss, list(parameters.values()))

@@ -84,11 +84,6 @@ def unpool(pooled: Tensor, places: Places, pool: Pool, size: Size) -> Tensor:
     return unpool_adding(pooled if places.kept is None else pooled * places.kept, places.switches, pool, size)
 
 
-def gather_less(pooled: Tensor, switches: Tensor, less: Tensor, pool: Pool, size: Size) -> Tensor:
-    """`gather_windows` less a map, to be compiled into one pass."""
-    return gather_windows(pooled, switches, pool, size) - less
-
-
 def last_windows(switches: Tensor, pool: Pool) -> Tensor:
     """Whether each window is the last, in reading order, of those that chose its position: bool, like ``switches``."""
     reach = (pool.kernel_size - 1) // pool.stride
@@ -102,26 +97,9 @@ def last_windows(switches: Tensor, pool: Pool) -> Tensor:
     return last
 
 
-def last_windows_as_numbers(switches: Tensor, pool: Pool) -> Tensor:
-    """`last_windows` as 1.0 and 0.0, to be compiled: a compiler is 17 times slower on 64-bit integers and masks."""
-    reach = (pool.kernel_size - 1) // pool.stride
-    height, width = switches.shape[2:]
-    own = switches.to(torch.int32).permute(0, 2, 3, 1)  # channels innermost, as the maps lie in memory
-    neighbours = F.pad(own, (0, 0, reach, reach, 0, reach), value=-1)
-    beaten = torch.zeros_like(own, dtype=torch.bool)
-    for down in range(reach + 1):
-        for right in range(-reach if down else 1, reach + 1):
-            beaten |= neighbours[:, down : down + height, reach + right : reach + right + width] == own
-    return torch.where(beaten, 0.0, 1.0).permute(0, 3, 1, 2)
-
-
 def gather_windows(pooled: Tensor, switches: Tensor, pool: Pool, size: Size) -> Tensor:
-    """`unpool_adding` without a scatter: every position sums over the windows it lies in, in a fixed order.
-
-    Made of comparisons and sums alone, which a compiler fuses with what comes before and after.
-    """
-    indices = window_indices if torch.compiler.is_compiling() else _kept_window_indices
-    places, rows, columns = indices(pool, size, pooled.device)
+    """`unpool_adding` without a scatter: every position sums over the windows it lies in, in a fixed order."""
+    places, rows, columns = window_indices(pool, size, pooled.device)
     last = [int((side - 1 + pool.padding) // pool.stride) for side in size]
     low, (high, right) = len(rows) - 1, (max(0, n + 1 - m) for n, m in zip(last, pooled.shape[2:], strict=True))
     # channels innermost, as the maps lie in memory
@@ -136,8 +114,13 @@ def gather_windows(pooled: Tensor, switches: Tensor, pool: Pool, size: Size) -> 
     return total.permute(0, 3, 1, 2)
 
 
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def window_indices(pool: Pool, size: Size, device: torch.device) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Where the windows over each position of a map are found: constants of `gather_windows`.
+
+    Made once for each geometry, as on a GPU each of the small operations would be a launch; and not as tensors of
+    inference mode, which nothing that is differentiated may use later.
 
     Returns:
         What a switch to each position holds, ``[height, width, 1]``; and for each of the windows that can lie over a
@@ -150,13 +133,3 @@ def window_indices(pool: Pool, size: Size, device: torch.device) -> tuple[Tensor
     first_row, first_column = ((each + pool.padding) // pool.stride + candidates - 1 for each in (rows, columns))
     back = range(candidates)
     return places, [first_row[:, None] - up for up in back], [first_column - left for left in back]
-
-
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
-def _kept_window_indices(pool: Pool, size: Size, device: torch.device) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """`window_indices` once for each geometry: on a GPU each of its small operations would be a launch.
-
-    Not as tensors of inference mode, which nothing that is differentiated may use later.
-    """
-    return window_indices(pool, size, device)

@@ -14,9 +14,6 @@ class Speed:
     Args:
         closed_form: by closed forms, for the kinds of stages that have them; false: by plain autograd
             everywhere but in the layers of residual stages.
-        compile: compile the point-wise parts of the closed forms, which takes seconds to a minute or two at the first
-            batch and needs a C++ compiler (or Triton, on a GPU): for long runs. On a CPU, L-DRL then computes wide
-            convolutions of stride 1 by tiles, with a quarter of the multiplications (Winograd, 1980).
         bfloat16: compute convolutions and matrix products of feedback training in bfloat16, out of float32 weights
             and into float32 gradients. Angles move by some tenths of a degree. So does ``--trainer.precision
             bf16-mixed``, which computes the products of forward passes, targets and updates in it, too.
@@ -31,7 +28,6 @@ class Speed:
     """
 
     closed_form: bool = True
-    compile: bool = False
     bfloat16: bool = False
     cuda_graph: bool = True
     processes: Sharing = "gradients"

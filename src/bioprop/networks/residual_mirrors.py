@@ -263,7 +263,6 @@ def _feedback_layer(
         phi=phi,
         locate=lambda switches: None,
         unpool=lambda values, places: values,
-        unpool_less=lambda values, places, less: values - less,
         phi_is_identity=phi is identity,
     )
     clean = clean_pass(pair, affine, rho(affine), None)
