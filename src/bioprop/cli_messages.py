@@ -12,6 +12,7 @@ from bioprop.algorithms import Algorithm
 from bioprop.datamodules import ImageDataModule
 from bioprop.errors import UserError
 from bioprop.networks import Network
+from bioprop.removed import REMOVED
 
 #: Base class of what an option names by class.
 KINDS: dict[str, type] = {"model": Algorithm, "network": Network, "data": ImageDataModule}
@@ -49,6 +50,8 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
         message: the report.
         options: those of the command, ``--like.this``.
     """
+    if match := re.search(r"Group '(\w+)' does not accept option '(\w+)'", message):
+        return _unknown_option(f"{match[1]}.{match[2]}", options)
     if match := re.search(r"Option '([\w.]+)' is not accepted", message):
         return _unknown_argument(match[1])
     if match := re.search(r"unrecognized arguments: --([\w.]+)", message):
@@ -82,6 +85,8 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
 
 
 def _unknown_argument(name: str) -> str:
+    if name in REMOVED:
+        return REMOVED[name]
     if name in ELSEWHERE:
         return f"there is no argument {name} here: {ELSEWHERE[name]}"
     classes = [cls for kind in KINDS.values() for cls in _subclasses(kind)]
@@ -96,6 +101,8 @@ def _unknown_argument(name: str) -> str:
 
 def _unknown_option(name: str, options: Iterable[str]) -> str:
     """What is said of an option; the parser of a model's own arguments knows them without the leading ``model.``."""
+    if name.removeprefix("model.") in REMOVED:
+        return REMOVED[name.removeprefix("model.")]
     own = {option.removeprefix("--") for option in options}
     prefix = "" if "model" in own or "network" not in own else "model."
     known = {f"{prefix}{option}" for option in own if len(option) > 2}  # no single letters

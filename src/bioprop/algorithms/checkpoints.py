@@ -14,6 +14,7 @@ from bioprop.algorithms.resuming import capture_progress, ends_epoch, restore_pr
 from bioprop.checkpoint_files import read_checkpoint
 from bioprop.errors import UserError
 from bioprop.networks.network import build_network, describe_network
+from bioprop.removed import refuse_removed
 
 # Where files lie is not a setting of training: a data folder may move between two halves of a run.
 LOCATIONS = ("data_dir", "download")
@@ -89,12 +90,13 @@ class Checkpointed(LightningModule):
         """Rebuild the algorithm, and its network unless one is given, with the weights of a checkpoint.
 
         Raises:
-            UserError: if the file is no checkpoint, or belongs to another algorithm.
+            UserError: if the file is no checkpoint, belongs to another algorithm, or has a setting that is gone.
         """
         checkpoint = read_checkpoint(checkpoint_path)
         written_by = checkpoint.get("algorithm", "another program")
         if written_by != cls.__name__:
             raise UserError(f"{checkpoint_path} was written by {written_by}: {cls.__name__} cannot load it")
+        refuse_removed(checkpoint["hyper_parameters"])
         network = network or build_network(checkpoint["hyper_parameters"]["network"])
         loaded: Self = super().load_from_checkpoint(checkpoint_path, weights_only=True, network=network, **kwargs)
         return loaded
@@ -152,6 +154,7 @@ def comparable_settings(
     saved = {"algorithm": checkpoint["algorithm"], "network": checkpoint["hyper_parameters"]["network"]}
     asked = {"algorithm": type(algorithm).__name__, "network": algorithm.hparams["network"]}
     if purpose == "fit":
+        refuse_removed(checkpoint["hyper_parameters"])
         saved |= checkpoint["hyper_parameters"]
         asked |= algorithm.hparams
     before, now = checkpoint.get("datamodule_hyper_parameters") or {}, dict(data.hparams) if data else {}

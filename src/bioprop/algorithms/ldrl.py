@@ -21,11 +21,13 @@ from bioprop.networks.mirrors import LayerMirror, Mirror
 from bioprop.networks.network import Network
 from bioprop.networks.residual_mirrors import LayeredMirror
 from bioprop.networks.stages import Stage, StagePass
+from bioprop.removed import refuses_removed
 
 SwitchesOf = Literal["noisy", "clean"]
 NoiseAt = Literal["layer", "stage"]
 
 
+@refuses_removed()
 class LDRL(LayerwiseFeedback):
     """Layer-wise feedback training towards the transposed Jacobian (Ernoult et al., ICML 2022).
 
