@@ -40,7 +40,7 @@ def algorithm_learner(algorithm: Algorithm) -> Learner:
         _, gradients = algorithm._learn(images, labels)
         forward = algorithm._average(gradients)
         for name, parameter in algorithm.network.named_parameters():
-            parameter.grad = algorithm.gradient_scale * forward[name]
+            parameter.grad = forward[name]
         optimizer.step()
         optimizer.zero_grad()
 

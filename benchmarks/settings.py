@@ -46,7 +46,11 @@ class Setting:
         return torch.randn(count, *shape, generator=generator), torch.randint(classes, (count,), generator=generator)
 
     def ldrl(self, **changes: Any) -> LDRL:
-        """Make L-DRL as published: switches of the noisy pass, the paper's mirror, SGD with momentum."""
+        """Make L-DRL as published: switches of the noisy pass, the paper's mirror, SGD with momentum.
+
+        Its forward steps are those that the plain twin, whose gradient carries ``beta``, takes at a learning rate of
+        0.02 and a weight decay of 1e-4.
+        """
         published: dict[str, Any] = {
             "beta": self.beta,
             "noise": self.noise,
@@ -55,6 +59,7 @@ class Setting:
             "switches": "noisy",
             "mirror": "paper",
             "feedback_step": "sgd",
+            "optimizer": partial(torch.optim.SGD, lr=0.02 * self.beta, momentum=0.9, weight_decay=1e-4 / self.beta),
         }
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(2)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from bioprop.cli import main
 from tests.datamodules.published_files import write_imagenet32
+from tests.published_steps import in_units_of_backprop
 
 CONFIGS = Path(__file__).parents[1] / "lightning_configs"
 LAYERS = {"smoke.yaml", "wandb.yaml"}
@@ -110,7 +111,6 @@ def _model(config: str) -> dict[str, Any]:
                 "noise": [0.4, 0.4, 0.2, 0.2, 0.08],
                 "feedback_lr": [1e-4, 3.5e-4, 8e-3, 8e-3, 0.18],
                 "iterations": [20, 30, 35, 55, 20],
-                "lr": 0.05,
             },
         ),
         (
@@ -121,7 +121,6 @@ def _model(config: str) -> dict[str, Any]:
                 "noise": [0.4, 0.4, 0.2, 0.2, 0.08],
                 "feedback_lr": [1e-4, 3.5e-4, 8e-3, 8e-3, 0.18],
                 "iterations": [25, 35, 40, 60, 25],
-                "lr": 0.01,
             },
         ),
         (
@@ -132,7 +131,6 @@ def _model(config: str) -> dict[str, Any]:
                 "noise": [0.4164, 0.3826, 0.1395],
                 "feedback_lr": [7.188427e-4, 1.2510321e-4, 3.541467e-2],
                 "iterations": [41, 51, 24],
-                "lr": 0.03618,
             },
         ),
     ],
@@ -141,11 +139,9 @@ def test_ldrl_configs_hold_the_published_figures(config: str, batch: int, publis
     settings = _model(config)
     arguments = settings["model"]["init_args"]
 
-    assert {name: arguments[name] for name in published if name != "lr"} == {
-        name: value for name, value in published.items() if name != "lr"
-    }
-    assert arguments["optimizer"]["init_args"] == {"lr": published["lr"], "momentum": 0.9, "weight_decay": 1e-4}
-    assert arguments["scheduler"]["init_args"] == {"T_max": 85, "eta_min": 1e-5}
+    assert {name: arguments[name] for name in published} == published
+    assert arguments["optimizer"]["init_args"]["momentum"] == 0.9
+    assert arguments["scheduler"]["init_args"]["T_max"] == 85
     assert (arguments["mirror"], arguments["switches"], arguments["feedback_step"]) == ("paper", "noisy", "sgd")
     assert settings["data"]["init_args"]["batch_size"] == batch
     assert settings["trainer"]["max_epochs"] == 90
@@ -160,6 +156,55 @@ def test_the_imagenet32_baseline_holds_the_published_figures() -> None:
     assert arguments["scheduler"]["init_args"] == {"step_size": 30, "gamma": 0.1}
     assert settings["data"]["init_args"]["num_val_per_class"] == 50
     assert settings["trainer"]["max_epochs"] == 90
+
+
+#: Optimizer, beta, its settings for gradients that carry beta, and the smallest rate of the schedule.
+CARRYING_BETA: dict[str, tuple[str, float, dict[str, Any], float | None]] = {
+    "ldrl_simplevgg_cifar10": ("SGD", 0.7, {"lr": 0.05, "weight_decay": 1e-4}, 1e-5),
+    "ldrl_simplevgg_imagenet32": ("SGD", 0.7, {"lr": 0.01, "weight_decay": 1e-4}, 1e-5),
+    "ldrl_lenet_cifar10": ("SGD", 0.4655, {"lr": 0.03618, "weight_decay": 1e-4}, 1e-5),
+    "ldrl_resnet18_cifar10": ("SGD", 0.5, {"lr": 0.02, "weight_decay": 1e-4}, 1e-5),
+    "parallelldrl_simplevgg_cifar10": ("SGD", 0.7, {"lr": 0.02, "weight_decay": 1e-4}, 1e-5),
+    "dtp_lenet_cifar10": ("Adam", 0.5, {"lr": 3e-4}, 1e-5),
+    "dtp_simplevgg_cifar10": ("Adam", 0.5, {"lr": 3e-4}, 1e-5),
+    "dtp_simplevgg_imagenet32": ("Adam", 0.5, {"lr": 3e-4}, 1e-5),
+    "ddtplinear_mlp_imagefolder": ("Adam", 0.061, {"lr": 3.336e-4}, None),
+    "dtpdrl_mlp_imagefolder": ("Adam", 0.0686, {"lr": 4.328e-4}, None),
+    "ddtprhl_mlp_imagefolder": ("Adam", 0.0435, {"lr": 6.448e-4}, None),
+    "ddtpcontrol_mlp_imagefolder": ("Adam", 0.0942, {"lr": 9.43e-4}, None),
+    "ddtplinear_lenet_cifar10": ("Adam", 0.01596, {"eps": 1e-3}, None),
+}
+TARGETS = {"DTP", "DTPDRL", "DDTPControl", "DDTPLinear", "DDTPRHL", "LDRL", "ParallelLDRL", "TargetPropagation"}
+
+
+@pytest.mark.parametrize("config", CARRYING_BETA)
+def test_published_optimizers_are_converted_to_the_units_of_backprop(config: str) -> None:
+    optimizer, beta, published, eta_min = CARRYING_BETA[config]
+    arguments = _model(f"{config}.yaml")["model"]["init_args"]
+    found = {name: value for name, value in arguments["optimizer"]["init_args"].items() if name != "momentum"}
+
+    assert arguments["beta"] == beta
+    assert arguments["optimizer"]["class_path"] == f"torch.optim.{optimizer}"
+    assert found == pytest.approx(in_units_of_backprop(optimizer, published, beta), rel=1e-12, abs=0)
+    if eta_min is None:
+        assert "scheduler" not in arguments
+    else:
+        expected = eta_min * beta if optimizer == "SGD" else eta_min
+        assert arguments["scheduler"]["init_args"]["eta_min"] == pytest.approx(expected, rel=1e-12, abs=0)
+
+
+def test_no_target_propagation_at_full_size_is_left_out_of_the_conversion() -> None:
+    full = [name.removesuffix(".yaml") for name in RUNS if name.endswith(("_cifar10.yaml", "_imagenet32.yaml"))]
+    assert {name for name in full if ALGORITHMS.get(name.split("_")[0]) in TARGETS} <= set(CARRYING_BETA)
+
+
+@pytest.mark.parametrize(
+    "config", [name for name in RUNS if "ldrl_" in name and name.endswith(("_digits.yaml", "_imagefolder.yaml"))]
+)
+def test_our_own_ldrl_configs_have_the_optimizer_of_backprop(config: str) -> None:
+    ours, backprop = (_model(name)["model"]["init_args"] for name in (config, f"backprop_{config.partition('_')[2]}"))
+    assert ours["optimizer"] == backprop["optimizer"]
+    assert ours.get("scheduler") == backprop.get("scheduler")
 
 
 REPORTED = {

@@ -125,6 +125,17 @@ class KillAfter(Callback):
             raise KilledError
 
 
+class Handed(Callback):
+    """Keeps the gradients that the forward optimizer was handed for its first step."""
+
+    def __init__(self) -> None:
+        self.gradients: Weights = {}
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        for name, parameter in pl_module.network.named_parameters():
+            self.gradients.setdefault(name, parameter.grad.clone())
+
+
 class Phases(Callback):
     """Records the names of the tensors that each phase of a step changed."""
 
@@ -157,10 +168,6 @@ class AlgorithmContract(ABC):
     @abstractmethod
     def make(self, network: Network, **settings: Any) -> Algorithm:
         """Make the algorithm; ``settings`` go to its constructor and win over those of the suite."""
-
-    def expected_scale(self, algorithm: Algorithm) -> float:
-        """What the forward optimizer is to be handed, in units of `forward_gradients`."""
-        return 1.0
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss that the algorithm descends and logs."""
@@ -215,10 +222,10 @@ class AlgorithmContract(ABC):
             else:
                 assert names == {name for name in algorithm.state_dict() if name.startswith("network.")}
 
-    def test_the_forward_optimizer_is_handed_the_scaled_gradients(self, tmp_path: Path) -> None:
-        """One step of plain SGD: ``W <- W - lr * scale * forward_gradients``."""
+    def test_the_forward_optimizer_is_handed_the_forward_gradients(self, tmp_path: Path) -> None:
+        """As they are; and one step of plain SGD: ``W <- W - lr * forward_gradients``."""
         algorithm = self.make(small_lenet(), optimizer=sgd(lr=0.5, momentum=0.0, weight_decay=0.0))
-        before, expected = copy_state(algorithm.network), {}
+        before, expected, handed = copy_state(algorithm.network), {}, Handed()
         run = algorithm._step_forward_weights
 
         def recorded(gradients: Weights) -> None:
@@ -226,10 +233,10 @@ class AlgorithmContract(ABC):
             run(gradients)
 
         algorithm._step_forward_weights = recorded
-        make_trainer(tmp_path, max_epochs=1).fit(algorithm, make_loader(1))
+        make_trainer(tmp_path, max_epochs=1, callbacks=[handed]).fit(algorithm, make_loader(1))
+        assert changed(expected, handed.gradients) == set()
         for name, weight in algorithm.network.state_dict().items():
-            step = 0.5 * self.expected_scale(algorithm) * expected[name]
-            torch.testing.assert_close(weight, before[name] - step, rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(weight, before[name] - 0.5 * expected[name], rtol=1e-5, atol=1e-7)
 
     def test_the_loss_of_one_batch_falls(self, tmp_path: Path) -> None:
         algorithm = self.made_from_seed(0, optimizer=partial(torch.optim.Adam, lr=0.005))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from bioprop.algorithms import Algorithm, DifferenceReconstruction
+from bioprop.algorithms import DifferenceReconstruction
 from bioprop.networks import Network
 from tests.algorithms.contract import (
     AlgorithmContract,
@@ -56,9 +56,6 @@ class DifferenceReconstructionContract(AlgorithmContract):
     @abstractmethod
     def make(self, network: Network, **settings: Any) -> DifferenceReconstruction:
         """Make the algorithm."""
-
-    def expected_scale(self, algorithm: Algorithm) -> float:
-        return algorithm.beta
 
     def test_the_loss_of_one_batch_falls(self, tmp_path: Path) -> None:
         """In more steps than the suite's, and with more for the feedback, which starts from any direction."""
@@ -137,15 +134,15 @@ class DifferenceReconstructionContract(AlgorithmContract):
             self.fit(other, tmp_path, epochs=2, ckpt_path=tmp_path / "half.ckpt")
 
     def test_every_stage_can_have_a_learning_rate_of_its_own(self, tmp_path: Path) -> None:
-        """One step of plain SGD in each direction: ``W <- W - lr_n * beta * gradient``."""
-        rates = (0.1, 0.2, 0.3, 0.4)
+        """One step of plain SGD in each direction: ``W <- W - lr_n * gradient``."""
+        rates = (0.006, 0.012, 0.018, 0.024)
         algorithm = self.make(small_lenet(), forward_lr=rates, iterations=0, optimizer=sgd(5.0, 0.0, 0.0))
         before, gradients = copy_state(algorithm.network), algorithm.forward_gradients(*draw_batch())
         make_trainer(tmp_path, max_epochs=1).fit(algorithm, make_loader(1))
         for place, (name, stage) in enumerate(algorithm.network.named_children()):
             for part, value in stage.named_parameters():
                 key = f"{name}.{part}"
-                expected = before[key] - rates[place] * algorithm.beta * gradients[key]
+                expected = before[key] - rates[place] * gradients[key]
                 torch.testing.assert_close(value.detach(), expected, rtol=1e-5, atol=1e-7)
 
     def test_feedback_learning_rates_are_the_stages_own(self) -> None:
@@ -173,7 +170,7 @@ class DifferenceReconstructionContract(AlgorithmContract):
             small_lenet(),
             feedback_pretraining_epochs=2,
             extra_feedback_epochs=1,
-            optimizer=sgd(lr=1.0),
+            optimizer=sgd(lr=0.06),
             scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5),
         )
         epochs = Epochs()

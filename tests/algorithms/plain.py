@@ -15,6 +15,9 @@ from torch import Tensor
 Batch = tuple[Tensor, Tensor]
 TargetRule = Callable[[Tensor, Tensor, Tensor], Tensor]
 
+#: Descends the local losses as they are, whose gradients carry ``beta``.
+SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4}
+
 
 def difference_target(state: Tensor, back_target: Tensor, back_state: Tensor) -> Tensor:
     """``t^{n-1} = s^{n-1} + G^n(t^n) - G^n(s^n)``, of which the arguments are the three parts."""
@@ -87,9 +90,7 @@ class PlainLearner:
         for stage in stages:
             for tensor in stage[:4]:
                 tensor.requires_grad_()
-        self.optimizer = torch.optim.SGD(
-            [tensor for stage in stages for tensor in stage[:2]], lr=0.05, momentum=0.9, weight_decay=1e-4
-        )
+        self.optimizer = torch.optim.SGD([tensor for stage in stages for tensor in stage[:2]], **SGD)
         self.feedback_optimizers = [
             torch.optim.SGD(stage[2:4], lr=lr, momentum=0.9) for stage, lr in zip(stages[1:], feedback_lr, strict=True)
         ]

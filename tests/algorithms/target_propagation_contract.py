@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bioprop.algorithms import Algorithm, LayerwiseFeedback
+from bioprop.algorithms import LayerwiseFeedback
 from bioprop.networks import Network
 from tests.algorithms.contract import (
     AlgorithmContract,
@@ -30,9 +30,6 @@ class TargetPropagationContract(AlgorithmContract):
     @abstractmethod
     def make(self, network: Network, **settings: Any) -> LayerwiseFeedback:
         """Make the algorithm."""
-
-    def expected_scale(self, algorithm: Algorithm) -> float:
-        return algorithm.beta
 
     def test_feedback_angles_are_between_the_weights_of_each_stage(self) -> None:
         algorithm = self.make(small_lenet())

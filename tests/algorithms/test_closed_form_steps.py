@@ -18,9 +18,10 @@ from bioprop.functional.pooling import Pool
 from bioprop.functional.speed import Speed
 from bioprop.networks import ConvStage, LinearStage, Network
 from bioprop.networks.layer_pairs import layer_pair
-from tests.algorithms.plain import PlainLearner
+from tests.algorithms.plain import SGD, PlainLearner
 from tests.algorithms.plain_geometry import general_stage
 from tests.geometries import few, networks
+from tests.published_steps import in_units_of_backprop
 
 BATCH, STEPS = 6, 2
 BETA, NOISE, ITERATIONS = 0.7, [0.3, 0.2], [2, 1]
@@ -53,13 +54,13 @@ def draw_batches(network: Network) -> list[tuple[Tensor, Tensor]]:
 
 def train(algorithm: LayerwiseFeedback) -> list[Tensor]:
     """Two whole steps; the feedback losses."""
-    optimizer = torch.optim.SGD(algorithm.network.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(algorithm.network.parameters(), **in_units_of_backprop("SGD", SGD, BETA))
     losses: list[Tensor] = []
     for images, labels in draw_batches(algorithm.network):
         found, gradients = algorithm._learn(images, labels)
         losses += found.values()
         for name, parameter in algorithm.network.named_parameters():
-            parameter.grad = algorithm.gradient_scale * gradients.forward[name]
+            parameter.grad = gradients.forward[name]
         optimizer.step()
     return losses
 

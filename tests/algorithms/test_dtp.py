@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bioprop.algorithms import DTP, LDRL, Algorithm
+from bioprop.algorithms import DTP, LDRL
 from bioprop.networks import MLP, Network
 from tests.algorithms.contract import (
     CLASSES,
@@ -62,9 +62,6 @@ class TestDTPWithThePenultimateTargetByGradient(AlgorithmContract):
 
     def make(self, network: Network, **settings: Any) -> DTP:
         return DTP(network, **({"feedback_lr": 3e-4, "penultimate_target": "gradient"} | settings))
-
-    def expected_scale(self, algorithm: Algorithm) -> float:
-        return algorithm.beta
 
 
 # -- the variants against the plain implementation --------------------------------------------------------------------

@@ -92,9 +92,9 @@ class TestKolenPollack(FeedbackAlignmentContract):
         course = [("train_feedback", set()), ("_gradients", set()), ("_step_forward_weights", learning)]
         assert phases.course == course * 3
 
-    def test_the_forward_optimizer_is_handed_the_scaled_gradients(self, tmp_path: Path) -> None:
+    def test_the_forward_optimizer_is_handed_the_forward_gradients(self, tmp_path: Path) -> None:
         self.decay = 0.0
-        super().test_the_forward_optimizer_is_handed_the_scaled_gradients(tmp_path)
+        super().test_the_forward_optimizer_is_handed_the_forward_gradients(tmp_path)
 
     def test_the_loss_of_one_batch_falls(self, tmp_path: Path) -> None:
         self.decay = 0.05  # aligns within the few steps there are

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bioprop.algorithms import DTP, LDRL, Algorithm, Backprop, FixedWeightDTP
+from bioprop.algorithms import DTP, LDRL, Backprop, FixedWeightDTP
 from bioprop.algorithms.random_streams import RandomStreams
 from bioprop.networks import MLP, LeNet, Network, ResNet
 from tests.algorithms.contract import (
@@ -27,7 +27,8 @@ from tests.algorithms.contract import (
     sgd,
     small_lenet,
 )
-from tests.algorithms.plain import unpool
+from tests.algorithms.plain import SGD, unpool
+from tests.published_steps import in_units_of_backprop
 
 pytestmark = WITHOUT_VALIDATION
 Rule = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -44,9 +45,6 @@ class TestFixedWeightDTP(AlgorithmContract):
 
     def make(self, network: Network, **settings: Any) -> FixedWeightDTP:
         return FixedWeightDTP(network, **settings)
-
-    def expected_scale(self, algorithm: Algorithm) -> float:
-        return algorithm.beta
 
 
 class StandardizedSuite(TestFixedWeightDTP):
@@ -109,7 +107,7 @@ class PlainMLP:
         self.weights = [weight.detach().clone().requires_grad_() for weight in algorithm.network.parameters()]
         self.feedback = [mirror.weight.T.clone() for mirror in algorithm.feedback.values()]  # B_n
         self.norm, self.beta = norm, algorithm.beta
-        self.optimizer = torch.optim.SGD(self.weights, lr=0.05, momentum=0.9, weight_decay=1e-4)
+        self.optimizer = torch.optim.SGD(self.weights, **SGD)
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         return list(zip(self.weights[::2], self.weights[1::2], strict=True))
@@ -152,7 +150,8 @@ NORMS = {"plain": unchanged, "standardized": standardized}
 
 def make_pair(norm: str, feedback_init: str = "orthogonal") -> tuple[FixedWeightDTP, PlainMLP]:
     network = MLP(SHAPE, CLASSES, hidden=(12, 9, 8), activation="tanh", standardize=norm == "standardized")
-    algorithm = FixedWeightDTP(network, beta=0.7, feedback_init=feedback_init, optimizer=sgd()).double()
+    optimizer = sgd(**in_units_of_backprop("SGD", SGD, 0.7))
+    algorithm = FixedWeightDTP(network, beta=0.7, feedback_init=feedback_init, optimizer=optimizer).double()
     return algorithm, PlainMLP(algorithm, NORMS[norm])
 
 

@@ -47,9 +47,14 @@ def as_invertible(network: Network) -> Network:
 class TestGAITProp(AlgorithmContract):
     phases = ("_train_feedback", "_local_gradients", "_step_forward_weights")
     loss_falls_to = 0.3
+    orthogonality = 0.1
 
     def make(self, network: Network, **settings: Any) -> GAITProp:
-        return GAITProp(as_invertible(network), **settings)
+        return GAITProp(as_invertible(network), **({"orthogonality": self.orthogonality} | settings))
+
+    def test_the_forward_optimizer_is_handed_the_forward_gradients(self, tmp_path: Path) -> None:
+        self.orthogonality = 0.0  # the regulariser is part of the step alone
+        super().test_the_forward_optimizer_is_handed_the_forward_gradients(tmp_path)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return squared_error(logits, labels)

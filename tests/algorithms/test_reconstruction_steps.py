@@ -14,6 +14,7 @@ from bioprop.algorithms.random_streams import NoiseStream
 from bioprop.networks import MLP, LeNet, Network
 from tests.algorithms.contract import CLASSES, SHAPE, WITHOUT_VALIDATION, make_loader, make_trainer
 from tests.algorithms.plain_reconstruction import PlainReconstruction, Settings
+from tests.published_steps import in_units_of_backprop
 
 pytestmark = WITHOUT_VALIDATION
 
@@ -46,7 +47,7 @@ def make_pair(method: str, network: str) -> tuple[DifferenceReconstruction, Plai
         feedback_lr=tuple(SETTINGS.feedback_lr),
         feedback_decay=tuple(SETTINGS.decay),
         iterations=SETTINGS.iterations,
-        optimizer=partial(torch.optim.Adam, lr=SETTINGS.lr),
+        optimizer=partial(torch.optim.Adam, **in_units_of_backprop("Adam", {"lr": SETTINGS.lr}, SETTINGS.beta)),
     ).double()
     hidden = copies(*algorithm.hidden.parameters()) if method == "rhl" else []
     forward = [copies(stage.weight, stage.bias) for _, stage in algorithm.network.stages()]

@@ -12,7 +12,8 @@ from bioprop.algorithms import DTP, LDRL, LayerwiseFeedback
 from bioprop.algorithms.random_streams import NoiseStream
 from bioprop.networks import MLP, LeNet, Network
 from tests.algorithms.contract import CLASSES, SHAPE, WITHOUT_VALIDATION, make_loader, make_trainer, sgd
-from tests.algorithms.plain import PlainLearner, PlainStage, TargetRule, difference_target
+from tests.algorithms.plain import SGD, PlainLearner, PlainStage, TargetRule, difference_target
+from tests.published_steps import in_units_of_backprop
 
 pytestmark = WITHOUT_VALIDATION
 
@@ -62,7 +63,7 @@ def make_pair(method: Method, build: Callable[[], Network]) -> tuple[LayerwiseFe
         feedback_lr=tuple(lr),
         iterations=tuple(iterations),
         mirror=method.mirror,
-        optimizer=sgd(),
+        optimizer=sgd(**in_units_of_backprop("SGD", SGD, BETA)),
     ).double()
     mirrors = [None, *(mirror for _, _, mirror in algorithm.mirrored_stages())]
     stages = []

@@ -33,6 +33,9 @@ class Gradients(NamedTuple):
 class Algorithm(Evaluated, ABC):
     """A way to train a network; `training_step` is the whole of it.
 
+    The forward optimizer is handed the gradient in the units of BP's, so that one learning rate means the same for
+    every algorithm.
+
     Args:
         network: the forward network; its weights are the ones being trained.
         optimizer: makes the optimizer of the forward weights from their list.
@@ -102,11 +105,6 @@ class Algorithm(Evaluated, ABC):
         """What the forward weights step by, given the gradients of all images of a batch."""
         return gradients
 
-    @property
-    def gradient_scale(self) -> float:
-        """What the forward optimizer is handed, in units of `forward_gradients`; ``beta`` in target propagation."""
-        return 1.0
-
     @products_in_autocast_type
     def forward_gradients(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Return the update direction of every forward parameter, in units of the mean-loss BP gradient.
@@ -141,7 +139,7 @@ class Algorithm(Evaluated, ABC):
     def _step_forward_weights(self, gradients: dict[str, Tensor]) -> None:
         for name, parameter in self.network.named_parameters():
             if name in gradients:
-                parameter.grad = self.gradient_scale * gradients[name]
+                parameter.grad = gradients[name]
         # The forward optimizer comes first; wrapped by Lightning, its steps make `global_step` count batches.
         optimizers = self.optimizers()
         optimizer = optimizers[0] if isinstance(optimizers, list) else optimizers

@@ -41,18 +41,18 @@ class DifferenceReconstruction(TargetAlgorithm):
 
     Deviations from the authors' program, in all of the family: feedback is trained before the targets of the same
     batch are formed, not after; the output's step is along the gradient of each sample's own loss, not of the mean over
-    the batch, and local losses carry 1/2, so that an epsilon reported for the forward Adam is batch/2 times as large
-    here (Adam's learning rates stay); feedback losses are summed, not averaged, over the units of a stage, so that an
-    Adam weight decay ``w`` reported for them is ``feedback_decay = w units/2`` here; forward weights are drawn as the
-    network draws them, not by Xavier's normal rule (feedback weights are).
+    the batch, local losses carry 1/2, and the optimizer is handed their gradient over ``beta``, in BP's units, so that
+    an epsilon reported for the forward Adam is batch/(2 beta) times as large here (Adam's learning rates stay);
+    feedback losses are summed, not averaged, over the units of a stage, so that an Adam weight decay ``w`` reported for
+    them is ``feedback_decay = w units/2`` here; forward weights are drawn as the network draws them, not by Xavier's
+    normal rule (feedback weights are).
 
     Hyperparameters of feedback training are one value for all feedback operators or exactly one for each.
 
     Args:
         network: the forward network.
-        beta: ``eta``, step of the output target along the gradient, above 0. The forward optimizer is handed gradients
-            times ``beta``. Adam makes up for that, so its learning rate is the reported one divided by ``eta``, as the
-            authors do; with SGD the learning rate acts times ``beta``.
+        beta: ``eta``, step of the output target along the gradient, above 0. Adam's learning rate is the reported one
+            divided by ``eta``, as in the authors' program.
         noise: ``sigma``, in units of the activations, above 0.
         feedback_lr: learning rate of the feedback weights.
         feedback_decay: of ``|Q|^2`` in the feedback loss, at least 0; the damping of the Gauss-Newton targets.

@@ -35,7 +35,7 @@ class DTP(LayerwiseFeedback):
 
     Args:
         network: the forward network.
-        beta: step of the output target along the gradient, above 0. The forward learning rate acts times ``beta``.
+        beta: step of the output target along the gradient, above 0.
         noise: standard deviation of ``eps``, in units of the activations, above 0.
         feedback_lr: learning rate of the feedback weights (SGD).
         iterations: feedback iterations a batch, 0 to leave a stage's feedback as it was drawn.
@@ -65,7 +65,9 @@ class DTP(LayerwiseFeedback):
         penultimate_target: PenultimateTarget = "feedback",
         feedback_momentum: float = 0.9,
         speed: Speed = DEFAULT_SPEED,
-        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-4),
+        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(
+            params, lr=0.025, momentum=0.9, weight_decay=2e-4
+        ),
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         if mirror not in get_args(ReconstructingMirrorName):

@@ -34,7 +34,7 @@ class FixedWeightDTP(MirroredFeedback):
 
     Args:
         network: the forward network; the published one is an MLP of tanh stages.
-        beta: step of the output target along the gradient, above 0. The forward learning rate acts times ``beta``.
+        beta: step of the output target along the gradient, above 0.
         feedback_init: how ``B_n`` is drawn: ``uniform``, ``gaussian``, ``orthogonal``, ``sparse``.
         feedback_scale: bound of ``uniform`` and ``sparse``, standard deviation of ``gaussian``, factor of
             ``orthogonal``, above 0; None for what is published: 1e-3, and 1 for ``orthogonal``.

@@ -34,13 +34,13 @@ class LDRL(LayerwiseFeedback):
     For each stage n >= 2 and some iterations a batch: draw noise ``eps``, ``eta`` of standard deviation ``sigma``, then
     descend ``mean_batch[ -2 <eps, G(F(s^{n-1} + eps)) - G(s^n)> + |G(s^n + eta) - G(s^n)|^2 ]`` in the feedback
     weights. Its minimiser is ``J_G = J_F^T`` (Jacobian Matching Condition), under which the forward update tends to
-    ``beta`` times the BP gradient as ``beta -> 0`` (Gradient Matching Property).
+    the BP gradient as ``beta -> 0`` (Gradient Matching Property).
 
     Hyperparameters of feedback training are one value for all stages or exactly one for each stage n >= 2.
 
     Args:
         network: the forward network.
-        beta: step of the output target along the gradient, above 0. The forward learning rate acts times ``beta``.
+        beta: step of the output target along the gradient, above 0.
         noise: ``sigma``, in units of the activations, above 0.
         feedback_lr: for ``normalized`` the fraction ``eta`` of a Newton step, in (0, 1]; for ``sgd`` the learning rate.
         iterations: feedback iterations a batch, 0 to leave a stage's feedback as it was drawn.

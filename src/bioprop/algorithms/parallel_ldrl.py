@@ -30,7 +30,7 @@ class ParallelLDRL(LDRL):
 
     Args:
         network: the forward network.
-        beta: step of the output target along the gradient, above 0. The forward learning rate acts times ``beta``.
+        beta: step of the output target along the gradient, above 0.
         noise: ``sigma``, in units of the activations, above 0.
         feedback_lr: for ``normalized`` the fraction ``eta`` of a Newton step, in (0, 1]; for ``sgd`` the learning rate.
         iterations: steps a batch, 0 to leave a stage's feedback as it was drawn.
@@ -60,7 +60,7 @@ class ParallelLDRL(LDRL):
         feedback_step: FeedbackStep = "normalized",
         feedback_momentum: float = 0.9,
         speed: Speed = DEFAULT_SPEED,
-        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.01, momentum=0.9, weight_decay=1e-4),
+        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.02, momentum=0.9, weight_decay=1e-4),
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(

@@ -23,7 +23,9 @@ class TargetAlgorithm(Algorithm):
 
     A training step is: one pass through the stages; phase 1, the feedback weights; phase 2, targets for all stages and
     one local gradient a stage. The gradient of the local loss ``mean_batch 1/2 |F^n(s^{n-1}) - t^n|^2`` carries a
-    factor ``beta``, so the effective forward learning rate is the optimizer's times ``beta``.
+    factor ``beta``; the optimizer is handed it over ``beta``, in the units of BP's, so that one learning rate means the
+    same for every method. A published update that carries ``beta`` is the same step with ``lr x beta`` and
+    ``weight_decay / beta`` (SGD), or with ``eps / beta`` and ``weight_decay / beta`` (Adam).
 
     Args:
         network: the forward network: a chain of stages.
@@ -50,11 +52,6 @@ class TargetAlgorithm(Algorithm):
         self.network: Network
         self.beta = number("beta", beta)
         check_range("beta", [self.beta], 0.0, low_allowed=False)
-
-    @property
-    def gradient_scale(self) -> float:
-        """``beta``: the local losses are what the published update descends."""
-        return self.beta
 
     @products_in_autocast_type
     def train_feedback(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
