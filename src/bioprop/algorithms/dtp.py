@@ -99,9 +99,10 @@ class DTP(LayerwiseFeedback):
         return build_outer_mirror(stage, activation_of(below))
 
     def feedback_objective(
-        self, stage: Stage, mirror: Mirror, clean: StagePass, sigma: float, noise: NoiseStream
+        self, name: str, stage: Stage, mirror: Mirror, clean: StagePass, noise: NoiseStream
     ) -> FeedbackObjective:
         """The reconstruction loss, on fresh noise at the stage's input."""
+        sigma = self.setting_of(name, self.noise)
         shape = noise_shape(stage, clean.inputs)
         pair = layer_pair(stage, mirror, self.speed)
 

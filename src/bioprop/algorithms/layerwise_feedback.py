@@ -16,7 +16,7 @@ from bioprop.algorithms.base import Gradients
 from bioprop.algorithms.mirrored_feedback import MirroredFeedback
 from bioprop.algorithms.random_streams import NoiseStream, RandomStreams
 from bioprop.algorithms.recorded import Recorded
-from bioprop.algorithms.settings import check_range, number, per_stage
+from bioprop.algorithms.settings import as_given, check_range, number, per_stage
 from bioprop.algorithms.sharing import average_gradients, average_weights, hand_out_stages, share_stages
 from bioprop.distributed import gather_rows, process_count, process_rank
 from bioprop.errors import UserError
@@ -56,15 +56,18 @@ class LayerwiseFeedback(MirroredFeedback):
     have no feedback operator, and no hyperparameters of its training.
     """
 
+    #: Whether ``noise``, ``feedback_lr`` and ``iterations`` may be left to the algorithm: ``auto``, None in the tuples.
+    finds_settings = False
+
     def __init__(
         self,
         network: Network,
         beta: float,
-        noise: float | Sequence[float],
-        feedback_lr: float | Sequence[float],
+        noise: float | Sequence[float] | str,
+        feedback_lr: float | Sequence[float] | str,
         feedback_momentum: float,
         feedback_step: FeedbackStep,
-        iterations: int | Sequence[int],
+        iterations: int | Sequence[int] | str,
         mirror: str,
         optimizer: OptimizerCallable,
         scheduler: LRSchedulerCallable | None,
@@ -81,21 +84,21 @@ class LayerwiseFeedback(MirroredFeedback):
         mirrored = pairs[: max(0, len(pairs) - gradient_stages)]
         names = [name for _, (name, _) in mirrored]
         self.feedback_momentum = number("feedback_momentum", feedback_momentum)
-        self.noise = per_stage("noise", noise, names)
-        self.feedback_lr = per_stage("feedback_lr", feedback_lr, names)
-        self.iterations = per_stage("iterations", iterations, names, whole=True)
+        self.noise = per_stage("noise", noise, names, auto=self.finds_settings)
+        self.feedback_lr = per_stage("feedback_lr", feedback_lr, names, auto=self.finds_settings)
+        self.iterations = per_stage("iterations", iterations, names, whole=True, auto=self.finds_settings)
         self.feedback_step = feedback_step
-        check_range("noise", self.noise, 0.0, low_allowed=False)
-        check_range("feedback_lr", self.feedback_lr, 0.0, low_allowed=False)
-        check_range("iterations", self.iterations, 0)
+        check_range("noise", _numbers(self.noise), 0.0, low_allowed=False)
+        check_range("feedback_lr", _numbers(self.feedback_lr), 0.0, low_allowed=False)
+        check_range("iterations", _numbers(self.iterations), 0)
         check_range("feedback_momentum", [self.feedback_momentum], 0.0)
         if self.feedback_momentum >= 1.0:
             raise UserError(f"feedback_momentum is {feedback_momentum}, but momentum at or above 1 never comes to rest")
         if feedback_step not in get_args(FeedbackStep):
             raise UserError(f"feedback_step {feedback_step!r} is not known: choose one of {get_args(FeedbackStep)}")
-        if feedback_step == "normalized" and max(self.feedback_lr, default=0.0) > 1.0:
+        if feedback_step == "normalized" and max(_numbers(self.feedback_lr), default=0.0) > 1.0:
             raise UserError(
-                f"feedback_lr {max(self.feedback_lr)} is above 1, beyond which the normalized feedback step "
+                f"feedback_lr {max(_numbers(self.feedback_lr))} is above 1, beyond which the normalized feedback step "
                 "overshoots: use a value in (0, 1], such as 0.1"
             )
         for (_, below), (name, stage) in mirrored:
@@ -106,9 +109,9 @@ class LayerwiseFeedback(MirroredFeedback):
         self._feedback_optimizer = self._make_feedback_optimizer()
         self.remember(
             beta=self.beta,
-            noise=self.noise,
-            feedback_lr=self.feedback_lr,
-            iterations=self.iterations,
+            noise=as_given(self.noise),
+            feedback_lr=as_given(self.feedback_lr),
+            iterations=as_given(self.iterations),
             mirror=mirror,
             feedback_step=feedback_step,
             feedback_momentum=self.feedback_momentum,
@@ -123,33 +126,47 @@ class LayerwiseFeedback(MirroredFeedback):
 
     @abstractmethod
     def feedback_objective(
-        self, stage: Stage, mirror: Mirror, clean: StagePass, sigma: float, noise: NoiseStream
+        self, name: str, stage: Stage, mirror: Mirror, clean: StagePass, noise: NoiseStream
     ) -> FeedbackObjective:
         """Prepare the method's feedback loss for one stage and batch.
 
         Args:
+            name: of the stage.
             stage: ``F^n``.
             mirror: ``G^n``.
             clean: the clean pass of the stage: ``s^{n-1}``, ``s^n``, switches.
-            sigma: standard deviation of the noise.
-            noise: where it is drawn from.
+            noise: where noise is drawn from.
 
         Returns:
             A function from the number of the iteration to the gradient of the loss on fresh noise.
         """
+
+    def setting_of(self, name: str, values: Sequence[Any]) -> Any:
+        """Return a stage's own value of a hyperparameter of feedback training, None where it is ``auto``."""
+        return dict(zip(self.feedback, values, strict=True))[name]
+
+    def iterations_of(self, name: str, mirror: Mirror, clean: StagePass) -> int:
+        """How many feedback iterations a batch takes for one stage.
+
+        Args:
+            name: of the stage.
+            mirror: its feedback operator.
+            clean: its clean pass.
+        """
+        return int(self.setting_of(name, self.iterations))
 
     def _train_feedback(self, passes: Sequence[StagePass]) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = {}
         stages = self.mirrored_stages()
         passes = passes[1 : 1 + len(stages)]
         owners = self._owners(passes)
-        settings = zip(stages, passes, self.noise, self.feedback_lr, self.iterations, strict=True)
         with torch.no_grad():
-            for place, ((name, stage, mirror), clean, sigma, lr, iterations) in enumerate(settings):
+            for place, ((name, stage, mirror), clean) in enumerate(zip(stages, passes, strict=True)):
+                iterations = self.iterations_of(name, mirror, clean)
                 if not iterations or not self._trains_here(name, owners):
                     continue
                 noise = self._noise(place, clean)
-                train = partial(self._train_stage, name, stage, mirror, sigma, lr, iterations, noise)
+                train = partial(self._train_stage, name, stage, mirror, iterations, noise)
                 if self._may_record(clean):
                     losses[name] = self._recorded[name](train, clean, noise.generator())
                 else:
@@ -167,14 +184,13 @@ class LayerwiseFeedback(MirroredFeedback):
         name: str,
         stage: Stage,
         mirror: Mirror,
-        sigma: float,
-        lr: float,
         iterations: int,
         noise: NoiseStream,
         *clean: Tensor | None,
     ) -> Tensor:
         """Train one stage's feedback on one batch; return the mean loss."""
-        gradient_at = self.feedback_objective(stage, mirror, StagePass(*clean), sigma, noise)  # type: ignore[arg-type]
+        gradient_at = self.feedback_objective(name, stage, mirror, StagePass(*clean), noise)  # type: ignore[arg-type]
+        lr = self.setting_of(name, self.feedback_lr)
         course = []
         for iteration in range(iterations):
             gradient = self._averaged({name: gradient_at(iteration)})[name]
@@ -188,7 +204,7 @@ class LayerwiseFeedback(MirroredFeedback):
         alone = clean.affine is not None and not self._observers and not self._shares("gradients")
         return self.speed.cuda_graph and clean.inputs.is_cuda and alone
 
-    def _step_feedback_weights(self, mirror: Mirror, gradient: FeedbackGradient, lr: float) -> None:
+    def _step_feedback_weights(self, mirror: Mirror, gradient: FeedbackGradient, lr: float | None) -> None:
         if self._feedback_optimizer is None:
             normalized_steps(dict(mirror.named_parameters()), gradient, lr)
             return
@@ -229,11 +245,13 @@ class LayerwiseFeedback(MirroredFeedback):
         """Which process trains which of the stages that are trained; empty where every process trains all."""
         if not self._shares("stages") or self._observers:  # observers want to see every stage
             return {}
-        names = [name for (name, _, _), count in zip(self.mirrored_stages(), self.iterations, strict=True) if count]
-        clean = {name: each for name, each in zip(self.feedback, passes, strict=True) if name in names}
-        weights = {name: sum(each.numel() for each in self.feedback[name].parameters()) for name in names}
-        owners = share_stages(clean, weights, [count for count in self.iterations if count])
-        return dict(zip(names, owners, strict=True))
+        stages = zip(self.mirrored_stages(), passes, strict=True)
+        counts = {name: self.iterations_of(name, mirror, clean) for (name, _, mirror), clean in stages}
+        trained = [name for name, count in counts.items() if count]
+        clean = {name: each for name, each in zip(self.feedback, passes, strict=True) if name in trained}
+        weights = {name: sum(each.numel() for each in self.feedback[name].parameters()) for name in trained}
+        owners = share_stages(clean, weights, [counts[name] for name in trained])
+        return dict(zip(trained, owners, strict=True))
 
     @staticmethod
     def _trains_here(name: str, owners: Mapping[str, int]) -> bool:
@@ -280,3 +298,7 @@ class LayerwiseFeedback(MirroredFeedback):
         ]
         # one pass over the weights instead of three
         return torch.optim.SGD(groups, momentum=self.feedback_momentum, fused=True)
+
+
+def _numbers(values: Sequence[Any]) -> list[float]:
+    return [value for value in values if value is not None]

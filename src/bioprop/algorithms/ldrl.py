@@ -1,49 +1,60 @@
 """L-DRL: layer-wise difference target propagation with the difference reconstruction loss."""
 
-from collections.abc import Sequence
-from functools import partial
 from typing import Literal, get_args
 
 import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 
 from bioprop.algorithms.layerwise_feedback import FeedbackStep, LayerwiseFeedback
+from bioprop.algorithms.ldrl_objectives import Rule, SecondNoise, automatic_iterations, has_curvature, ldrl_objective
 from bioprop.algorithms.random_streams import NoiseStream
+from bioprop.distributed import process_count
 from bioprop.errors import UserError
 from bioprop.functional.activations import MirrorName
-from bioprop.functional.closed_forms import clean_pass, ldrl_closed_form
-from bioprop.functional.feedback_losses import FeedbackGradient, FeedbackObjective, ldrl_gradient
-from bioprop.functional.layered_feedback import composed_ldrl_gradient, layered_ldrl_gradient
-from bioprop.functional.precision import float32_products, products_are_reduced
+from bioprop.functional.feedback_losses import FeedbackObjective
 from bioprop.functional.speed import DEFAULT_SPEED, Speed
-from bioprop.networks.layer_pairs import layer_pair, noise_shape
-from bioprop.networks.mirrors import LayerMirror, Mirror
+from bioprop.networks.mirrors import Mirror
 from bioprop.networks.network import Network
-from bioprop.networks.residual_mirrors import LayeredMirror
 from bioprop.networks.stages import Stage, StagePass
 from bioprop.removed import refuses_removed
 
 SwitchesOf = Literal["noisy", "clean"]
 NoiseAt = Literal["layer", "stage"]
+Auto = Literal["auto"]
 
 
 @refuses_removed()
 class LDRL(LayerwiseFeedback):
     """Layer-wise feedback training towards the transposed Jacobian (Ernoult et al., ICML 2022).
 
-    For each stage n >= 2 and some iterations a batch: draw noise ``eps``, ``eta`` of standard deviation ``sigma``, then
-    descend ``mean_batch[ -2 <eps, G(F(s^{n-1} + eps)) - G(s^n)> + |G(s^n + eta) - G(s^n)|^2 ]`` in the feedback
-    weights. Its minimiser is ``J_G = J_F^T`` (Jacobian Matching Condition), under which the forward update tends to
-    the BP gradient as ``beta -> 0`` (Gradient Matching Property).
+    For each stage n >= 2 and some iterations a batch: draw noise ``eps`` at the stage's input, take a second noise
+    ``eta`` at its output, and descend ``mean_batch[ -2 <eps, G(F(s^{n-1} + eps)) - G(s^n)> + |G(s^n + eta) -
+    G(s^n)|^2 ]`` in the feedback weights. Its minimiser is ``J_G = J_F^T`` (Jacobian Matching Condition), under which
+    the forward update tends to the BP gradient as ``beta -> 0`` (Gradient Matching Property).
+
+    The ``second_noise`` decides what a batch costs; the mean gradient is the same to first order in the noise
+    (`bioprop.functional.feedback_losses` derives all three, `bioprop.functional.probing` the settings ``auto``):
+
+    - ``echo`` (ours): what ``G`` itself answers to ``eps``. The gradient's noise then vanishes where ``J_G = J_F^T``,
+      and one or two iterations a batch do what takes hundreds with independent noise. It never reads a forward weight:
+      ``F`` is a black box that answers to ``s + eps``. But it sends noise up through the feedback weights, which no
+      local rule can: results with it are those of the published rule with very many samples, not of a local circuit.
+    - ``expected`` (ours): integrated out, which leaves a local rule: Hebb's product and a decay. Noisier than the echo.
+    - ``independent``: a draw of its own, as published. Needs numbers for noise, rate and iterations.
 
     Hyperparameters of feedback training are one value for all stages or exactly one for each stage n >= 2.
 
     Args:
         network: the forward network.
         beta: step of the output target along the gradient, above 0.
-        noise: ``sigma``, in units of the activations, above 0.
-        feedback_lr: for ``normalized`` the fraction ``eta`` of a Newton step, in (0, 1]; for ``sgd`` the learning rate.
-        iterations: feedback iterations a batch, 0 to leave a stage's feedback as it was drawn.
+        second_noise: ``echo``, ``expected`` or ``independent``, see above.
+        noise: ``sigma``, in units of the activations, above 0; ``auto`` for a hundredth of the root mean square of the
+            stage's inputs.
+        feedback_lr: for ``normalized`` the fraction ``eta`` of a Newton step, in (0, 1]; for ``sgd`` the learning rate;
+            ``auto`` for the step that least mean squares takes, which follows from the sizes.
+        iterations: feedback iterations a batch, each on the whole batch, 0 to leave a stage's feedback as it was drawn.
+            ``auto`` with an echo: one, on as many images as give a unit as many samples as it has weights; and where a
+            batch does not, a second one along the batch's own activities. ``auto`` with ``expected``: four.
         switches: whose max-pool switches unpool the noisy output: those of the ``clean`` pass (ours) or of the
             ``noisy`` one, as published. Noise flips some switches, and each flip moves a whole activation, not a small
             difference: this biases the published loss, however small the noise, away from ``J_G = J_F^T``. Likewise
@@ -62,13 +73,18 @@ class LDRL(LayerwiseFeedback):
         UserError: if a hyperparameter is out of its range, a list has the wrong length, or a stage has no mirror.
     """
 
+    finds_settings = True
+    #: Draws of the noise that the gradient of an iteration is the mean of.
+    samples = 1
+
     def __init__(
         self,
         network: Network,
         beta: float = 0.5,
-        noise: float | tuple[float, ...] = 0.1,
-        feedback_lr: float | tuple[float, ...] = 0.05,
-        iterations: int | tuple[int, ...] = 20,
+        second_noise: SecondNoise = "echo",
+        noise: Auto | float | tuple[float, ...] = "auto",
+        feedback_lr: Auto | float | tuple[float, ...] = "auto",
+        iterations: Auto | int | tuple[int, ...] = "auto",
         switches: SwitchesOf = "clean",
         mirror: MirrorName = "exact",
         feedback_step: FeedbackStep = "normalized",
@@ -90,75 +106,70 @@ class LDRL(LayerwiseFeedback):
             optimizer=optimizer,
             scheduler=scheduler,
             speed=speed,
+            second_noise=second_noise,
             switches=switches,
             noise_at=noise_at,
         )
-        if switches not in get_args(SwitchesOf):
-            raise UserError(f"switches {switches!r} is not known: choose one of {', '.join(get_args(SwitchesOf))}")
-        if noise_at not in get_args(NoiseAt):
-            raise UserError(f"noise_at {noise_at!r} is not known: choose one of {', '.join(get_args(NoiseAt))}")
-        self.noise_at = noise_at
-        for name, _, mirror_of_stage in self.mirrored_stages():
-            if feedback_step == "normalized" and not self._has_curvature(mirror_of_stage):
+        for option, value, known in (
+            ("second_noise", second_noise, get_args(SecondNoise)),
+            ("switches", switches, get_args(SwitchesOf)),
+            ("noise_at", noise_at, get_args(NoiseAt)),
+        ):
+            if value not in known:
+                raise UserError(f"{option} {value!r} is not known: choose one of {', '.join(known)}")
+        self.second_noise, self.noise_at = second_noise, noise_at
+        self._clean_switches = switches == "clean"
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        """Refuse what has no meaning together.
+
+        Raises:
+            UserError: naming the setting and what works.
+        """
+        settings = {"noise": self.noise, "feedback_lr": self.feedback_lr, "iterations": self.iterations}
+        left = [name for name, values in settings.items() if None in values]
+        if self.second_noise == "independent" and left:
+            raise UserError(
+                f"{', '.join(left)}: auto follows from the sizes for second_noise echo and expected; independent noise "
+                "needs numbers, such as noise: 0.1, feedback_lr: 0.05, iterations: 20"
+            )
+        if self.feedback_step == "sgd" and "feedback_lr" in left:
+            raise UserError(
+                "feedback_lr: auto is a normalized step: with feedback_step sgd give a number, such as 0.01"
+            )
+        for name, _, mirror in self.mirrored_stages():
+            if self.feedback_step == "normalized" and not has_curvature(mirror, self.noise_at == "layer"):
                 raise UserError(
                     f"noise_at stage has no curvature for each of {name}'s several feedback weights, which the "
                     "normalized step divides by: use feedback_step: sgd, or noise_at: layer"
                 )
-        self._clean_switches = switches == "clean"
+            if self.second_noise == "expected" and not has_curvature(mirror, self.noise_at == "layer"):
+                raise UserError(
+                    f"second_noise expected is not known for the feedback of {name} as a whole: use echo, or "
+                    "noise_at: layer"
+                )
+
+    def _rule(self, name: str) -> Rule:
+        return Rule(
+            self.second_noise,
+            self._clean_switches,
+            self.setting_of(name, self.noise),
+            self.setting_of(name, self.iterations),
+            self.setting_of(name, self.feedback_lr) is None,
+            self.noise_at == "layer",
+            self.samples,
+            process_count() if self._shares("gradients") else 1,
+            self.speed,
+        )
+
+    def iterations_of(self, name: str, mirror: Mirror, clean: StagePass) -> int:
+        """How many feedback iterations a batch takes for one stage."""
+        given = self.setting_of(name, self.iterations)
+        return automatic_iterations(self._rule(name), mirror, clean) if given is None else int(given)
 
     def feedback_objective(
-        self, stage: Stage, mirror: Mirror, clean: StagePass, sigma: float, noise: NoiseStream
+        self, name: str, stage: Stage, mirror: Mirror, clean: StagePass, noise: NoiseStream
     ) -> FeedbackObjective:
-        """The L-DRL loss, on fresh noise at the stage's input and output."""
-        if isinstance(mirror, LayeredMirror) and self._by_layers(mirror):
-            layers, noise_shapes = mirror.layers(stage, clean, self.speed.bfloat16)
-            return lambda iteration: layered_ldrl_gradient(layers, noise.draw(iteration, sigma, *noise_shapes), sigma)
-        shapes = noise_shape(stage, clean.inputs), clean.output.shape
-        pair = layer_pair(stage, mirror, self.speed)
-        if pair is None or clean.affine is None or not isinstance(mirror, LayerMirror):
-            return self._by_autograd(stage, mirror, clean, sigma, noise, shapes)
-        weight = pair.products.prepare(pair.weight)
-        kept = clean_pass(pair, clean.affine, clean.output, clean.switches)
-
-        def in_closed_form(iteration: int) -> FeedbackGradient:
-            eps, eta = noise.draw(iteration, sigma, *shapes)
-            return ldrl_closed_form(pair, weight, kept, mirror.weight, eps, eta, sigma, self._clean_switches)
-
-        return in_closed_form
-
-    def _by_autograd(
-        self,
-        stage: Stage,
-        mirror: Mirror,
-        clean: StagePass,
-        sigma: float,
-        noise: NoiseStream,
-        shapes: tuple[Sequence[int], Sequence[int]],
-    ) -> FeedbackObjective:
-        """The same loss for any kind of stage.
-
-        It subtracts whole passes, clean from noisy, where the closed form sends only the noise through the products:
-        both are in float32 whatever the precision, or most of a small difference would be rounding.
-        """
-        exact = partial(float32_products, clean.inputs.device)
-        output, switches = clean.output, clean.switches
-        if products_are_reduced():
-            with exact():
-                output, switches = stage.run(clean.inputs)
-        output = output.detach()
-
-        def gradient_at(iteration: int) -> FeedbackGradient:
-            eps, eta = noise.draw(iteration, sigma, *shapes)
-            values = clean.inputs, output, switches, eps.view(clean.inputs.shape), eta
-            with exact():
-                if isinstance(mirror, LayerMirror):
-                    return ldrl_gradient(stage, mirror, *values, sigma, self._clean_switches)
-                return composed_ldrl_gradient(stage, mirror, *values, self._clean_switches)
-
-        return gradient_at
-
-    def _by_layers(self, mirror: LayeredMirror) -> bool:
-        return self.noise_at == "layer" or not mirror.is_composed
-
-    def _has_curvature(self, mirror: Mirror) -> bool:
-        return isinstance(mirror, LayerMirror) or (isinstance(mirror, LayeredMirror) and self._by_layers(mirror))
+        """The L-DRL loss, on fresh noise at the stage's input and the second noise at its output."""
+        return ldrl_objective(self._rule(name), stage, mirror, clean, noise)

@@ -7,7 +7,8 @@ from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from bioprop.algorithms.layerwise_feedback import FeedbackStep
-from bioprop.algorithms.ldrl import LDRL, SwitchesOf
+from bioprop.algorithms.ldrl import LDRL, Auto, SwitchesOf
+from bioprop.algorithms.ldrl_objectives import SecondNoise
 from bioprop.algorithms.settings import check_range, number
 from bioprop.functional.activations import MirrorName
 from bioprop.functional.feedback_losses import FeedbackGradient
@@ -51,10 +52,11 @@ class ParallelLDRL(LDRL):
         self,
         network: Network,
         beta: float = 0.5,
-        noise: float | tuple[float, ...] = 0.1,
-        feedback_lr: float | tuple[float, ...] = 0.5,
-        iterations: int | tuple[int, ...] = 1,
-        samples: int = 10,
+        second_noise: SecondNoise = "echo",
+        noise: Auto | float | tuple[float, ...] = "auto",
+        feedback_lr: Auto | float | tuple[float, ...] = "auto",
+        iterations: Auto | int | tuple[int, ...] = "auto",
+        samples: int = 1,
         switches: SwitchesOf = "clean",
         mirror: MirrorName = "exact",
         feedback_step: FeedbackStep = "normalized",
@@ -66,6 +68,7 @@ class ParallelLDRL(LDRL):
         super().__init__(
             network,
             beta=beta,
+            second_noise=second_noise,
             noise=noise,
             feedback_lr=feedback_lr,
             iterations=iterations,
@@ -86,19 +89,23 @@ class ParallelLDRL(LDRL):
         course: dict[str, list[Tensor]] = {name: [] for name, _, _ in stages}
         passes = passes[1:]
         owners = self._owners(passes)
-        settings = enumerate(zip(stages, passes, self.noise, self.iterations, strict=True))
+        counts = {
+            name: self.iterations_of(name, mirror, clean)
+            for (name, _, mirror), clean in zip(stages, passes, strict=True)
+            if self._trains_here(name, owners)
+        }
         with torch.no_grad():
             objectives = {
-                name: self.feedback_objective(stage, mirror, clean, sigma, self._noise(place, clean))
-                for place, ((name, stage, mirror), clean, sigma, iterations) in settings
-                if iterations and self._trains_here(name, owners)
+                name: self.feedback_objective(name, stage, mirror, clean, self._noise(place, clean))
+                for place, ((name, stage, mirror), clean) in enumerate(zip(stages, passes, strict=True))
+                if counts.get(name)
             }
-            for iteration in range(max(self.iterations, default=0)):
+            for iteration in range(max(counts.values(), default=0)):
                 draws = range(iteration * self.samples, (iteration + 1) * self.samples)
                 gradients = {
-                    name: mean_gradient(objectives[name], draws)
-                    for (name, _, _), iterations in zip(stages, self.iterations, strict=True)
-                    if iteration < iterations and name in objectives
+                    name: mean_gradient(objective, draws)
+                    for name, objective in objectives.items()
+                    if iteration < counts[name]
                 }
                 self._step_all_stages(gradients := self._averaged(gradients))
                 for name, stage, mirror in stages:

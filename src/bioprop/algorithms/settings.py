@@ -6,8 +6,18 @@ from typing import Any
 
 from bioprop.errors import UserError
 
+#: What a hyperparameter may be instead of numbers, where an algorithm finds them itself.
+AUTO = "auto"
 
-def per_stage(name: str, value: float | Sequence[float], stages: Sequence[str], whole: bool = False) -> tuple[Any, ...]:
+
+def as_given(values: Sequence[Any]) -> Any:
+    """Return what `per_stage` made of a hyperparameter in a form that it takes again."""
+    return AUTO if None in values else values
+
+
+def per_stage(
+    name: str, value: float | str | Sequence[float], stages: Sequence[str], whole: bool = False, auto: bool = False
+) -> tuple[Any, ...]:
     """Spread a single value over all stages, or take exactly one value a stage.
 
     Args:
@@ -15,13 +25,18 @@ def per_stage(name: str, value: float | Sequence[float], stages: Sequence[str], 
         value: one number for all, or a sequence of numbers.
         stages: names of the stages that need a value, from the input to the output.
         whole: whether the numbers must be whole ones.
+        auto: whether the value may be `AUTO`.
 
     Returns:
-        A plain int or float for each stage.
+        A plain int or float for each stage; None for each where the value is `AUTO`.
 
     Raises:
         UserError: if a sequence is not exactly as long as there are stages, or an entry is not such a number.
     """
+    if auto and isinstance(value, str):
+        if value != AUTO:
+            raise UserError(f"{name} is {value!r}, but it must be {AUTO}, a number, or one number a stage")
+        return (None,) * len(stages)
     listed = value.tolist() if hasattr(value, "tolist") else value  # numpy's and torch's numbers and vectors
     values = list(listed) if isinstance(listed, Sequence) and not isinstance(listed, str) else [listed] * len(stages)
     if len(values) != len(stages):

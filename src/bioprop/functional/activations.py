@@ -66,6 +66,18 @@ SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": torch.ones_like,
 }
 
+
+def feedback_slope(name: str, mirror: MirrorName) -> Callable[[Tensor], Tensor]:
+    """Return ``phi'`` for the forward activation ``name`` in the form of mirror asked for; it never exceeds 1.
+
+    Raises:
+        UserError: if the activation or the form of mirror is not known.
+    """
+    rho = feedback_activation(name, mirror)
+    # SLOPES take the output of the forward activation: `paper` applies that to y, `exact` was made for y itself
+    return (lambda values: SLOPES[name](rho(values))) if mirror == "paper" else SLOPES[name]
+
+
 #: Activations that map a whole range of values to one. They are their own `rho(rho(a)) = rho(a)`.
 FLAT = ("relu",)
 

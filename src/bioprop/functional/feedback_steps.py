@@ -42,7 +42,7 @@ def _mean_by_name(values: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def normalized_step(weight: Tensor, gradient: FeedbackGradient, eta: float) -> None:
+def normalized_step(weight: Tensor, gradient: FeedbackGradient, eta: float | None) -> None:
     """``V_o <- V_o - eta gradient_o / (D_o + 0.03 mean(D))``, in place, for the weights that leave each unit ``o``.
 
     Ours: a diagonal Newton step with the curvature ``D`` of the feedback loss, so that the same ``eta`` in (0, 1] fits
@@ -57,7 +57,8 @@ def normalized_step(weight: Tensor, gradient: FeedbackGradient, eta: float) -> N
     Args:
         weight: ``V``, ``[units, ...]``.
         gradient: of the feedback loss, with its curvature.
-        eta: fraction of the Newton step.
+        eta: fraction of the Newton step; None for a curvature that is damped already (`Probing.damping`), with neither
+            fraction nor floor.
 
     Raises:
         ValueError: if the gradient carries no curvature.
@@ -68,13 +69,13 @@ def normalized_step(weight: Tensor, gradient: FeedbackGradient, eta: float) -> N
 
 
 @torch.no_grad()
-def normalized_steps(weights: Mapping[str, Tensor], gradient: FeedbackGradient, eta: float) -> None:
+def normalized_steps(weights: Mapping[str, Tensor], gradient: FeedbackGradient, eta: float | None) -> None:
     """`normalized_step` for each of several weights, in place, by the curvature of its own.
 
     Args:
         weights: by name.
         gradient: of the feedback loss, for all or some of the names, with a curvature for each.
-        eta: fraction of the Newton step.
+        eta: fraction of the Newton step, or None, likewise.
 
     Raises:
         ValueError: if the gradient carries no curvatures.
@@ -86,6 +87,10 @@ def normalized_steps(weights: Mapping[str, Tensor], gradient: FeedbackGradient, 
         _step(weights[name], gradient.parameters[name], curvature, eta)
 
 
-def _step(weight: Tensor, gradient: Tensor, curvature: Tensor, eta: float) -> None:
-    curvature = curvature + CURVATURE_FLOOR * curvature.mean()
-    weight -= eta * gradient / curvature.view(-1, *[1] * (weight.dim() - 1))
+def _step(weight: Tensor, gradient: Tensor, curvature: Tensor, eta: float | None) -> None:
+    if curvature.dim() == 1:  # one for each unit, not for each of its taps
+        curvature = curvature.view(-1, *[1] * (weight.dim() - 1))
+    if eta is None:
+        weight -= gradient / curvature
+    else:
+        weight -= eta * gradient / (curvature + CURVATURE_FLOOR * curvature.mean())

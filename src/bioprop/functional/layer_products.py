@@ -47,6 +47,17 @@ class LayerProducts(ABC):
     def weight_gradient(self, inputs: Tensor, outputs: Tensor) -> Tensor:
         """Gradient of ``<d, W x>`` with respect to ``W``, summed over the batch, in the shape of the weight."""
 
+    @abstractmethod
+    def tap_sums(self, outputs: Tensor) -> Tensor:
+        """Sum over the batch and the positions from which a tap of the kernel falls on the input, for each tap.
+
+        Args:
+            outputs: in the shape of the layer's output.
+
+        Returns:
+            In the shape of the weight, with a single input channel.
+        """
+
     def _cast(self, values: Tensor) -> Tensor:
         return values.to(torch.bfloat16) if self.reduced else values
 
@@ -72,6 +83,10 @@ class LinearProducts(LayerProducts):
     def weight_gradient(self, inputs: Tensor, outputs: Tensor) -> Tensor:
         """Gradient with respect to the weight."""
         return self._uncast(matrix_product(self._cast(outputs).t(), self._cast(inputs).t()))
+
+    def tap_sums(self, outputs: Tensor) -> Tensor:
+        """Sum over the batch: ``[out, 1]``."""
+        return outputs.sum(0)[:, None]
 
 
 class ConvProducts(LayerProducts):
@@ -115,6 +130,22 @@ class ConvProducts(LayerProducts):
             inputs, list(self.weight_shape), outputs, self.stride, self.padding
         )
         return self._uncast(gradient)
+
+    def tap_sums(self, outputs: Tensor) -> Tensor:
+        """Sum over the batch and the positions from which a tap falls on the image: ``[out, 1, kernel, kernel]``."""
+        kernel = self.weight_shape[2:]
+        sides = [
+            (out - 1) * self.stride - 2 * self.padding + taps + unread
+            for out, taps, unread in zip(outputs.shape[2:], kernel, self.output_padding, strict=True)
+        ]
+        sums: Tensor = conv2d_weight(  # type: ignore[no-untyped-call]
+            outputs.new_ones(1, 1, *sides),
+            [outputs.shape[1], 1, *kernel],
+            outputs.sum(0, keepdim=True),
+            self.stride,
+            self.padding,
+        )
+        return sums
 
 
 def matrix_product(inputs: Tensor, matrix: Tensor) -> Tensor:

@@ -12,8 +12,17 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from bioprop.functional.closed_forms import CleanPass, LayerPair, ldrl_closed_form
-from bioprop.functional.feedback_losses import FeedbackGradient
+from bioprop.functional.closed_forms import (
+    CleanPass,
+    LayerPair,
+    curvature_of_taps,
+    curvature_of_units,
+    echo_closed_form,
+    expected_closed_form,
+    ldrl_closed_form,
+)
+from bioprop.functional.feedback_losses import FeedbackGradient, MapsDifferenceBack
+from bioprop.functional.probing import Probing
 
 
 class FeedbackLayer(NamedTuple):
@@ -22,6 +31,7 @@ class FeedbackLayer(NamedTuple):
     Attributes:
         name: of its weight among the operator's parameters.
         pair: forward layer and feedback layer, in effective weights.
+        inputs: of the forward layer, in the form the products take.
         prepared: the forward layer's effective weight, prepared by the pair's products.
         clean: pass of the batch through the pair.
         feedback: feedback weight ``V``, ``[units, ...]``.
@@ -33,6 +43,7 @@ class FeedbackLayer(NamedTuple):
 
     name: str
     pair: LayerPair
+    inputs: Tensor
     prepared: Tensor
     clean: CleanPass
     feedback: Tensor
@@ -40,6 +51,15 @@ class FeedbackLayer(NamedTuple):
     share: float
     input_noise: int
     output_noise: int
+
+    @property
+    def units(self) -> Tensor:
+        """The scale of every unit, ``[units]``."""
+        return self.feedback.new_ones(len(self.feedback)) if self.scale is None else self.scale
+
+    def scaled(self, values: Tensor) -> Tensor:
+        """Multiply a tensor in the shape of the weight by the scale of its unit."""
+        return values if self.scale is None else values * self.scale.view(-1, *[1] * (values.dim() - 1))
 
 
 class FeedbackLayers(NamedTuple):
@@ -65,14 +85,79 @@ def layered_ldrl_gradient(layers: Sequence[FeedbackLayer], noise: Sequence[Tenso
     curvatures: dict[str, Tensor] = {}
     losses = []
     for layer in layers:
-        units = layer.feedback.new_ones(len(layer.feedback)) if layer.scale is None else layer.scale
-        scale = units.view(-1, *[1] * (layer.feedback.dim() - 1))
         eps, eta = noise[layer.input_noise], noise[layer.output_noise]
-        effective = scale * layer.feedback
-        found = ldrl_closed_form(layer.pair, layer.prepared, layer.clean, effective, eps, eta, sigma, True)
-        gradients[layer.name] = layer.share * scale * found.weight
+        effective = layer.scaled(layer.feedback)
+        found = ldrl_closed_form(layer.pair, layer.prepared, layer.clean, effective, eps, eta, sigma)
+        gradients[layer.name] = layer.scaled(layer.share * found.weight)
         if isinstance(found.curvature, Tensor):
-            curvatures[layer.name] = layer.share * units.square() * found.curvature
+            curvatures[layer.name] = layer.share * layer.units.square() * found.curvature
+        losses.append(layer.share * found.loss)
+    return FeedbackGradient(gradients, torch.stack(losses).sum(), curvatures)
+
+
+class ProbedLayer(NamedTuple):
+    """A feedback layer on one batch, with an echo for its second noise or with that integrated out.
+
+    Attributes:
+        layer: of the feedback operator.
+        probing: its noise.
+        clean: pass of the images that there is noise on.
+        curvature: of the loss, ``[units]``, or of each tap where the second noise is integrated out.
+        echo: whether it is an echo.
+    """
+
+    layer: FeedbackLayer
+    probing: Probing
+    clean: CleanPass
+    curvature: Tensor
+    echo: bool
+
+
+@torch.no_grad()
+def probe_layer(layer: FeedbackLayer, probing: Probing, echo: bool) -> ProbedLayer:
+    """Prepare a layer for the iterations of one batch.
+
+    Args:
+        layer: of a feedback operator.
+        probing: its noise.
+        echo: whether the second noise is an echo; else it is integrated out.
+    """
+    clean = layer.clean.block(slice(0, probing.images))
+    curvature_of = curvature_of_units if echo else curvature_of_taps
+    return ProbedLayer(layer, probing, clean, curvature_of(layer.pair, clean, probing.sigma**2), echo)
+
+
+@torch.no_grad()
+def probed_gradient(
+    layers: Sequence[ProbedLayer], draw: int, normals: Sequence[Tensor], damped: bool
+) -> FeedbackGradient:
+    """Gradient of the sum of the layers' L-DRL losses, by `echo_closed_form` or `expected_closed_form`.
+
+    Args:
+        layers: of one feedback operator, by `probe_layer`.
+        draw: number of the draw of noise within the batch.
+        normals: standard normals, one for each layer whose `Probing.shape` asks for them; overwritten.
+        damped: whether the curvatures hold the damping of `Probing.damping`, for the step that needs no learning rate.
+
+    Returns:
+        Gradient and curvature by name of parameter, of the layers that this draw is for, and the sum of the losses.
+    """
+    gradients: dict[str, Tensor] = {}
+    curvatures: dict[str, Tensor] = {}
+    losses = []
+    unused = iter(normals)
+    for layer, probing, clean, undamped, echo in layers:
+        noise = probing.noise(draw, None if probing.shape(draw) is None else next(unused))
+        if noise is None:
+            continue
+        effective = layer.scaled(layer.feedback)
+        curvature = undamped + probing.damping(draw) if damped else undamped
+        if echo:
+            found = echo_closed_form(layer.pair, layer.prepared, clean, effective, noise, curvature)
+        else:
+            found = expected_closed_form(layer.pair, layer.prepared, clean, effective, noise, undamped, curvature)
+        gradients[layer.name] = layer.scaled(layer.share * found.weight)
+        curvatures[layer.name] = layer.scaled(layer.scaled(layer.share * curvature))
         losses.append(layer.share * found.loss)
     return FeedbackGradient(gradients, torch.stack(losses).sum(), curvatures)
 
@@ -82,19 +167,6 @@ class RunsBlock(Protocol):
 
     def run(self, inputs: Tensor) -> tuple[Tensor, Any]:
         """Return the output and what else the pass hands to the feedback operator."""
-
-
-class MapsDifferenceBack(Protocol):
-    """Its feedback operator."""
-
-    def difference_parameters(self) -> dict[str, Tensor]:
-        """Return the parameters that differences of ``G`` depend on, by name."""
-
-    def difference(self, outputs: Tensor, step: Tensor, switches: Any) -> Tensor:
-        """Compute ``G(outputs + step) - G(outputs)``."""
-
-    def __call__(self, outputs: Tensor, switches: Any) -> Tensor:
-        """Compute ``G``."""
 
 
 def composed_ldrl_gradient(

@@ -84,6 +84,19 @@ def unpool(pooled: Tensor, places: Places, pool: Pool, size: Size) -> Tensor:
     return unpool_adding(pooled if places.kept is None else pooled * places.kept, places.switches, pool, size)
 
 
+def pick(maps: Tensor, places: Places) -> Tensor:
+    """Read off what lies at the places of pooled values: the transpose of `unpool`.
+
+    Args:
+        maps: ``[batch, channels, height, width]``.
+        places: of the pooled values, ``[batch, channels, pooled height, pooled width]``.
+    """
+    # channels innermost, as the maps lie in memory: nothing is copied but what is read
+    rows, switches = maps.permute(0, 2, 3, 1).flatten(1, 2), places.switches.permute(0, 2, 3, 1)
+    picked = rows.gather(1, switches.flatten(1, 2)).view(switches.shape).permute(0, 3, 1, 2)
+    return picked if places.kept is None else picked * places.kept
+
+
 def last_windows(switches: Tensor, pool: Pool) -> Tensor:
     """Whether each window is the last, in reading order, of those that chose its position: bool, like ``switches``."""
     reach = (pool.kernel_size - 1) // pool.stride

@@ -88,7 +88,10 @@ def layer_pair(stage: Stage, mirror: Mirror, speed: Speed) -> LayerPair | None:
         products,
         stage.activate,
         mirror.phi,
+        mirror.slope,
         mirror.locate,
         mirror.unpool,
+        mirror.pick,
         mirror.is_linear,
+        mirror.overlap,
     )

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bioprop.errors import UserError
-from bioprop.functional.activations import MirrorName, feedback_activation
-from bioprop.functional.pooling import Places, overwriting_places, unpool
+from bioprop.functional.activations import MirrorName, feedback_activation, feedback_slope
+from bioprop.functional.pooling import Places, overwriting_places, pick, unpool
 from bioprop.networks.stages import ConvStage, LayerStage, LinearStage, Stage, Switches
 
 
@@ -58,6 +58,7 @@ class LayerMirror(Mirror):
         bias: one value per input unit or channel, where the stage has a bias. It cancels in every difference of
             ``G``, so only methods that train by plain reconstruction move it.
         is_linear: whether ``phi`` is the identity.
+        slope: the derivative of ``phi``, never above 1.
     """
 
     def __init__(self, stage: LayerStage, form: MirrorName) -> None:
@@ -66,6 +67,7 @@ class LayerMirror(Mirror):
         self.input_shape = stage.input_shape
         self.is_linear = stage.activation == "identity"
         self.phi = feedback_activation(stage.activation, form)
+        self.slope = feedback_slope(stage.activation, form)
         self.weight = nn.Parameter(torch.empty_like(stage.weight))
         self.bias = nn.Parameter(torch.empty(stage.input_shape[0])) if stage.bias is not None else None
 
@@ -90,8 +92,25 @@ class LayerMirror(Mirror):
         """What the feedback weights are applied to: the unpooled ``phi(outputs)``."""
 
     @abstractmethod
-    def project(self, features: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Apply the feedback weights: the part of ``G`` that is linear."""
+    def project(self, features: Tensor, bias: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+        """Apply the feedback weights, or another ``weight`` of their shape: the part of ``G`` that is linear."""
+
+    @property
+    def overlap(self) -> float:
+        """How many pool windows a position lies in on average; 1 without pooling."""
+        return 1.0
+
+    def locate(self, switches: Switches) -> Places | None:
+        """Say where pooled values go back to; None where nothing was pooled."""
+        return None
+
+    def unpool(self, pooled: Tensor, places: Places | None) -> Tensor:
+        """Put pooled values back to their places."""
+        return pooled
+
+    def pick(self, maps: Tensor, places: Places | None) -> Tensor:
+        """Read values off their places: the transpose of `unpool`."""
+        return maps
 
     def forward(self, outputs: Tensor, switches: Switches) -> Tensor:
         """Compute ``G(outputs)``, ``[batch, *output_shape]`` to ``[batch, *input_shape]``.
@@ -129,17 +148,10 @@ class LinearMirror(LayerMirror):
         """``phi(y)``, ``[batch, out_features]``."""
         return self.phi(outputs)
 
-    def locate(self, switches: Tensor | None) -> Places | None:
-        """Return None: nothing was pooled."""
-        return None
-
-    def unpool(self, pooled: Tensor, places: Places | None) -> Tensor:
-        """Return the values as they are."""
-        return pooled
-
-    def project(self, features: Tensor, bias: Tensor | None = None) -> Tensor:
+    def project(self, features: Tensor, bias: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
         """Map ``[batch, out_features]`` to ``[batch, *input_shape]``."""
-        return F.linear(features, self.weight.t(), bias).view(-1, *self.input_shape)
+        weight = self.weight if weight is None else weight
+        return F.linear(features, weight.t(), bias).view(-1, *self.input_shape)
 
 
 class ConvMirror(LayerMirror):
@@ -160,9 +172,15 @@ class ConvMirror(LayerMirror):
         self._draw(paper_fan_in=self.weight[0].numel())
         self.to(memory_format=torch.channels_last)
 
-    def project(self, features: Tensor, bias: Tensor | None = None) -> Tensor:
+    def project(self, features: Tensor, bias: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
         """Map ``[batch, out_channels, *map_size]`` to ``[batch, *input_shape]``."""
-        return F.conv_transpose2d(features, self.weight, bias, self.stride, self.padding, self.output_padding)
+        weight = self.weight if weight is None else weight
+        return F.conv_transpose2d(features, weight, bias, self.stride, self.padding, self.output_padding)
+
+    @property
+    def overlap(self) -> float:
+        """How many pool windows a position lies in on average."""
+        return 1.0 if self.pool is None else max(1.0, (self.pool.kernel_size / self.pool.stride) ** 2)
 
     def features(self, outputs: Tensor, switches: Tensor | None) -> Tensor:
         """Map ``[batch, *output_shape]`` to ``[batch, out_channels, *map_size]``, the map before pooling.
@@ -187,6 +205,10 @@ class ConvMirror(LayerMirror):
     def unpool(self, pooled: Tensor, places: Places | None) -> Tensor:
         """Put values back to their places, ``[batch, out_channels, *map_size]``."""
         return pooled if places is None or self.pool is None else unpool(pooled, places, self.pool, self.map_size)
+
+    def pick(self, maps: Tensor, places: Places | None) -> Tensor:
+        """Read values off their places, ``[batch, out_channels, *pooled size]``: the transpose of `unpool`."""
+        return maps if places is None else pick(maps, places)
 
 
 def unread_border(conv: nn.Conv2d, input_size: Sequence[int], output_size: Sequence[int]) -> tuple[int, int]:

@@ -30,7 +30,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bioprop.functional.activations import MirrorName, feedback_activation, forward_activation, identity
+from bioprop.functional.activations import (
+    MirrorName,
+    feedback_activation,
+    feedback_slope,
+    forward_activation,
+    identity,
+)
 from bioprop.functional.closed_forms import LayerPair, clean_pass
 from bioprop.functional.layer_products import LayerProducts, LinearProducts
 from bioprop.functional.layered_feedback import FeedbackLayer, FeedbackLayers
@@ -76,6 +82,7 @@ class BlockMirror(LayeredMirror):
         super().__init__()
         self.form = form
         self.phi = feedback_activation(stage.activation, form)
+        self._slope = feedback_slope(stage.activation, form)
         self._rho = forward_activation(stage.activation)
         self.stride = stage.conv1.stride
         # the shortcut's 1x1 kernel without padding leaves as many rows and columns unread as the 3x3 one with it
@@ -132,17 +139,21 @@ class BlockMirror(LayeredMirror):
         """Return the convolutions: noise enters at the block's input, between its convolutions, and at its output."""
         block, values = cast(BasicBlockStage, stage), cast(BlockPass, clean.switches)
         inner, linear = self._rho(values.affine), _linear(clean.output)
-        activation = _Activation(self._rho, self.phi, values.affine)
+        activation = _Activation(self._rho, self.phi, self._slope, values.affine)
         products = _products(block.conv1, clean.inputs, inner, reduced)
         weights = block.conv1.weight, self.conv1_weight
-        layers = [_feedback_layer("conv1_weight", weights, products, values.norm1, (0, 1), activation)]
+        layers = [_feedback_layer("conv1_weight", weights, clean.inputs, products, values.norm1, (0, 1), activation)]
         products = _products(block.conv2, inner, clean.output, reduced)
         weights = block.conv2.weight, self.conv2_weight
-        layers.append(_feedback_layer("conv2_weight", weights, products, values.norm2, (1, 2), linear))
+        layers.append(_feedback_layer("conv2_weight", weights, inner, products, values.norm2, (1, 2), linear))
         if block.shortcut_conv is not None and self.shortcut_weight is not None:
             products = _products(block.shortcut_conv, clean.inputs, clean.output, reduced)
             weights = block.shortcut_conv.weight, self.shortcut_weight
-            layers.append(_feedback_layer("shortcut_weight", weights, products, values.norm_shortcut, (0, 2), linear))
+            layers.append(
+                _feedback_layer(
+                    "shortcut_weight", weights, clean.inputs, products, values.norm_shortcut, (0, 2), linear
+                )
+            )
         return FeedbackLayers(layers, [tuple(clean.inputs.shape), tuple(inner.shape), tuple(clean.output.shape)])
 
 
@@ -187,7 +198,8 @@ class PooledLinearMirror(LayeredMirror):
         """
         weights = cast(PooledLinearStage, stage).linear.weight, self.weight
         share = 1.0 / (self.size[0] * self.size[1])
-        layer = _feedback_layer("weight", weights, LinearProducts(reduced), None, (0, 1), _linear(clean.output), share)
+        inputs, linear = clean.inputs.mean((2, 3)), _linear(clean.output)
+        layer = _feedback_layer("weight", weights, inputs, LinearProducts(reduced), None, (0, 1), linear, share)
         return FeedbackLayers([layer], [tuple(clean.inputs.shape[:2]), tuple(clean.output.shape)])
 
 
@@ -202,6 +214,7 @@ class StemMirror(LayeredMirror):
     def __init__(self, stage: StemStage, form: MirrorName) -> None:
         super().__init__()
         self.phi = feedback_activation(stage.activation, form)
+        self._slope = feedback_slope(stage.activation, form)
         self._rho = forward_activation(stage.activation)
         self.weight = _draw(stage.conv.weight)
         self.bias = _draw_bias(stage.conv.weight)
@@ -225,27 +238,30 @@ class StemMirror(LayeredMirror):
         """Return the convolution."""
         stem, values = cast(StemStage, stage), cast(StemPass, clean.switches)
         products = _products(stem.conv, clean.inputs, clean.output, reduced)
-        activation = _Activation(self._rho, self.phi, values.affine)
-        layer = _feedback_layer("weight", (stem.conv.weight, self.weight), products, values.norm, (0, 1), activation)
+        activation = _Activation(self._rho, self.phi, self._slope, values.affine)
+        weights = stem.conv.weight, self.weight
+        layer = _feedback_layer("weight", weights, clean.inputs, products, values.norm, (0, 1), activation)
         return FeedbackLayers([layer], [tuple(clean.inputs.shape), tuple(clean.output.shape)])
 
 
 class _Activation(NamedTuple):
-    """Activation of a forward layer, that of its feedback layer, and what the former was applied to."""
+    """Activation of a forward layer, that of its feedback layer and its slope, and what the first was applied to."""
 
     rho: Function
     phi: Function
+    slope: Function
     affine: Tensor
 
 
 def _linear(affine: Tensor) -> _Activation:
     """Of a layer without activation, in which changes are the same around zero: no pass is needed."""
-    return _Activation(identity, identity, affine.new_zeros(()).expand(affine.shape))
+    return _Activation(identity, identity, torch.ones_like, affine.new_zeros(()).expand(affine.shape))
 
 
 def _feedback_layer(
     name: str,
     weights: tuple[Tensor, Tensor],
+    inputs: Tensor,
     products: LayerProducts,
     norm: NormPass | None,
     noise: tuple[int, int],
@@ -255,18 +271,21 @@ def _feedback_layer(
     forward, feedback = weights
     scale = None if norm is None else norm.scale
     effective = forward.detach() if scale is None else forward.detach() * scale.view(-1, 1, 1, 1)
-    rho, phi, affine = activation
+    rho, phi, slope, affine = activation
     pair = LayerPair(
         weight=effective,
         products=products,
         activate=lambda values: (rho(values), None),
         phi=phi,
+        slope=slope,
         locate=lambda switches: None,
         unpool=lambda values, places: values,
+        pick=lambda maps, places: maps,
         phi_is_identity=phi is identity,
+        overlap=1.0,
     )
-    clean = clean_pass(pair, affine, rho(affine), None)
-    return FeedbackLayer(name, pair, products.prepare(effective), clean, feedback, scale, share, *noise)
+    clean = clean_pass(pair, affine, rho(affine), None, clean_switches=True)
+    return FeedbackLayer(name, pair, inputs, products.prepare(effective), clean, feedback, scale, share, *noise)
 
 
 def _products(conv: nn.Conv2d, inputs: Tensor, outputs: Tensor, reduced: bool) -> LayerProducts:

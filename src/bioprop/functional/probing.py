@@ -1,0 +1,141 @@
+"""Where the noise of a feedback iteration points, on how many samples, and how large a step may follow.
+
+Feedback training with an echo, or with the second noise integrated out (`bioprop.functional.feedback_losses`), is
+linear regression: the unknown is the forward weight, its inputs are patches of noise. All that follows is known of
+that, from the sizes alone. A layer's ``r = fan_in / (batch x positions)`` compares the directions that a unit's weight
+has with the samples that one batch of noise is for it (every pool window is one).
+
+- **White noise** asks about all directions. The best step for it is ``gradient / (D + damping)``, with ``D`` the unit's
+  curvature (`closed_forms.curvature_of_units`) and for ``damping`` the curvature that a single sample has along its own
+  patch: normalised least mean squares (Widrow & Hoff, 1960). The squared error falls by the factor ``r / (1 + r)``. It
+  never grows on average, however few samples there are, and a dead unit is divided by the damping alone. Where ``r`` is
+  below 1 the noise of the whole batch is more than is needed: as many images are taken as make it 1.
+- **Noise along the activities.** Where ``r`` is above 1, white noise leaves most directions unseen. But a forward
+  weight only ever moves along the activities that come in, and an echo may have any distribution, since it vanishes
+  with the error whatever the noise. So a second iteration asks about those directions: its noise is an orthonormal
+  basis of the span of the batch's own activities. The step is bounded by what orthonormal rows can do together, and is
+  exact on a linear stage whose slopes are 1.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+#: Size of the noise that `noise: auto` stands for, in units of the root mean square of the stage's inputs.
+NOISE_SHARE = 0.01
+#: Least root mean square that this is a share of: smaller noise would drown in the rounding of float32.
+LEAST_SCALE = 1e-3
+#: Share of the activities' total variance that is added to each sample's, so that their basis can be formed in float32.
+BASIS_RIDGE = 1e-5
+#: Iterations of a batch that `iterations: auto` stands for with the second noise integrated out.
+EXPECTED_ITERATIONS = 4
+#: How much more than least mean squares the step is damped there: the first term's noise stays at the minimiser.
+EXPECTED_DAMPING = 10.0
+
+
+class Probing:
+    """The noise of one layer on one batch: its size, its directions, its images, and the damping of the step.
+
+    Iterations that are left to it: with an echo one of white noise, on as many images as are needed, and where a batch
+    is not enough a second one along the activities; `EXPECTED_ITERATIONS` with the second noise integrated out. Where a
+    number of iterations is given, each takes the whole batch, and every second one is along the activities if ``r`` is
+    above 1.
+
+    Args:
+        inputs: of the layer, ``[batch, ...]``: this process's images.
+        fan_in: weights of one unit.
+        positions: of a unit's output map, after pooling; 1 for a linear layer.
+        overlap: how many pool windows a position lies in on average.
+        echo: whether the second noise is an echo; else it is integrated out.
+        noise: standard deviation, in units of the activations; None for `NOISE_SHARE` of theirs.
+        iterations: a batch; None to leave them to the sizes.
+        samples: draws of the noise that the gradient of an iteration is the mean of.
+        processes: that average their gradients.
+
+    Attributes:
+        ratio: ``r``.
+        images: that there is noise on, the first ones of the batch.
+        iterations: a batch.
+        sigma: standard deviation of the noise.
+    """
+
+    def __init__(
+        self,
+        inputs: Tensor,
+        fan_in: int,
+        positions: int,
+        overlap: float = 1.0,
+        echo: bool = True,
+        noise: float | None = None,
+        iterations: int | None = None,
+        samples: int = 1,
+        processes: int = 1,
+    ) -> None:
+        batch = len(inputs)
+        self.ratio = fan_in / (batch * processes * positions)
+        self.images = batch
+        self.iterations = EXPECTED_ITERATIONS if iterations is None else iterations
+        if echo and iterations is None:
+            self.images = min(batch, math.ceil(fan_in / (positions * processes)))
+            self.iterations = 1 if self.ratio <= 1.0 else 2
+        self.sigma: float | Tensor = NOISE_SHARE * scale_of(inputs) if noise is None else noise
+        self._inputs, self._samples, self._echo = inputs, samples, echo
+        one_patch = fan_in * overlap / (self.images * samples * processes)
+        self._white_damping = 2.0 * one_patch * (1.0 if echo else EXPECTED_DAMPING)
+        self._activity_damping = 2.0 * inputs[0].numel() * positions / batch
+
+    def is_along(self, draw: int) -> bool:
+        """Whether a draw of the noise, by its number within the batch, is along the activities."""
+        return self._echo and self.ratio > 1.0 and draw // self._samples % 2 == 1
+
+    def shape(self, draw: int) -> tuple[int, ...] | None:
+        """Shape of the standard normals that a draw is made of; None where it needs none."""
+        if self.is_along(draw) or draw >= self.iterations * self._samples:
+            return None
+        return (self.images, *self._inputs.shape[1:])
+
+    def noise(self, draw: int, normals: Tensor | None) -> Tensor | None:
+        """Make the noise ``eps`` of a draw, on the first `images` of the batch; None where the layer has all it needs.
+
+        Args:
+            draw: its number within the batch.
+            normals: of `shape`; overwritten.
+        """
+        if draw >= self.iterations * self._samples:
+            return None
+        if normals is None:
+            return along_activities(self._inputs, self.sigma)
+        return normals.mul_(self.sigma)
+
+    def damping(self, draw: int) -> float | Tensor:
+        """What is added to the curvature of every unit for the step after a draw."""
+        share = self._activity_damping if self.is_along(draw) else self._white_damping
+        return self.sigma**2 * share
+
+
+def along_activities(inputs: Tensor, sigma: float | Tensor) -> Tensor:
+    """An orthonormal basis of the span of a batch's activities, each row of length ``sigma sqrt(features)``.
+
+    Rows of ``L^-1 X`` with ``L L^T = X X^T + ridge``. Directions in which the activities hardly vary come out shorter.
+
+    Args:
+        inputs: ``X``, ``[batch, ...]``.
+        sigma: root mean square of white noise of the same size.
+
+    Returns:
+        Like ``inputs``.
+    """
+    rows = inputs.flatten(1)
+    gram = rows @ rows.t()
+    ridge = (BASIS_RIDGE * gram.diagonal().sum()).clamp_min(torch.finfo(gram.dtype).tiny)
+    gram.diagonal().add_(ridge)
+    factor, _ = torch.linalg.cholesky_ex(gram)  # without the check that would make the host wait for a GPU
+    basis: Tensor = torch.linalg.solve_triangular(factor, rows, upper=False)
+    basis = basis.mul_(sigma * math.sqrt(rows.shape[1])).reshape(inputs.shape)
+    return basis.contiguous(memory_format=torch.channels_last) if basis.dim() == 4 else basis
+
+
+def scale_of(values: Tensor) -> Tensor:
+    """Root mean square of activations, or `LEAST_SCALE` where it is smaller: a dead stage needs noise, too."""
+    return values.square().mean().sqrt().clamp_min(LEAST_SCALE)
