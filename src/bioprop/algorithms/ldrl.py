@@ -8,10 +8,11 @@ from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from bioprop.algorithms.layerwise_feedback import FeedbackStep, LayerwiseFeedback
 from bioprop.algorithms.ldrl_objectives import Rule, SecondNoise, automatic_iterations, has_curvature, ldrl_objective
 from bioprop.algorithms.random_streams import NoiseStream
-from bioprop.distributed import process_count
+from bioprop.distributed import gather_rows, mean_over_processes, process_count, process_rank
 from bioprop.errors import UserError
 from bioprop.functional.activations import MirrorName
 from bioprop.functional.feedback_losses import FeedbackObjective
+from bioprop.functional.probing import ALONE, Peers
 from bioprop.functional.speed import DEFAULT_SPEED, Speed
 from bioprop.networks.mirrors import Mirror
 from bioprop.networks.network import Network
@@ -159,7 +160,9 @@ class LDRL(LayerwiseFeedback):
             self.setting_of(name, self.feedback_lr) is None,
             self.noise_at == "layer",
             self.samples,
-            process_count() if self._shares("gradients") else 1,
+            Peers(process_count(), process_rank(), mean_over_processes, gather_rows)
+            if self._shares("gradients")
+            else ALONE,
             self.speed,
         )
 

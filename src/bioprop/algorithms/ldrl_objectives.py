@@ -27,7 +27,7 @@ from bioprop.functional.layered_feedback import (
     probed_gradient,
 )
 from bioprop.functional.precision import float32_products, products_are_reduced
-from bioprop.functional.probing import NOISE_SHARE, Probing, scale_of
+from bioprop.functional.probing import NOISE_SHARE, Peers, Probing, scale_of
 from bioprop.functional.speed import Speed
 from bioprop.networks.layer_pairs import layer_pair, noise_shape
 from bioprop.networks.mirrors import LayerMirror, Mirror
@@ -48,7 +48,7 @@ class Rule(NamedTuple):
         damped: whether the step is that of least mean squares (``feedback_lr: auto``).
         by_layers: whether stages of several layers are trained layer by layer.
         samples: draws of the noise that the gradient of an iteration is the mean of.
-        processes: that average their gradients.
+        peers: processes that average their gradients.
         speed: how gradients are computed.
     """
 
@@ -59,7 +59,7 @@ class Rule(NamedTuple):
     damped: bool
     by_layers: bool
     samples: int
-    processes: int
+    peers: Peers
     speed: Speed
 
     def probing(self, inputs: Tensor, weight: Tensor, output: Tensor, overlap: float) -> Probing:
@@ -72,7 +72,7 @@ class Rule(NamedTuple):
             overlap: how many pool windows a position lies in on average.
         """
         echo, fan_in, positions = self.second_noise == "echo", weight[0].numel(), output[0, 0].numel()
-        settings = echo, self.noise, self.iterations, self.samples, self.processes
+        settings = echo, self.noise, self.iterations, self.samples, self.peers
         return Probing(inputs, fan_in, positions, overlap, *settings)
 
 
@@ -87,7 +87,9 @@ def automatic_iterations(rule: Rule, mirror: Mirror, clean: StagePass) -> int:
     if not has_curvature(mirror, rule.by_layers):
         return 1
     weights = [weight for name, weight in mirror.named_parameters() if name != "bias"]
-    return max(rule.probing(clean.inputs, weight, clean.output, 1.0).iterations for weight in weights)
+    # the size of the noise does not matter here, and to find it would be an exchange between processes
+    counted = rule._replace(noise=1.0)
+    return max(counted.probing(clean.inputs, weight, clean.output, 1.0).iterations for weight in weights)
 
 
 def has_curvature(mirror: Mirror, by_layers: bool) -> bool:
@@ -216,7 +218,7 @@ def _probed_by_autograd(
 def _composed_echo(rule: Rule, stage: Stage, mirror: Mirror, clean: StagePass, noise: NoiseStream) -> FeedbackObjective:
     """An echo of white noise for a stage of several layers as a whole: no curvature for each of its weights."""
     exact, values = _exact_pass(stage, clean)
-    sigma = NOISE_SHARE * scale_of(clean.inputs) if rule.noise is None else rule.noise
+    sigma = NOISE_SHARE * scale_of(clean.inputs, rule.peers) if rule.noise is None else rule.noise
 
     def gradient_at(draw: int) -> FeedbackGradient:
         (eps,) = noise.draw(draw, 1.0, clean.inputs.shape)

@@ -23,18 +23,20 @@ from bioprop.removed import refuses_removed
 class ParallelLDRL(LDRL):
     """L-DRL with one step of all feedback weights a batch, from several samples of noise.
 
-    A variant in the program of Ernoult et al. (ICML 2022), not in their paper. Loss and targets are those of `LDRL`,
-    and the mean over ``samples`` draws has the same expectation as a single one; but where `LDRL` takes many noisy
-    steps, one stage after the other, this takes a single step of less noise, and every stage at the same time.
+    A variant in the program of Ernoult et al. (ICML 2022), not in their paper. Loss, second noise and targets are those
+    of `LDRL`. There, in one iteration and with independent noise, the mean over ``samples`` draws takes the place of
+    many noisy steps; with an echo, whose noise vanishes at the solution, a single draw will do.
 
     Hyperparameters of feedback training are one value for all stages or exactly one for each stage n >= 2.
 
     Args:
         network: the forward network.
         beta: step of the output target along the gradient, above 0.
-        noise: ``sigma``, in units of the activations, above 0.
-        feedback_lr: for ``normalized`` the fraction ``eta`` of a Newton step, in (0, 1]; for ``sgd`` the learning rate.
-        iterations: steps a batch, 0 to leave a stage's feedback as it was drawn.
+        second_noise: ``echo``, ``expected`` or ``independent`` (as published), see `LDRL`.
+        noise: ``sigma``, in units of the activations, above 0; ``auto``: see `LDRL`.
+        feedback_lr: for ``normalized`` the fraction ``eta`` of a Newton step, in (0, 1]; for ``sgd`` the learning rate;
+            ``auto``: see `LDRL`.
+        iterations: steps a batch, 0 to leave a stage's feedback as it was drawn; ``auto``: see `LDRL`.
         samples: draws of the noise that the gradient of a step is the mean of.
         switches: whose max-pool switches unpool the noisy output, see `LDRL`.
         mirror: ``exact`` (ours) or ``paper``, the authors' form of the feedback operator.

@@ -18,6 +18,8 @@ has with the samples that one batch of noise is for it (every pool window is one
 """
 
 import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +34,29 @@ BASIS_RIDGE = 1e-5
 EXPECTED_ITERATIONS = 4
 #: How much more than least mean squares the step is damped there: the first term's noise stays at the minimiser.
 EXPECTED_DAMPING = 10.0
+
+
+#: Images that white noise is put on come in multiples of this, which 2, 4 and 8 processes share evenly.
+IMAGES_MULTIPLE = 8
+
+
+class Peers(NamedTuple):
+    """Processes that average their gradients: what they do together is what one of them would do alone.
+
+    Attributes:
+        size: how many they are.
+        rank: number of this one.
+        mean: average tensors over all of them.
+        gather: put together a batch of which each has ``rows[rank::size]``.
+    """
+
+    size: int
+    rank: int
+    mean: Callable[[Sequence[Tensor]], Sequence[Tensor]]
+    gather: Callable[[Tensor], Tensor]
+
+
+ALONE = Peers(1, 0, lambda tensors: tensors, lambda rows: rows)
 
 
 class Probing:
@@ -51,11 +76,11 @@ class Probing:
         noise: standard deviation, in units of the activations; None for `NOISE_SHARE` of theirs.
         iterations: a batch; None to leave them to the sizes.
         samples: draws of the noise that the gradient of an iteration is the mean of.
-        processes: that average their gradients.
+        peers: who else has rows of the batch.
 
     Attributes:
-        ratio: ``r``.
-        images: that there is noise on, the first ones of the batch.
+        ratio: ``r``, of the rows of all.
+        images: that there is noise on, the first ones of this process.
         iterations: a batch.
         sigma: standard deviation of the noise.
     """
@@ -70,20 +95,21 @@ class Probing:
         noise: float | None = None,
         iterations: int | None = None,
         samples: int = 1,
-        processes: int = 1,
+        peers: Peers = ALONE,
     ) -> None:
         batch = len(inputs)
-        self.ratio = fan_in / (batch * processes * positions)
+        self.ratio = fan_in / (batch * peers.size * positions)
         self.images = batch
         self.iterations = EXPECTED_ITERATIONS if iterations is None else iterations
         if echo and iterations is None:
-            self.images = min(batch, math.ceil(fan_in / (positions * processes)))
+            needed = IMAGES_MULTIPLE * math.ceil(fan_in / (positions * IMAGES_MULTIPLE))
+            self.images = min(batch, math.ceil(needed / peers.size))
             self.iterations = 1 if self.ratio <= 1.0 else 2
-        self.sigma: float | Tensor = NOISE_SHARE * scale_of(inputs) if noise is None else noise
-        self._inputs, self._samples, self._echo = inputs, samples, echo
-        one_patch = fan_in * overlap / (self.images * samples * processes)
+        self.sigma: float | Tensor = NOISE_SHARE * scale_of(inputs, peers) if noise is None else noise
+        self._inputs, self._samples, self._echo, self._peers = inputs, samples, echo, peers
+        one_patch = fan_in * overlap / (self.images * samples * peers.size)
         self._white_damping = 2.0 * one_patch * (1.0 if echo else EXPECTED_DAMPING)
-        self._activity_damping = 2.0 * inputs[0].numel() * positions / batch
+        self._activity_damping = 2.0 * inputs[0].numel() * positions / (batch * peers.size)
 
     def is_along(self, draw: int) -> bool:
         """Whether a draw of the noise, by its number within the batch, is along the activities."""
@@ -105,7 +131,8 @@ class Probing:
         if draw >= self.iterations * self._samples:
             return None
         if normals is None:
-            return along_activities(self._inputs, self.sigma)
+            basis = along_activities(self._peers.gather(self._inputs), self.sigma)
+            return basis[self._peers.rank :: self._peers.size]
         return normals.mul_(self.sigma)
 
     def damping(self, draw: int) -> float | Tensor:
@@ -136,6 +163,7 @@ def along_activities(inputs: Tensor, sigma: float | Tensor) -> Tensor:
     return basis.contiguous(memory_format=torch.channels_last) if basis.dim() == 4 else basis
 
 
-def scale_of(values: Tensor) -> Tensor:
+def scale_of(values: Tensor, peers: Peers = ALONE) -> Tensor:
     """Root mean square of activations, or `LEAST_SCALE` where it is smaller: a dead stage needs noise, too."""
-    return values.square().mean().sqrt().clamp_min(LEAST_SCALE)
+    (mean_square,) = peers.mean([values.square().mean()])
+    return mean_square.sqrt().clamp_min(LEAST_SCALE)
