@@ -24,7 +24,7 @@ class Learner(NamedTuple):
     def warm_up(self, images: Tensor, labels: Tensor) -> None:
         """Step with one feedback iteration a stage: all that is allocated once, in little time."""
         iterations = getattr(self.method, "iterations", None)
-        if iterations is None:
+        if iterations is None or None in iterations:
             self.step(images, labels)
             return
         self.method.iterations = (1,) * len(iterations)

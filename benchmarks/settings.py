@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bioprop.algorithms import DTP, LDRL, Backprop
+from bioprop.algorithms.ldrl_objectives import SecondNoise
 from bioprop.networks import LeNet, Network, SimpleVGG
 
 
@@ -53,6 +54,7 @@ class Setting:
         """
         published: dict[str, Any] = {
             "beta": self.beta,
+            "second_noise": "independent",
             "noise": self.noise,
             "feedback_lr": self.feedback_lr,
             "iterations": self.iterations,
@@ -61,9 +63,17 @@ class Setting:
             "feedback_step": "sgd",
             "optimizer": partial(torch.optim.SGD, lr=0.02 * self.beta, momentum=0.9, weight_decay=1e-4 / self.beta),
         }
+        return self._with_feedback(**(published | changes))
+
+    def probed(self, second_noise: SecondNoise, **changes: Any) -> LDRL:
+        """Make L-DRL with another second noise: everything else is left to the algorithm."""
+        return self._with_feedback(second_noise=second_noise, **changes)
+
+    def _with_feedback(self, **settings: Any) -> LDRL:
+        """Make L-DRL, with the same feedback weights every time."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(2)
-            return LDRL(self.build(), **(published | changes))
+            return LDRL(self.build(), **settings)
 
     def dtp(self, **changes: Any) -> DTP:
         """Make DTP with as many iterations, at a learning rate so small that nothing moves far: for timing alone."""

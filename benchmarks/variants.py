@@ -11,6 +11,7 @@ from torch import Tensor
 from benchmarks.learners import Learner, algorithm_learner
 from benchmarks.settings import Setting
 from benchmarks.twins import plain_twin
+from bioprop.algorithms.ldrl_objectives import SecondNoise
 from bioprop.functional.speed import Speed
 
 #: The plain variant that does in every iteration what the authors' program does.
@@ -58,9 +59,16 @@ def _ldrl(speed: Speed) -> Variant:
     return Variant(lambda setting: algorithm_learner(setting.ldrl(speed=speed)))
 
 
+def _probed(second_noise: SecondNoise, speed: Speed) -> Variant:
+    return Variant(lambda setting: algorithm_learner(setting.probed(second_noise, speed=speed)), repeats=3)
+
+
 #: What is compared, by name.
 VARIANTS = {
     "BP": Variant(lambda setting: algorithm_learner(setting.backprop()), plain=None, repeats=3),
+    "echo": _probed("echo", Speed()),
+    "echo, autograd": _probed("echo", Speed(closed_form=False)),
+    "expected": _probed("expected", Speed()),
     "BP, plain": Variant(plain_backprop, plain=None, repeats=3),
     "plain": Variant(plain_learner),
     RELEASED: Variant(partial(plain_learner, released=True)),
