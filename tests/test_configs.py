@@ -26,6 +26,7 @@ ALGORITHMS = {
     "dtp": "DTP",
     "dtpdrl": "DTPDRL",
     "ldrl": "LDRL",
+    "ldrlpublished": "LDRL",
     "tp": "TargetPropagation",
     "parallelldrl": "ParallelLDRL",
     "fwdtp": "FixedWeightDTP",
@@ -84,6 +85,7 @@ def test_config_runs_a_few_batches_under_smoke(config: str, data_folder: Path, m
     assert torch.isfinite(cli.trainer.callback_metrics["train/loss"])
     algorithm, network, data = config.removesuffix(".yaml").split("_")
     rule = getattr(cli.model, "rule", None)
+    assert algorithm != "ldrlpublished" or cli.model.second_noise == "independent"
     assert type(cli.model).__name__ == ALGORITHMS.get(algorithm, "FeedbackAlignment")
     assert algorithm in ALGORITHMS or rule.replace("_", "") == algorithm
     assert type(cli.model.network).__name__.lower() == network
@@ -138,6 +140,7 @@ def _model(config: str) -> dict[str, Any]:
 def test_ldrl_configs_hold_the_published_figures(config: str, batch: int, published: dict[str, Any]) -> None:
     settings = _model(config)
     arguments = settings["model"]["init_args"]
+    assert arguments["second_noise"] == "independent"
 
     assert {name: arguments[name] for name in published} == published
     assert arguments["optimizer"]["init_args"]["momentum"] == 0.9

@@ -81,7 +81,8 @@ def test_every_algorithm_has_a_sweep() -> None:
     rules = {"fa", "usf", "frsf", "brsf", "kolenpollack", "weightmirror"}
     configured = {path.stem.split("_")[0] for path in CONFIGS.glob("*_*_*.yaml")}
 
-    assert set(SWEEPS) == configured == set(ALGORITHMS) | rules
+    assert configured == set(ALGORITHMS) | rules
+    assert set(SWEEPS) == configured - {"ldrlpublished"}  # its figures are those of its authors
 
 
 def test_all_sweeps_have_the_same_budget_and_search() -> None:

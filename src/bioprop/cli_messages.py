@@ -141,8 +141,6 @@ def _given_value(message: str) -> str | None:
 
 
 def _expected(message: str) -> str:
-    if literal := re.search(r"Literal\[(.*?)\]", message):
-        return f"one of {literal[1]}"
     types = re.findall(r"Expected an? <class '(\w+)'>", message)
     wanted = [name for name in dict.fromkeys(types) if name != "NoneType"]
     names = {
@@ -151,7 +149,10 @@ def _expected(message: str) -> str:
         "tuple": "a list [a, b, ...] of such",
         "bool": "true or false",
     }
-    return " or ".join(names.get(name, f"a {name}") for name in wanted) or "of another type (see --help)"
+    kinds = [names.get(name, f"a {name}") for name in wanted]
+    if literal := re.search(r"Literal\[(.*?)\]", message):
+        kinds.insert(0, literal[1] if kinds else f"one of {literal[1]}")
+    return " or ".join(kinds) or "of another type (see --help)"
 
 
 def _is_number(text: str) -> bool:

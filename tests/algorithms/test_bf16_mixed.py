@@ -52,6 +52,7 @@ from tests.algorithms.contract import (
 
 pytestmark = WITHOUT_VALIDATION
 AUTOGRAD = Speed(closed_form=False)
+INDEPENDENT = {"second_noise": "independent", "noise": 0.1, "feedback_lr": 0.03}
 
 
 def tanh_mlp(standardize: bool = False) -> Network:
@@ -85,7 +86,10 @@ METHODS: dict[str, tuple[Callable[..., Algorithm], Callable[[], Network]]] = {
     "ldrl strided": (LDRL, NETWORKS["strided"]),
     "ldrl by autograd": (partial(LDRL, speed=AUTOGRAD), NETWORKS["strided"]),
     "ldrl resnet": (LDRL, resnet),
-    "ldrl resnet paper": (partial(LDRL, mirror="paper", noise_at="stage", feedback_step="sgd"), resnet),
+    "ldrl resnet paper": (
+        partial(LDRL, mirror="paper", noise_at="stage", feedback_step="sgd", feedback_lr=0.01),
+        resnet,
+    ),
     "dtp": (DTP, tanh_mlp),
     "dtp outer": (partial(DTP, mirror="outer", penultimate_target="gradient"), tanh_mlp),
     "tp": (TargetPropagation, tanh_mlp),
@@ -153,7 +157,7 @@ def test_small_differences_keep_their_digits(
 
 
 def test_the_way_back_through_a_block_carries_differences() -> None:
-    algorithm = LDRL(resnet(), mirror="paper", noise_at="stage", feedback_step="sgd", beta=1e-3)
+    algorithm = LDRL(resnet(), mirror="paper", noise_at="stage", feedback_step="sgd", feedback_lr=0.01, beta=1e-3)
     algorithm.requires_grad_(False)
     _, stage, mirror = algorithm.mirrored_stages()[0]
     output, switches = stage.run(torch.randn(16, *stage.input_shape))
@@ -181,10 +185,19 @@ def test_the_reference_of_angles_is_in_float32() -> None:
 TRAINED: dict[str, tuple[Callable[..., LayerwiseFeedback], Callable[[], Network]]] = {
     "ldrl": (LDRL, tanh_mlp),
     "ldrl by autograd": (partial(LDRL, speed=AUTOGRAD), tanh_mlp),
-    "ldrl, little noise": (partial(LDRL, speed=AUTOGRAD, noise=0.01), tanh_mlp),
+    "ldrl, little noise": (partial(LDRL, speed=AUTOGRAD, noise=0.001), tanh_mlp),
+    "ldrl expected": (partial(LDRL, second_noise="expected"), tanh_mlp),
+    "ldrl independent": (partial(LDRL, **INDEPENDENT), tanh_mlp),
+    "ldrl independent by autograd": (partial(LDRL, speed=AUTOGRAD, **INDEPENDENT), tanh_mlp),
+    "ldrl independent, little noise": (partial(LDRL, speed=AUTOGRAD, **(INDEPENDENT | {"noise": 0.01})), tanh_mlp),
     "ldrl strided": (LDRL, NETWORKS["strided"]),
     "ldrl resnet": (LDRL, resnet),
-    "ldrl resnet, stage": (partial(LDRL, noise_at="stage", feedback_step="sgd", feedback_lr=1e-3), resnet),
+    "ldrl resnet independent": (partial(LDRL, **INDEPENDENT), resnet),
+    "ldrl resnet, stage": (partial(LDRL, noise_at="stage", feedback_step="sgd", feedback_lr=1.0), resnet),
+    "ldrl resnet, stage, independent": (
+        partial(LDRL, noise_at="stage", feedback_step="sgd", **(INDEPENDENT | {"feedback_lr": 1e-3})),
+        resnet,
+    ),
     "parallel ldrl": (ParallelLDRL, tanh_mlp),
     "dtp": (DTP, tanh_mlp),
     "dtp by autograd": (partial(DTP, speed=AUTOGRAD), tanh_mlp),

@@ -39,10 +39,13 @@ def damped_pseudo_inverse(J: Tensor, damping: float) -> Tensor:
     return V.t() @ torch.diag(singular / (singular**2 + damping)) @ U.t()
 
 
-def test_on_a_linear_network_drl_learns_the_damped_pseudo_inverse_and_ldrl_the_transpose() -> None:
+@pytest.mark.parametrize(("second_noise", "iterations"), [("independent", 400), ("expected", 400), ("echo", 200)])
+def test_on_a_linear_network_drl_learns_the_damped_pseudo_inverse_and_ldrl_the_transpose(
+    second_noise: str, iterations: int
+) -> None:
     network, images = linear_network(), torch.randn(256, 1, 4, 4, dtype=torch.float64)
     drl = DDTPLinear(network, noise=0.1, feedback_decay=DECAY, iterations=500, feedback_lr=0.01).double()
-    ldrl = LDRL(network, noise=0.1, iterations=400, feedback_lr=0.02).double()
+    ldrl = LDRL(network, second_noise=second_noise, noise=0.1, iterations=iterations, feedback_lr=0.02).double()
     drl.train_feedback(images)
     ldrl.train_feedback(images)
     lower, upper = (ldrl.feedback[name].weight.t() for name in ("fc2", "fc3"))

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 
 from bioprop.algorithms import LDRL
@@ -17,18 +18,24 @@ from tests.algorithms.contract import (
 from tests.algorithms.target_propagation_contract import TargetPropagationContract
 
 pytestmark = WITHOUT_VALIDATION
+SGD = {"feedback_step": "sgd", "feedback_lr": 0.01, "noise": 0.1}
 
 
 class TestLDRL(TargetPropagationContract):
     loss_falls_to = 0.5
 
     def make(self, network: Network, **settings: Any) -> LDRL:
-        return LDRL(network, **({"iterations": 3} | settings))
+        return LDRL(network, **settings)
+
+
+class TestLDRLWithTheSecondNoiseIntegratedOut(TargetPropagationContract):
+    def make(self, network: Network, **settings: Any) -> LDRL:
+        return LDRL(network, **({"second_noise": "expected"} | settings))
 
 
 class TestLDRLAsPublished(TargetPropagationContract):
     def make(self, network: Network, **settings: Any) -> LDRL:
-        published = {"switches": "noisy", "mirror": "paper", "feedback_step": "sgd"}
+        published = {"second_noise": "independent", "switches": "noisy", "mirror": "paper", "feedback_step": "sgd"}
         return LDRL(network, **({"noise": 0.2, "iterations": 3, "feedback_lr": 0.02} | published | settings))
 
 
@@ -58,7 +65,7 @@ def test_momentum_carries_over_from_batch_to_batch() -> None:
     ends = []
     for momentum in (0.0, 0.9):
         torch.manual_seed(5)
-        algorithm = LDRL(small_lenet(), iterations=1, feedback_step="sgd", feedback_momentum=momentum)
+        algorithm = LDRL(small_lenet(), iterations=1, **SGD, feedback_momentum=momentum)
         algorithm.train_feedback(draw_batch()[0])
         ends.append([copy_state(algorithm.feedback)])
         algorithm.train_feedback(draw_batch()[0])
@@ -68,9 +75,10 @@ def test_momentum_carries_over_from_batch_to_batch() -> None:
     assert {name for name in second if "weight" in name} <= changed(second_plain, second)
 
 
-def test_the_biases_of_feedback_stay_as_drawn() -> None:
+@pytest.mark.parametrize("second_noise", ["echo", "expected", "independent"])
+def test_the_biases_of_feedback_stay_as_drawn(second_noise: str) -> None:
     """They cancel in the L-DRL loss."""
-    algorithm = LDRL(small_lenet(), iterations=3, feedback_step="sgd", feedback_lr=0.01)
+    algorithm = LDRL(small_lenet(), iterations=3, **SGD, second_noise=second_noise)
     before = copy_state(algorithm.feedback)
     algorithm.train_feedback(draw_batch()[0])
     assert changed(before, copy_state(algorithm.feedback)) == {name for name in before if name.endswith("weight")}

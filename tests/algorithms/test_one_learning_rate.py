@@ -26,12 +26,17 @@ from tests.published_steps import in_units_of_backprop
 pytestmark = WITHOUT_VALIDATION
 
 BATCHES, EPOCHS = 3, 3
+AS_PUBLISHED: dict[str, Any] = {
+    "second_noise": "independent",
+    "noise": 0.1,
+    "mirror": "paper",
+    "switches": "noisy",
+    "feedback_step": "sgd",
+    "feedback_lr": 1e-3,
+}
 METHODS: dict[str, tuple[Callable[..., TargetAlgorithm], float]] = {
-    "ldrl": (partial(LDRL, iterations=2, noise=0.1), 0.7),
-    "ldrl as published": (
-        partial(LDRL, iterations=2, mirror="paper", switches="noisy", feedback_step="sgd", feedback_lr=1e-3),
-        0.4655,
-    ),
+    "ldrl": (LDRL, 0.7),
+    "ldrl as published": (partial(LDRL, iterations=2, **AS_PUBLISHED), 0.4655),
     "parallel ldrl": (partial(ParallelLDRL, samples=2), 0.5),
     "dtp": (partial(DTP, iterations=2, feedback_lr=3e-4), 0.5),
     "tp": (partial(TargetPropagation, feedback_lr=3e-4), 10.0),

@@ -22,6 +22,7 @@ from tests.algorithms.target_propagation_contract import TargetPropagationContra
 from tests.algorithms.test_whole_steps import recorded_noise
 
 pytestmark = WITHOUT_VALIDATION
+INDEPENDENT: dict[str, Any] = {"second_noise": "independent", "noise": 0.1, "iterations": 2}
 __all__ = ["recorded_noise"]  # the fixture
 
 
@@ -54,7 +55,7 @@ class SGDSuite(TestParallelLDRL):
     __test__ = False
 
     def make(self, network: Network, **settings: Any) -> ParallelLDRL:
-        sgd = {"feedback_step": "sgd", "feedback_lr": 0.2, "noise": 0.2}
+        sgd = {"second_noise": "independent", "iterations": 1, "feedback_step": "sgd", "feedback_lr": 0.2, "noise": 0.2}
         return super().make(network, **(sgd | settings))
 
 
@@ -68,8 +69,11 @@ def test_the_suite_holds_with_a_feedback_optimizer(tmp_path: Path) -> None:
 
 
 STEPS = {
-    "sgd": {"feedback_step": "sgd", "feedback_lr": (0.01, 0.02, 0.03)},
-    "normalized": {"feedback_step": "normalized", "feedback_lr": (0.1, 0.2, 0.3)},
+    "independent, sgd": INDEPENDENT | {"feedback_step": "sgd", "feedback_lr": (0.01, 0.02, 0.03)},
+    "independent, normalized": INDEPENDENT | {"feedback_lr": (0.1, 0.2, 0.3)},
+    "expected": {"second_noise": "expected"},
+    "echo": {},
+    "echo with numbers": {"noise": 0.1, "feedback_lr": (0.1, 0.2, 0.3), "iterations": (1, 3, 2)},
 }
 
 
@@ -77,7 +81,7 @@ STEPS = {
 def test_with_one_sample_it_is_the_sequential_form(step: dict[str, Any]) -> None:
     """Equal noise, equal gradient, equal step: bit for bit, over several batches and iterations."""
     ends = []
-    for make in (lambda network: LDRL(network, iterations=2, **step), one_sample(step)):
+    for make in (lambda network: LDRL(network, **step), one_sample(step)):
         torch.manual_seed(4)
         algorithm = make(small_lenet())
         for seed in range(2):
@@ -87,7 +91,7 @@ def test_with_one_sample_it_is_the_sequential_form(step: dict[str, Any]) -> None
 
 
 def one_sample(step: dict[str, Any]) -> Any:
-    return lambda network: ParallelLDRL(network, iterations=2, samples=1, **step)
+    return lambda network: ParallelLDRL(network, samples=1, **step)
 
 
 def plain_loss_gradient(algorithm: LDRL, name: str, clean: Any, eps: Tensor, eta: Tensor) -> Tensor:
@@ -106,7 +110,14 @@ def linear_mlp() -> Network:
 def test_a_step_is_the_mean_over_the_samples(recorded_noise: list[Tensor]) -> None:
     sigma, lr, samples = 0.3, 0.05, 4
     algorithm = ParallelLDRL(
-        linear_mlp(), noise=sigma, samples=samples, feedback_step="sgd", feedback_lr=lr, feedback_momentum=0.0
+        linear_mlp(),
+        second_noise="independent",
+        noise=sigma,
+        iterations=1,
+        samples=samples,
+        feedback_step="sgd",
+        feedback_lr=lr,
+        feedback_momentum=0.0,
     ).double()
     images = torch.rand(6, 1, 4, 4, dtype=torch.float64)
     passes, before = run_stages(algorithm.network, images), copy_state(algorithm.feedback)
@@ -133,12 +144,14 @@ def step_taken(algorithm: LDRL, images: Tensor) -> Tensor:
     return before - algorithm.feedback["fc3"].weight.detach()
 
 
-def test_both_forms_agree_in_expectation() -> None:
+@pytest.mark.parametrize("second_noise", ["echo", "expected", "independent"])
+def test_both_forms_agree_in_expectation(second_noise: str) -> None:
     """On a linear stage ``E[dL/dV] = 2 sigma^2 (V - W)``, from many samples at once or from many batches of one."""
     sigma, many = 0.5, 800
     settings: dict[str, Any] = {"noise": sigma, "feedback_step": "sgd", "feedback_lr": 1e-9, "feedback_momentum": 0.0}
+    settings["second_noise"] = second_noise
     network, images = linear_mlp(), torch.rand(64, 1, 4, 4, dtype=torch.float64)
-    parallel = ParallelLDRL(network, samples=many, **settings).double()
+    parallel = ParallelLDRL(network, iterations=1, samples=many, **settings).double()
     sequential = LDRL(network, iterations=many, **settings).double()
     sequential.feedback.load_state_dict(parallel.feedback.state_dict())
     difference = parallel.feedback["fc3"].weight.detach() - network.get_submodule("fc3").weight.detach()
@@ -156,4 +169,4 @@ def test_samples_are_checked_and_remembered() -> None:
         ParallelLDRL(small_lenet(), samples=2.5)
     algorithm = ParallelLDRL(small_lenet(), samples=7)
     assert algorithm.hparams["samples"] == 7
-    assert algorithm.hparams["iterations"] == [1, 1, 1]
+    assert algorithm.hparams["iterations"] == "auto"

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,7 +130,18 @@ def test_counters_stay_on_the_cpu_and_as_they_are(tmp_path: Path) -> None:
     assert torch.equal(*drawn)
 
 
-def test_every_batch_stage_and_iteration_draws_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("settings", "noises"),
+    [
+        ({"second_noise": "independent", "noise": 0.1, "feedback_lr": 0.1}, 3 * 3 * 2),  # stages, iterations, noises
+        ({"second_noise": "expected"}, 3 * 3),
+        ({}, 3 + 2 + 2),  # of two stages, the second iteration is along the activities
+    ],
+    ids=["independent", "expected", "echo"],
+)
+def test_every_batch_stage_and_iteration_draws_its_own(
+    settings: dict[str, Any], noises: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     drawn: list[Tensor] = []
     original = NoiseStream.draw
 
@@ -139,10 +151,10 @@ def test_every_batch_stage_and_iteration_draws_its_own(monkeypatch: pytest.Monke
         return values
 
     monkeypatch.setattr(NoiseStream, "draw", record)
-    algorithm = LDRL(small_lenet(), iterations=3)
+    algorithm = LDRL(small_lenet(), iterations=3, **settings)
     for _ in range(2):
         algorithm.train_feedback(draw_batch()[0])
-    assert len(drawn) == 2 * 3 * 3 * 2  # batches, stages, iterations, noises
+    assert len(drawn) == 2 * noises  # batches
     rounded = torch.stack([each[:8] for each in drawn]).mul(1e4).round()
     assert len(rounded.unique(dim=0)) == len(drawn)
 

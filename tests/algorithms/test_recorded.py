@@ -3,6 +3,7 @@
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -55,12 +56,20 @@ def record_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[LDRL], StandIn]:
     return install
 
 
-@pytest.mark.parametrize("step", ["sgd", "normalized"])
-def test_recorded_training_equals_training_one_by_one(step: str, record_on_cpu: Callable[[LDRL], StandIn]) -> None:
+RULES: dict[str, dict[str, Any]] = {
+    "echo": {},
+    "expected": {"second_noise": "expected"},
+    "sgd": {"second_noise": "independent", "noise": 0.1, "feedback_lr": 1e-3, "feedback_step": "sgd"},
+    "normalized": {"second_noise": "independent", "noise": 0.1, "feedback_lr": 1e-3},
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_recorded_training_equals_training_one_by_one(rule: str, record_on_cpu: Callable[[LDRL], StandIn]) -> None:
     runs = []
     for recorded in (False, True):
         torch.manual_seed(0)
-        algorithm = LDRL(small_lenet(), iterations=3, feedback_step=step, feedback_lr=1e-3)
+        algorithm = LDRL(small_lenet(), **({} if rule == "echo" else {"iterations": 3}), **RULES[rule])
         backend = record_on_cpu(algorithm) if recorded else None
         losses = [algorithm.train_feedback(draw_batch(seed=batch)[0]) for batch in range(4)]
         runs.append((copy_state(algorithm.feedback), losses))

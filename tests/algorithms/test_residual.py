@@ -34,6 +34,8 @@ from tests.algorithms.test_theory import DroppedTargets, FlippedDifference, Flip
 pytestmark = WITHOUT_VALIDATION
 
 Make = Callable[..., LayerwiseFeedback]
+AS_PUBLISHED = {"feedback_step": "sgd", "feedback_lr": (3e-4, 1e-3, 1e-3, 10.0), "noise": 0.2}
+INDEPENDENT = {"second_noise": "independent", "noise": 0.1, "feedback_lr": 0.1}
 
 
 def small_resnet(batch_norm: bool, activation: str = "elu") -> Network:
@@ -134,7 +136,7 @@ class Climbing(LDRL):
 
 def assert_feedback_learns(make: Make, batch_norm: bool, images: Batch, **settings: Any) -> None:
     torch.manual_seed(0)
-    algorithm = make(small_resnet(batch_norm), beta=0.01, iterations=60, **({"feedback_lr": 0.1} | settings))
+    algorithm = make(small_resnet(batch_norm), beta=0.01, **settings)
     before, angle = algorithm.feedback_angles(), alignment_to_backprop(algorithm, *images)["overall"].angle
     algorithm.train_feedback(images[0])
     after = algorithm.feedback_angles()
@@ -147,8 +149,15 @@ def assert_feedback_learns(make: Make, batch_norm: bool, images: Batch, **settin
 @pytest.mark.parametrize("batch_norm", [True, False])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"feedback_step": "sgd", "feedback_lr": (3e-4, 1e-3, 1e-3, 10.0), "noise": 0.2}],
-    ids=["normalized", "sgd"],
+    [
+        {"iterations": 16},
+        {"iterations": 60, "feedback_lr": 0.1},
+        {"iterations": 60} | INDEPENDENT,
+        {"iterations": 60} | INDEPENDENT | AS_PUBLISHED,
+        {"iterations": 60} | AS_PUBLISHED,
+        {"iterations": 60, "second_noise": "expected", "feedback_lr": 0.05},
+    ],
+    ids=["echo", "echo with a rate", "independent", "independent with sgd", "echo with sgd", "expected"],
 )
 def test_ldrl_turns_feedback_and_update(
     settings: dict[str, Any], batch_norm: bool, make_smooth_batch: Callable[..., Batch]
@@ -158,18 +167,19 @@ def test_ldrl_turns_feedback_and_update(
 
 def test_climbing_does_not(make_smooth_batch: Callable[..., Batch]) -> None:
     with pytest.raises(AssertionError):
-        assert_feedback_learns(Climbing, True, make_smooth_batch(48, SHAPE))
+        assert_feedback_learns(Climbing, True, make_smooth_batch(48, SHAPE), iterations=16)
 
 
+@pytest.mark.parametrize("second_noise", ["independent", "echo"])
 @pytest.mark.parametrize("mirror", ["exact", "paper"])
 def test_noise_around_the_whole_stage_turns_the_update_too(
-    mirror: str, make_smooth_batch: Callable[..., Batch]
+    mirror: str, second_noise: str, make_smooth_batch: Callable[..., Batch]
 ) -> None:
     """As published; weights are free up to factors that cancel, so the update is what to look at."""
     torch.manual_seed(0)
     images = make_smooth_batch(48, SHAPE)
-    settings = {"feedback_lr": (3e-4, 1e-3, 1e-3, 10.0), "feedback_step": "sgd", "noise": 0.2}
-    algorithm = LDRL(small_resnet(False), noise_at="stage", beta=0.01, iterations=60, mirror=mirror, **settings)
+    settings = {"second_noise": second_noise, "mirror": mirror, "iterations": 60} | AS_PUBLISHED
+    algorithm = LDRL(small_resnet(False), noise_at="stage", beta=0.01, **settings)
     before = alignment_to_backprop(algorithm, *images)["overall"].angle
     algorithm.train_feedback(images[0])
     after = alignment_to_backprop(algorithm, *images)["overall"].angle
@@ -188,7 +198,7 @@ def test_dtp_learns_to_reconstruct() -> None:
 def test_the_normalized_step_is_refused_around_a_whole_block() -> None:
     with refused("noise_at stage", "block1_1", "feedback_step: sgd", "noise_at: layer"):
         LDRL(small_resnet(True), noise_at="stage")
-    LDRL(small_resnet(True), noise_at="stage", feedback_step="sgd")
+    LDRL(small_resnet(True), noise_at="stage", feedback_step="sgd", feedback_lr=0.1)
 
 
 def test_an_unknown_place_of_noise_is_refused() -> None:
@@ -199,9 +209,19 @@ def test_an_unknown_place_of_noise_is_refused() -> None:
 # -- batch norm's statistics are those of clean passes -----------------------------------------------------------------
 
 METHODS: dict[str, Make] = {
-    "layers": lambda network, **settings: LDRL(network, iterations=2, **settings),
+    "layers": LDRL,
+    "layers, expected": lambda network, **settings: LDRL(network, second_noise="expected", **settings),
+    "layers, independent": lambda network, **settings: LDRL(network, iterations=2, **INDEPENDENT, **settings),
+    "whole, echo": lambda network, **settings: LDRL(
+        network, iterations=2, noise_at="stage", feedback_step="sgd", feedback_lr=1.0, **settings
+    ),
     "whole": lambda network, **settings: LDRL(
-        network, iterations=2, noise_at="stage", feedback_step="sgd", feedback_lr=1e-4, **settings
+        network,
+        iterations=2,
+        noise_at="stage",
+        feedback_step="sgd",
+        **(INDEPENDENT | {"feedback_lr": 1e-4}),
+        **settings,
     ),
     "dtp": lambda network, **settings: DTP(network, iterations=2, feedback_lr=1e-4, **settings),
 }
@@ -286,7 +306,7 @@ class ResidualContract(TargetPropagationContract):
 
 class TestLDRL(ResidualContract):
     def make(self, network: Network, **settings: Any) -> LDRL:
-        return LDRL(network, **({"iterations": 2} | settings))
+        return LDRL(network, **settings)
 
 
 @pytest.mark.slow
@@ -295,7 +315,8 @@ class TestLDRLAroundWholeBlocks(ResidualContract):
 
     def make(self, network: Network, **settings: Any) -> LDRL:
         whole = {"noise_at": "stage", "mirror": "paper", "switches": "noisy", "feedback_step": "sgd"}
-        return LDRL(network, **({"iterations": 2, "feedback_lr": (1e-3, 1e-3, 10.0)} | whole | settings))
+        numbers = INDEPENDENT | {"iterations": 2, "feedback_lr": (1e-3, 1e-3, 10.0)}
+        return LDRL(network, **(numbers | whole | settings))
 
 
 class TestDTP(ResidualContract):

@@ -93,7 +93,7 @@ def test_frozen_stages_are_left_alone(cls: type, tmp_path: Path) -> None:
 
 
 def test_a_second_fit_starts_without_the_feedback_momentum_of_the_first(tmp_path: Path) -> None:
-    algorithm = LDRL(small_lenet(), iterations=2, feedback_step="sgd", feedback_lr=0.01, optimizer=sgd())
+    algorithm = LDRL(small_lenet(), iterations=2, noise=0.1, feedback_step="sgd", feedback_lr=0.01, optimizer=sgd())
     start = copy_state(algorithm)
     runs = []
     for _ in range(2):

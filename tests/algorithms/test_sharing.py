@@ -38,13 +38,26 @@ class _Suite(AlgorithmContract):
         return self.algorithm(network, **(self.own | settings))
 
 
+class EchoingLDRL(_Suite):
+    """Of its stages, one needs half a batch, one a whole one, and one a second iteration."""
+
+    algorithm, own = LDRL, {}
+
+
+class ExpectedLDRL(_Suite):
+    algorithm, own = LDRL, {"second_noise": "expected"}
+
+
 class NormalizedLDRL(_Suite):
-    algorithm, own = LDRL, {"iterations": (4, 0, 3)}
+    algorithm = LDRL
+    own: ClassVar = {"second_noise": "independent", "noise": 0.1, "feedback_lr": 0.05, "iterations": (4, 0, 3)}
 
 
 class PublishedLDRL(_Suite):
     algorithm = LDRL
     own: ClassVar = {
+        "second_noise": "independent",
+        "noise": 0.1,
         "iterations": 3,
         "feedback_step": "sgd",
         "feedback_lr": 0.02,
@@ -55,6 +68,10 @@ class PublishedLDRL(_Suite):
 
 class Parallel(_Suite):
     algorithm, own = ParallelLDRL, {"samples": 2, "iterations": (2, 1, 1), "feedback_step": "sgd", "feedback_lr": 0.1}
+
+
+class EchoingParallel(_Suite):
+    algorithm, own = ParallelLDRL, {"samples": 2}
 
 
 class Reconstructing(_Suite):
@@ -68,7 +85,7 @@ class OnBatchNorm(_Suite):
         return super().make(RESNETS["resnet"](), **settings)
 
 
-SUITES = [NormalizedLDRL, PublishedLDRL, Parallel, Reconstructing]
+SUITES = [EchoingLDRL, ExpectedLDRL, NormalizedLDRL, PublishedLDRL, Parallel, EchoingParallel, Reconstructing]
 
 
 def settings_of(sharing: Sharing) -> dict[str, Any]:

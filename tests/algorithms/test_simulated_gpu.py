@@ -29,9 +29,13 @@ from tests.algorithms.contract import NETWORKS, SHAPE, on_every_network
 from tests.algorithms.test_recorded import StandIn
 
 BATCH = 8
+INDEPENDENT = {"second_noise": "independent", "noise": 0.1, "feedback_lr": 0.01}
 METHODS: dict[str, tuple[type[LayerwiseFeedback], dict[str, Any]]] = {
     "L-DRL": (LDRL, {}),
-    "L-DRL as published": (LDRL, {"mirror": "paper", "switches": "noisy", "feedback_step": "sgd"}),
+    "echo with numbers": (LDRL, {"noise": 0.1, "feedback_lr": 0.05, "switches": "noisy"}),
+    "expected": (LDRL, {"second_noise": "expected"}),
+    "independent": (LDRL, INDEPENDENT),
+    "L-DRL as published": (LDRL, INDEPENDENT | {"mirror": "paper", "switches": "noisy", "feedback_step": "sgd"}),
     "bfloat16": (LDRL, {"speed": Speed(bfloat16=True)}),
     "parallel": (ParallelLDRL, {"samples": 2}),
     "DTP": (DTP, {}),

@@ -121,9 +121,13 @@ def assert_learns_the_transpose(make: Make, iterations: int, **settings: object)
     assert feedback_angle_after(make, iterations, **settings) < 2
 
 
+INDEPENDENT = {"second_noise": "independent"}
 LEARNING = {
-    "sgd": (800, {"feedback_step": "sgd", "noise": 0.2, "feedback_lr": 0.01, "feedback_momentum": 0.9}),
-    "normalized": (800, {"feedback_step": "normalized", "noise": 0.2, "feedback_lr": 0.01}),
+    "sgd": (800, {"feedback_step": "sgd", "noise": 0.2, "feedback_lr": 0.01} | INDEPENDENT),
+    "echo": (40, {}),
+    "echo with numbers": (200, {"noise": 0.2, "feedback_lr": 0.05}),
+    "expected": (1200, {"second_noise": "expected", "noise": 0.2, "feedback_lr": 0.005}),
+    "normalized": (800, {"noise": 0.2, "feedback_lr": 0.01} | INDEPENDENT),
 }
 
 
@@ -255,8 +259,10 @@ def assert_training_turns_updates_towards_the_gradient(
 
 PUBLISHED = {"feedback_step": "sgd", "mirror": "paper", "switches": "noisy", "feedback_lr": (2e-3, 1e-2, 2e-2)}
 TRAINING = {
-    "normalized, exact": ((20, 8), {"iterations": 8, "noise": 0.2, "feedback_lr": 0.05}),
-    "sgd, paper": ((8, 8), {"iterations": 40, "noise": 0.2} | PUBLISHED),
+    "echo": ((60, 8), {"iterations": 8}),
+    "expected": ((60, 1), {"second_noise": "expected", "iterations": 40}),
+    "normalized, exact": ((20, 8), {"iterations": 8, "noise": 0.2, "feedback_lr": 0.05} | INDEPENDENT),
+    "sgd, paper": ((8, 8), {"iterations": 40, "noise": 0.2} | PUBLISHED | INDEPENDENT),
 }
 
 

@@ -1,5 +1,7 @@
 """The options of speed: what they compute, what they refuse, and what a run does with them."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,15 @@ from bioprop.networks import ConvStage, LinearStage, Network
 from tests.algorithms.contract import draw_batch, small_lenet
 from tests.test_cli import LDRL_TINY
 
-BOTH = pytest.mark.parametrize(("algorithm", "products"), [(LDRL, 4), (DTP, 3)])
+INDEPENDENT = {"second_noise": "independent", "noise": 0.1, "feedback_lr": 0.05}
+RULES: dict[str, tuple[Callable[..., LayerwiseFeedback], int, int]] = {
+    "independent": (partial(LDRL, **INDEPENDENT), 2, 2),  # W and V^T; two weight gradients
+    "echo": (LDRL, 2, 1),  # W and V
+    "expected": (partial(LDRL, second_noise="expected"), 1, 1),
+    "DTP": (DTP, 2, 1),
+}
+EVERY_ONE = pytest.mark.parametrize("algorithm", [rule for rule, *_ in RULES.values()], ids=RULES)
+EVERY = pytest.mark.parametrize(("algorithm", "forward", "gradients"), RULES.values(), ids=RULES)
 
 
 class Operations(TorchDispatchMode):
@@ -37,7 +47,7 @@ def two_conv_stages() -> Network:
     return Network({"below": below, "middle": middle, "top": LinearStage(middle.output_shape, 3, "identity")}, {})
 
 
-def operations(algorithm: type[LayerwiseFeedback], iterations: int) -> dict[str, int]:
+def operations(algorithm: Callable[..., LayerwiseFeedback], iterations: int) -> dict[str, int]:
     made = algorithm(two_conv_stages(), iterations=(iterations, 0))
     images = torch.randn(6, 1, 8, 8)
     made.train_feedback(images)  # what is done once only
@@ -46,20 +56,20 @@ def operations(algorithm: type[LayerwiseFeedback], iterations: int) -> dict[str,
     return counted.counts
 
 
-@BOTH
+@EVERY
 def test_an_iteration_is_a_few_products_and_waits_for_nothing(
-    algorithm: type[LayerwiseFeedback], products: int
+    algorithm: Callable[..., LayerwiseFeedback], forward: int, gradients: int
 ) -> None:
     few, many = operations(algorithm, 2), operations(algorithm, 7)
     extra = {name: (count - few.get(name, 0)) / 5 for name, count in many.items()}
     of_layers = {name: number for name, number in extra.items() if "conv" in name and number}
-    assert of_layers == {"convolution": 2, "convolution_backward": products - 2}
+    assert of_layers == {"convolution": forward, "convolution_backward": gradients}
     assert not {name for name, number in extra.items() if number and ("item" in name or "local_scalar" in name)}
     assert not [name for name, number in extra.items() if number and name in ("mm", "addmm", "linear", "bmm")]
 
 
-@BOTH
-def test_closed_forms_keep_no_graph(algorithm: type[LayerwiseFeedback], products: int) -> None:
+@EVERY_ONE
+def test_closed_forms_keep_no_graph(algorithm: Callable[..., LayerwiseFeedback]) -> None:
     made, saved = algorithm(small_lenet(), iterations=2), []
     images, labels = draw_batch()
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.shape), lambda shape: shape):
@@ -70,9 +80,9 @@ def test_closed_forms_keep_no_graph(algorithm: type[LayerwiseFeedback], products
     assert all(parameter.grad is None for parameter in made.parameters())
 
 
-@BOTH
+@EVERY_ONE
 @pytest.mark.filterwarnings("error")
-def test_feedback_trains_where_gradients_are_off(algorithm: type[LayerwiseFeedback], products: int) -> None:
+def test_feedback_trains_where_gradients_are_off(algorithm: Callable[..., LayerwiseFeedback]) -> None:
     ends = []
     for around in (torch.enable_grad(), torch.no_grad(), torch.inference_mode(False)):
         torch.manual_seed(1)
@@ -84,12 +94,12 @@ def test_feedback_trains_where_gradients_are_off(algorithm: type[LayerwiseFeedba
         assert all(torch.equal(found, wanted) for found, wanted in zip(other, ends[0], strict=True))
 
 
-@BOTH
-def test_bfloat16_is_close_and_leaves_float32(algorithm: type[LayerwiseFeedback], products: int) -> None:
+@EVERY_ONE
+def test_bfloat16_is_close_and_leaves_float32(algorithm: Callable[..., LayerwiseFeedback]) -> None:
     ends: list[tuple[list[Tensor], Tensor]] = []
     for reduced in (False, True):
         torch.manual_seed(1)
-        rules = {} if algorithm is DTP else {"feedback_step": "sgd"}
+        rules = {} if algorithm is DTP else {"noise": 0.1, "feedback_step": "sgd", "feedback_lr": 0.01}
         made = algorithm(small_lenet(), iterations=1, speed=Speed(bfloat16=reduced), **rules)
         before = [mirror.weight.detach().clone() for mirror in made.feedback.values()]
         losses = made.train_feedback(draw_batch(32)[0])
