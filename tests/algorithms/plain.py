@@ -1,7 +1,7 @@
 """A training step of target propagation written once more, from ALGORITHMS.md and with torch autograd alone.
 
 Nothing of `bioprop` is used: weights are plain tensors, targets are targets (not differences), every loss is formed and
-differentiated as its formula stands. Noise is replayed from a recording.
+differentiated as its formula stands. Noise is replayed from a recording. None stands for ``auto``.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tests.algorithms import plain_second_noise
 
 Batch = tuple[Tensor, Tensor]
 TargetRule = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -41,16 +43,27 @@ class PlainStage(NamedTuple):
         state = F.linear(inputs.flatten(1), self.weight, self.bias)
         return (state if self.is_output else F.elu(state)), None
 
-    def back(self, values: Tensor, switches: Tensor | None, form: str) -> Tensor:
+    @property
+    def geometry(self) -> tuple[int, int, tuple[int, int, int] | None]:
+        """Stride and padding of the convolution, and the pooling."""
+        return 1, 2, (3, 2, 1) if self.weight.dim() == 4 else None
+
+    def features(self, values: Tensor, switches: Tensor | None, form: str) -> Tensor:
         if switches is None:
-            mapped = self.phi(values, form) @ self.feedback + self.feedback_bias
-            return mapped.reshape(-1, *self.input_shape)
-        size = (self.input_shape[1], self.input_shape[2])  # the convolution keeps it
+            return self.phi(values, form)
         if form == "paper":
-            maps = self.phi(unpool(values, switches, size, adding=False), form)
-        else:
-            maps = unpool(self.phi(values, form), switches, size, adding=True)
-        return F.conv_transpose2d(maps, self.feedback, self.feedback_bias, padding=2)
+            return self.phi(self.put_back(values, switches, adding=False), form)
+        return self.put_back(self.phi(values, form), switches)
+
+    def put_back(self, values: Tensor, switches: Tensor | None, adding: bool = True) -> Tensor:
+        size = self.input_shape[1:]  # the convolution keeps it
+        return values if switches is None else unpool(values, switches, size, adding)
+
+    def back(self, values: Tensor, switches: Tensor | None, form: str) -> Tensor:
+        features = self.features(values, switches, form)
+        if switches is None:
+            return (features @ self.feedback + self.feedback_bias).reshape(-1, *self.input_shape)
+        return F.conv_transpose2d(features, self.feedback, self.feedback_bias, padding=2)
 
     def phi(self, values: Tensor, form: str) -> Tensor:
         if self.is_output:
@@ -78,24 +91,26 @@ class PlainLearner:
         method: str,
         form: str,
         beta: float,
-        iterations: list[int],
-        feedback_lr: list[float],
+        iterations: list[int | None],
+        feedback_lr: list[float | None],
         normalized: bool,
         clean_switches: bool,
         target_rule: TargetRule = difference_target,
+        second_noise: str = "independent",
     ) -> None:
         self.stages, self.method, self.form, self.beta = stages, method, form, beta
         self.iterations, self.feedback_lr, self.normalized = iterations, feedback_lr, normalized
-        self.clean_switches, self.target_rule = clean_switches, target_rule
+        self.clean_switches, self.target_rule, self.second_noise = clean_switches, target_rule, second_noise
         for stage in stages:
             for tensor in stage[:4]:
                 tensor.requires_grad_()
         self.optimizer = torch.optim.SGD([tensor for stage in stages for tensor in stage[:2]], **SGD)
         self.feedback_optimizers = [
-            torch.optim.SGD(stage[2:4], lr=lr, momentum=0.9) for stage, lr in zip(stages[1:], feedback_lr, strict=True)
+            torch.optim.SGD(stage[2:4], lr=lr or 0.0, momentum=0.9)
+            for stage, lr in zip(stages[1:], feedback_lr, strict=True)
         ]
 
-    def training_step(self, images: Tensor, labels: Tensor, noise: Iterator[Tensor], sigma: list[float]) -> None:
+    def training_step(self, images: Tensor, labels: Tensor, noise: Iterator[Tensor], sigma: list[float | None]) -> None:
         self.train_feedback(images, noise, sigma)
         self.optimizer.zero_grad()
         self.local_loss(images, labels).backward()
@@ -111,9 +126,14 @@ class PlainLearner:
                 switches.append(chosen)
         return states, switches
 
-    def train_feedback(self, images: Tensor, noise: Iterator[Tensor], sigma: list[float]) -> None:
+    def train_feedback(self, images: Tensor, noise: Iterator[Tensor], sigma: list[float | None]) -> None:
         states, switches = self.run(images)
         for n, stage in enumerate(self.stages[1:], start=1):
+            if self.second_noise != "independent":
+                clean = plain_second_noise.Clean(states[n], states[n + 1], switches[n])
+                rule = self.rule_of(n - 1, sigma[n - 1])
+                plain_second_noise.train(stage, rule, clean, noise, self.feedback_optimizers[n - 1])
+                continue
             for _ in range(self.iterations[n - 1]):
                 optimizer = self.feedback_optimizers[n - 1]
                 optimizer.zero_grad()
@@ -138,6 +158,10 @@ class PlainLearner:
                     self.newton_step(stage, curvature, self.feedback_lr[n - 1])
                 else:
                     optimizer.step()
+
+    def rule_of(self, place: int, sigma: float | None) -> plain_second_noise.Rule:
+        settings = sigma, self.iterations[place], self.feedback_lr[place], self.normalized
+        return plain_second_noise.Rule(self.second_noise, self.form, self.clean_switches, *settings)
 
     @staticmethod
     @torch.no_grad()

@@ -33,20 +33,27 @@ class GeneralStage(NamedTuple):
         maps = self.rho(F.conv2d(inputs, self.weight, self.bias, self.stride, self.padding))
         return F.max_pool2d(maps, *self.pool, return_indices=True) if self.pool else (maps, None)
 
+    @property
+    def geometry(self) -> tuple[int, int, tuple[int, int, int] | None]:
+        return self.stride, self.padding, self.pool
+
+    def features(self, values: Tensor, switches: Tensor | None, form: str) -> Tensor:
+        if form == "paper":
+            return self.phi(self.put_back(values, switches, adding=False), form)
+        return self.put_back(self.phi(values, form), switches)
+
+    def put_back(self, values: Tensor, switches: Tensor | None, adding: bool = True) -> Tensor:
+        if switches is None:
+            return values
+        sizes = [side + 2 * self.padding - self.weight.shape[2] for side in self.input_shape[1:]]
+        return unpool(values, switches, tuple(size // self.stride + 1 for size in sizes), adding)
+
     def back(self, values: Tensor, switches: Tensor | None, form: str) -> Tensor:
+        values = self.features(values, switches, form)
         if self.weight.dim() == 2:
-            mapped = self.phi(values, form) @ self.feedback + self.feedback_bias
-            return mapped.reshape(-1, *self.input_shape)
+            return (values @ self.feedback + self.feedback_bias).reshape(-1, *self.input_shape)
         (height, width), kernel = self.input_shape[1:], self.weight.shape[2]
         padded = [side + 2 * self.padding for side in (height, width)]
-        if switches is not None:
-            size = tuple((side - kernel) // self.stride + 1 for side in padded)
-            if form == "paper":
-                values = self.phi(unpool(values, switches, size, adding=False), form)
-            else:
-                values = unpool(self.phi(values, form), switches, size, adding=True)
-        else:
-            values = self.phi(values, form)
         image = values.new_zeros(len(values), self.input_shape[0], *padded)
         for row in range(values.shape[2]):
             for column in range(values.shape[3]):

@@ -33,16 +33,27 @@ class Method(NamedTuple):
     feedback_lr: float
     normalized: bool = False
     clean_switches: bool = False
+    second_noise: str = "independent"
+    is_auto: bool = False
 
 
 def make_ldrl(**ours: str) -> Callable[..., LayerwiseFeedback]:
     return lambda network, **settings: LDRL(network, **ours, **settings)
 
 
+AS_PUBLISHED = make_ldrl(second_noise="independent", feedback_step="sgd", switches="noisy")
+EXPECTED = make_ldrl(second_noise="expected")
 METHODS = {
-    "ldrl as published": Method(make_ldrl(feedback_step="sgd", switches="noisy"), "ldrl", "paper", 1e-3),
-    "ldrl exact with sgd": Method(make_ldrl(feedback_step="sgd", switches="noisy"), "ldrl", "exact", 1e-3),
-    "ldrl by default": Method(make_ldrl(), "ldrl", "exact", 0.1, normalized=True, clean_switches=True),
+    "ldrl as published": Method(AS_PUBLISHED, "ldrl", "paper", 1e-3),
+    "ldrl exact with sgd": Method(AS_PUBLISHED, "ldrl", "exact", 1e-3),
+    "ldrl normalized": Method(make_ldrl(second_noise="independent"), "ldrl", "exact", 0.1, True, True),
+    "ldrl by default": Method(LDRL, "ldrl", "exact", 0.0, True, True, "echo", is_auto=True),
+    "ldrl, the paper's mirror": Method(LDRL, "ldrl", "paper", 0.0, True, True, "echo", is_auto=True),
+    "ldrl, noisy switches": Method(make_ldrl(switches="noisy"), "ldrl", "exact", 0.0, True, False, "echo", True),
+    "ldrl with numbers": Method(LDRL, "ldrl", "exact", 0.1, True, True, "echo"),
+    "ldrl with sgd": Method(make_ldrl(feedback_step="sgd"), "ldrl", "exact", 1e-2, False, True, "echo"),
+    "ldrl expected": Method(EXPECTED, "ldrl", "exact", 0.0, True, True, "expected", is_auto=True),
+    "ldrl expected with numbers": Method(EXPECTED, "ldrl", "exact", 0.1, True, True, "expected"),
     "dtp": Method(DTP, "dtp", "exact", 1e-3),
     "dtp with the paper's mirror": Method(DTP, "dtp", "paper", 1e-3),
 }
@@ -56,14 +67,17 @@ def make_pair(method: Method, build: Callable[[], Network]) -> tuple[LayerwiseFe
     network = build()
     iterations = [int(number) for number in per_stage(network, 2, 3, 1)]
     lr = per_stage(network, method.feedback_lr, 2 * method.feedback_lr, 3 * method.feedback_lr)
+    numbers = {
+        "noise": tuple(per_stage(network, 0.3, 0.2, 0.1)),
+        "feedback_lr": tuple(lr),
+        "iterations": tuple(iterations),
+    }
     algorithm = method.make(
         network,
         beta=BETA,
-        noise=tuple(per_stage(network, 0.3, 0.2, 0.1)),
-        feedback_lr=tuple(lr),
-        iterations=tuple(iterations),
         mirror=method.mirror,
         optimizer=sgd(**in_units_of_backprop("SGD", SGD, BETA)),
+        **({} if method.is_auto else numbers),
     ).double()
     mirrors = [None, *(mirror for _, _, mirror in algorithm.mirrored_stages())]
     stages = []
@@ -71,8 +85,9 @@ def make_pair(method: Method, build: Callable[[], Network]) -> tuple[LayerwiseFe
         feedback = [torch.zeros(0, dtype=torch.float64)] * 2 if mirror is None else [mirror.weight, mirror.bias]
         weights = [tensor.detach().clone() for tensor in (stage.weight, stage.bias, *feedback)]
         stages.append(PlainStage(*weights, tuple(stage.input_shape), stage is network[-1]))
-    rules = (method.normalized, method.clean_switches)
-    return algorithm, PlainLearner(stages, method.name, method.mirror, BETA, iterations, lr, *rules)
+    given = [[None] * len(lr)] * 2 if method.is_auto else [iterations, lr]
+    rules = (method.normalized, method.clean_switches, difference_target, method.second_noise)
+    return algorithm, PlainLearner(stages, method.name, method.mirror, BETA, *given, *rules)
 
 
 @pytest.fixture
