@@ -61,6 +61,7 @@ def measure(
         algorithm = LDRL(
             network,
             beta=0.4655,
+            second_noise="independent",
             noise=(0.2, 0.2, 0.1),
             feedback_lr=feedback_lr if len(feedback_lr) > 1 else feedback_lr[0],
             iterations=report_every,

@@ -81,7 +81,7 @@ class LDRL(LayerwiseFeedback):
     def __init__(
         self,
         network: Network,
-        beta: float = 0.5,
+        beta: float = 0.05,
         second_noise: SecondNoise = "echo",
         noise: Auto | float | tuple[float, ...] = "auto",
         feedback_lr: Auto | float | tuple[float, ...] = "auto",
