@@ -21,16 +21,18 @@ BATCHES, ROWS = 3, 8
 class Shares:
     """The rows of every batch that one process has."""
 
-    def __init__(self, rank: int, count: int) -> None:
-        self.rank, self.count = rank, count
+    def __init__(self, rank: int, count: int, rows: int) -> None:
+        self.rank, self.count, self.rows = rank, count, rows
 
     def __iter__(self) -> Iterator[Batch]:
         for seed in range(BATCHES):
-            images, labels = draw_batch(ROWS, seed=seed)
+            images, labels = draw_batch(self.rows, seed=seed)
             yield images.double()[self.rank :: self.count], labels[self.rank :: self.count]
 
 
-def train(suite: type[AlgorithmContract], settings: dict[str, Any], same_noise: bool = True) -> Trained:
+def train(
+    suite: type[AlgorithmContract], settings: dict[str, Any], same_noise: bool = True, rows: int = ROWS
+) -> Trained:
     """Train on the rows of this process; return what is logged, and all tensors of the algorithm and its optimizers."""
     algorithm = suite().made_from_seed(5, **settings).double()
     count, rank = process_count(), process_rank()
@@ -40,7 +42,7 @@ def train(suite: type[AlgorithmContract], settings: dict[str, Any], same_noise: 
         accelerator="cpu", max_epochs=1, precision="64-true", enable_checkpointing=False, **quiet, **several
     )
     with rows_of_the_whole_noise(rank, count) if same_noise else nullcontext():
-        trainer.fit(algorithm, Shares(rank, count))
+        trainer.fit(algorithm, Shares(rank, count, rows))
     logged = {name: torch.as_tensor(value) for name, value in trainer.callback_metrics.items()}
     return logged, [copy_state(algorithm), *optimizer_states(algorithm)]
 

@@ -39,7 +39,7 @@ class _Suite(AlgorithmContract):
 
 
 class EchoingLDRL(_Suite):
-    """Of its stages, one needs half a batch, one a whole one, and one a second iteration."""
+    """Of its stages, one takes one iteration of white noise and two a second one along the activities."""
 
     algorithm, own = LDRL, {}
 
@@ -104,6 +104,19 @@ def test_shared_stages_equal_one_process_bit_for_bit(suite: type[_Suite], proces
             missing = shared.keys() - whole.keys()  # the momentum of weights that are never stepped
             assert all(not shared[name].any() for name in missing)
             assert changed(whole, {name: shared[name] for name in whole}) == set()
+
+
+@pytest.mark.parametrize("sharing", ["gradients", "stages"])
+@pytest.mark.parametrize("suite", [EchoingLDRL, EchoingParallel, ExpectedLDRL])
+def test_an_echo_on_a_part_of_the_batch_is_that_of_one_process(
+    suite: type[_Suite], sharing: Sharing, processes: ProcessPool
+) -> None:
+    """Of 24 images, one stage of `small_lenet` needs 8, one 16, and one more than all: white noise and activities."""
+    same_noise = sharing == "gradients"
+    alone = states(train(suite, settings_of(sharing), same_noise, 24))
+    for trained in processes.run(train, suite, settings_of(sharing), same_noise, 24):
+        for whole, shared in zip(alone, states(trained), strict=True):
+            torch.testing.assert_close(shared, whole, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("suite", SUITES)

@@ -135,6 +135,11 @@ class LDRL(LayerwiseFeedback):
                 f"{', '.join(left)}: auto follows from the sizes for second_noise echo and expected; independent noise "
                 "needs numbers, such as noise: 0.1, feedback_lr: 0.05, iterations: 20"
             )
+        if self.second_noise != "independent" and not self._clean_switches:
+            raise UserError(
+                f"switches noisy: each switch that noise flips moves a whole activation, which the one or two samples of "
+                f"second_noise {self.second_noise} cannot average out: use switches: clean, or second_noise: independent"
+            )
         if self.feedback_step == "sgd" and "feedback_lr" in left:
             raise UserError(
                 "feedback_lr: auto is a normalized step: with feedback_step sgd give a number, such as 0.01"

@@ -1,4 +1,4 @@
-"""L-DRL where feedback runs through several layers: layer by layer, or as a whole.
+"""L-DRL layer by layer: closed forms of feedback operators of one layer or several, and of several as a whole.
 
 A residual block's feedback ``G(y) = S^T phi(y) + V1^T (slope o V2^T phi(y))`` is not linear in its weights, and its
 Jacobian determines ``V1`` and ``V2`` only up to factors that cancel between them. Trained as a whole it can match
