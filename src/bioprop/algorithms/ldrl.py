@@ -59,7 +59,7 @@ class LDRL(LayerwiseFeedback):
         switches: whose max-pool switches unpool the noisy output: those of the ``clean`` pass (ours) or of the
             ``noisy`` one, as published. Noise flips some switches, and each flip moves a whole activation, not a small
             difference: this biases the published loss, however small the noise, away from ``J_G = J_F^T``. Likewise
-            the inner slopes of a block with ``noise_at="stage"``.
+            the inner slopes of a block with ``noise_at="stage"``. Independent noise alone takes ``noisy``.
         mirror: ``exact`` (ours) or ``paper``, the authors' form of the feedback operator.
         feedback_step: ``normalized`` (ours: by the loss's curvature, no momentum) or ``sgd``, as published.
         feedback_momentum: of ``sgd``.
@@ -137,8 +137,8 @@ class LDRL(LayerwiseFeedback):
             )
         if self.second_noise != "independent" and not self._clean_switches:
             raise UserError(
-                f"switches noisy: each switch that noise flips moves a whole activation, which the one or two samples of "
-                f"second_noise {self.second_noise} cannot average out: use switches: clean, or second_noise: independent"
+                f"switches noisy: a switch that noise flips moves a whole activation, and the few samples of second_noise "
+                f"{self.second_noise} do not average out: use switches: clean, or second_noise: independent"
             )
         if self.feedback_step == "sgd" and "feedback_lr" in left:
             raise UserError(
