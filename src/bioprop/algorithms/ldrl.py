@@ -137,8 +137,9 @@ class LDRL(LayerwiseFeedback):
             )
         if self.second_noise != "independent" and not self._clean_switches:
             raise UserError(
-                f"switches noisy: a switch that noise flips moves a whole activation, and the few samples of second_noise "
-                f"{self.second_noise} do not average out: use switches: clean, or second_noise: independent"
+                f"switches noisy: a switch that noise flips moves a whole activation, and the few samples of "
+                f"second_noise {self.second_noise} do not average that out: use switches: clean, or second_noise: "
+                "independent"
             )
         if self.feedback_step == "sgd" and "feedback_lr" in left:
             raise UserError(
