@@ -98,7 +98,7 @@ def test_resumed_run_equals_uninterrupted_run() -> None:
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
-        ("--model.beta=0.7", "beta was 0.5 and is now 0.7"),
+        ("--model.beta=0.7", "beta was 0.05 and is now 0.7"),
         ("--model.network.hidden=9", "network.init_args.hidden was 8 and is now 9"),
         ("--data.seed=1", "data.seed was 0 and is now 1"),
         ("--model.optimizer.lr=0.5", "optimizer.lr was 0.02 and is now 0.5"),
@@ -167,7 +167,7 @@ def test_cli_made_checkpoint_loads_as_plain_data_and_as_algorithm() -> None:
     cli = main(["fit", *LDRL_TINY, "--trainer.max_epochs=1"])
 
     path = cli.trainer.checkpoint_callback.last_model_path
-    assert torch.load(path, weights_only=True)["hyper_parameters"]["beta"] == 0.5
+    assert torch.load(path, weights_only=True)["hyper_parameters"]["beta"] == 0.05
     loaded = LDRL.load_from_checkpoint(path)
     images = torch.randn(4, 1, 16, 16)
     assert torch.equal(loaded(images), cli.model.to("cpu")(images))

@@ -29,7 +29,6 @@ from tests.algorithms.contract import CLASSES, NETWORKS, SHAPE, Batch, copy_stat
 INDEPENDENT: dict[str, Any] = {"second_noise": "independent", "noise": 0.1, "feedback_lr": 0.05, "iterations": 2}
 RULES: dict[str, dict[str, Any]] = {
     "echo": {},
-    "echo, noisy switches": {"switches": "noisy"},
     "echo with numbers": {"noise": 0.1, "feedback_lr": 0.05, "iterations": 3},
     "expected": {"second_noise": "expected"},
     "independent": INDEPENDENT,
@@ -113,7 +112,6 @@ IMAGES: dict[str, Callable[[int], Tensor]] = {
     "zero": lambda count: torch.zeros(count, *SHAPE),
     "one image among zeros": lambda count: torch.randn(count, *SHAPE) * (torch.arange(count) == 0).view(-1, 1, 1, 1),
 }
-#: With the clean pass's switches: each that noise flips moves a whole activation, however small the noise.
 AUTO: dict[str, dict[str, Any]] = {
     "echo": {},
     "paper": {"mirror": "paper"},
@@ -233,6 +231,11 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "misspelt noise": ({"noise": "atuo"}, ("noise is 'atuo'", "auto, a number, or one number a stage")),
     "misspelt rate": ({"feedback_lr": "Auto"}, ("feedback_lr is 'Auto'", "auto, a number")),
     "misspelt iterations": ({"iterations": "two"}, ("iterations is 'two'", "auto, a number")),
+    "noisy switches": ({"switches": "noisy"}, ("switches noisy", "second_noise echo", "use switches: clean")),
+    "noisy switches, expected": (
+        {"switches": "noisy", "second_noise": "expected"},
+        ("switches noisy", "second_noise expected", "second_noise: independent"),
+    ),
     "auto for one stage": ({"noise": (0.1, "auto", 0.1)}, ("noise holds 'auto'", "a finite number")),
 }
 

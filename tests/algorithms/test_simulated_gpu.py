@@ -32,7 +32,7 @@ BATCH = 8
 INDEPENDENT = {"second_noise": "independent", "noise": 0.1, "feedback_lr": 0.01}
 METHODS: dict[str, tuple[type[LayerwiseFeedback], dict[str, Any]]] = {
     "L-DRL": (LDRL, {}),
-    "echo with numbers": (LDRL, {"noise": 0.1, "feedback_lr": 0.05, "switches": "noisy"}),
+    "echo with numbers": (LDRL, {"noise": 0.1, "feedback_lr": 0.05}),
     "expected": (LDRL, {"second_noise": "expected"}),
     "independent": (LDRL, INDEPENDENT),
     "L-DRL as published": (LDRL, INDEPENDENT | {"mirror": "paper", "switches": "noisy", "feedback_step": "sgd"}),

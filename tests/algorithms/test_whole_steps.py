@@ -49,7 +49,6 @@ METHODS = {
     "ldrl normalized": Method(make_ldrl(second_noise="independent"), "ldrl", "exact", 0.1, True, True),
     "ldrl by default": Method(LDRL, "ldrl", "exact", 0.0, True, True, "echo", is_auto=True),
     "ldrl, the paper's mirror": Method(LDRL, "ldrl", "paper", 0.0, True, True, "echo", is_auto=True),
-    "ldrl, noisy switches": Method(make_ldrl(switches="noisy"), "ldrl", "exact", 0.0, True, False, "echo", True),
     "ldrl with numbers": Method(LDRL, "ldrl", "exact", 0.1, True, True, "echo"),
     "ldrl with sgd": Method(make_ldrl(feedback_step="sgd"), "ldrl", "exact", 1e-2, False, True, "echo"),
     "ldrl expected": Method(EXPECTED, "ldrl", "exact", 0.0, True, True, "expected", is_auto=True),
