@@ -84,10 +84,11 @@ def train(stage: Stage, rule: Rule, clean: Clean, normals: Iterator[Tensor], opt
 
 @torch.no_grad()
 def step(stage: Stage, rule: Rule, decay: Tensor, damping: float, optimizer: torch.optim.Optimizer) -> None:
+    damped = decay + damping
     if rule.rate is None:
-        stage.feedback.sub_(stage.feedback.grad / (decay + damping))
+        stage.feedback.sub_(stage.feedback.grad / damped)
     elif rule.normalized:
-        stage.feedback.sub_(rule.rate * stage.feedback.grad / (decay + 0.03 * decay.mean()))
+        stage.feedback.sub_(rule.rate * stage.feedback.grad / (damped + 0.03 * damped.mean()))
     else:
         optimizer.step()
 

@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bioprop.algorithms import DTP, LDRL, LayerwiseFeedback, ldrl_objectives
+from bioprop.algorithms import DTP, LDRL, LayerwiseFeedback
 from bioprop.algorithms.random_streams import NoiseStream
 from bioprop.functional import closed_forms, layered_feedback, probing
 from bioprop.functional.feedback_losses import FeedbackGradient
@@ -235,11 +235,6 @@ def with_another_slope(slope: Callable[[Tensor, Callable[[Tensor], Tensor]], Ten
     return lambda monkeypatch: monkeypatch.setattr(layered_feedback, "echo_closed_form", faulty)
 
 
-def with_the_other_passs_switches(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = closed_forms.clean_pass
-    monkeypatch.setattr(ldrl_objectives, "clean_pass", lambda *given: right(*given[:-1], not given[-1]))
-
-
 def with_an_echo_that_is_not_constant(monkeypatch: pytest.MonkeyPatch) -> None:
     right = torch.autograd.grad
 
@@ -265,7 +260,6 @@ def replacing(name: str, value: Any) -> Fault:
 FAULTS: dict[str, tuple[Fault, bool]] = {
     "the echo's sign flipped": (with_another_slope(lambda values, slope: -slope(values)), True),
     "no slope in the echo": (with_another_slope(lambda values, slope: torch.ones_like(values)), True),
-    "the other pass's switches": (with_the_other_passs_switches, True),
     "the echo not constant": (with_an_echo_that_is_not_constant, False),
     "no damping": (replacing("damping", lambda self, draw: 0.0), True),
     "no noise along the activities": (replacing("is_along", lambda self, draw: False), True),

@@ -77,13 +77,13 @@ def draw_like(values: Tensor, sigma: float = SIGMA) -> Tensor:
     return sigma * torch.randn_like(values)
 
 
-def gradient(case: Case, second_noise: str, eps: Tensor, sigma: float = SIGMA, clean: bool = True) -> FeedbackGradient:
+def gradient(case: Case, second_noise: str, eps: Tensor, sigma: float = SIGMA) -> FeedbackGradient:
     """By autograd, on noise that is given."""
     if second_noise == "independent":
-        return ldrl_gradient(*case, eps, draw_like(case.output, sigma), sigma, clean_switches=clean)
+        return ldrl_gradient(*case, eps, draw_like(case.output, sigma), sigma, clean_switches=True)
     if second_noise == "expected":
-        return expected_gradient(*case, eps, sigma**2, clean_switches=clean)
-    return echo_gradient(*case, eps, clean_switches=clean)
+        return expected_gradient(*case, eps, sigma**2)
+    return echo_gradient(*case, eps)
 
 
 # -- the mean gradient is that of the distance to the transposed Jacobian ---------------------------------------------
@@ -252,7 +252,7 @@ def layer_gradient(layers: list[FeedbackLayer], shapes: list[Any], second_noise:
     ]
     normals = [torch.randn(probing.shape(0), dtype=torch.float64) for probing in probings]
     probed = [probe_layer(layer, probing, echo) for layer, probing in zip(layers, probings, strict=True)]
-    return probed_gradient(probed, 0, normals, damped=False)
+    return probed_gradient(probed, 0, normals)
 
 
 @every_second_noise
@@ -272,12 +272,12 @@ def test_so_it_is_for_each_layer_of_a_block(batch_norm: bool, second_noise: str)
 # -- what is left of the noise where the Jacobians match ---------------------------------------------------------------
 
 
-def closed_form(case: Case, second_noise: str, eps: Tensor, sigma: float, clean: bool = True) -> FeedbackGradient:
+def closed_form(case: Case, second_noise: str, eps: Tensor, sigma: float) -> FeedbackGradient:
     pair = layer_pair(case.stage, case.mirror, Speed())
     assert pair is not None
     with torch.no_grad():
         affine = case.stage.affine(case.inputs)
-    kept = closed_forms.clean_pass(pair, affine, case.output, case.switches, clean)
+    kept = closed_forms.clean_pass(pair, affine, case.output, case.switches, clean_switches=True)
     given = pair, pair.products.prepare(pair.weight), kept, case.mirror.weight, pair.products.shape_inputs(eps)
     units = closed_forms.curvature_of_units(pair, kept, sigma**2)
     if second_noise == "echo":
@@ -337,12 +337,12 @@ def assert_close(found: Tensor, wanted: Tensor, tolerance: float = 1e-12) -> Non
 
 
 @few(150)
-@given(stage=stages(), form=forms, second_noise=st.sampled_from(["echo", "expected"]), clean=st.booleans())
-def test_closed_forms_equal_autograd(stage: Stage, form: str, second_noise: str, clean: bool) -> None:
+@given(stage=stages(), form=forms, second_noise=st.sampled_from(["echo", "expected"]))
+def test_closed_forms_equal_autograd(stage: Stage, form: str, second_noise: str) -> None:
     torch.manual_seed(1)
     case = make_case(stage, form, batch=5)
     eps = draw_like(case.inputs, 0.3)
-    found, wanted = closed_form(case, second_noise, eps, 0.3, clean), gradient(case, second_noise, eps, 0.3, clean)
+    found, wanted = closed_form(case, second_noise, eps, 0.3), gradient(case, second_noise, eps, 0.3)
     assert_close(found.weight, wanted.weight)
     assert_close(found.loss, wanted.loss)
     assert set(found.parameters) == set(wanted.parameters) == {"weight"}

@@ -51,8 +51,8 @@ class LDRL(LayerwiseFeedback):
         second_noise: ``echo``, ``expected`` or ``independent``, see above.
         noise: ``sigma``, in units of the activations, above 0; ``auto`` for a hundredth of the root mean square of the
             stage's inputs.
-        feedback_lr: for ``normalized`` the fraction ``eta`` of a Newton step, in (0, 1]; for ``sgd`` the learning rate;
-            ``auto`` for the step that least mean squares takes, which follows from the sizes.
+        feedback_lr: for ``normalized`` the fraction ``eta`` of a Newton step, in (0, 1]; it is damped as least mean
+            squares asks but for independent noise, and ``auto`` is all of it. For ``sgd`` the learning rate.
         iterations: feedback iterations a batch, each on the whole batch, 0 to leave a stage's feedback as it was drawn.
             ``auto`` with an echo: one, on as many images as give a unit as many samples as it has weights; and where a
             batch does not, a second one along the batch's own activities. ``auto`` with ``expected``: four.
@@ -163,7 +163,6 @@ class LDRL(LayerwiseFeedback):
             self._clean_switches,
             self.setting_of(name, self.noise),
             self.setting_of(name, self.iterations),
-            self.setting_of(name, self.feedback_lr) is None,
             self.noise_at == "layer",
             self.samples,
             Peers(process_count(), process_rank(), mean_over_processes, gather_rows)

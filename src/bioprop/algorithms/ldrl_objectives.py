@@ -45,7 +45,6 @@ class Rule(NamedTuple):
         clean_switches: unpool the noisy output by the clean pass's switches, instead of by its own.
         noise: standard deviation.
         iterations: a batch.
-        damped: whether the step is that of least mean squares (``feedback_lr: auto``).
         by_layers: whether stages of several layers are trained layer by layer.
         samples: draws of the noise that the gradient of an iteration is the mean of.
         peers: processes that average their gradients.
@@ -56,7 +55,6 @@ class Rule(NamedTuple):
     clean_switches: bool
     noise: float | None
     iterations: int | None
-    damped: bool
     by_layers: bool
     samples: int
     peers: Peers
@@ -130,7 +128,7 @@ def ldrl_objective(rule: Rule, stage: Stage, mirror: Mirror, clean: StagePass, n
     def gradient_at(draw: int) -> FeedbackGradient:
         shapes = [each.probing.shape(draw) for each in probed]
         normals = noise.draw(draw, 1.0, *(shape for shape in shapes if shape is not None))
-        return probed_gradient(probed, draw, normals, rule.damped)
+        return probed_gradient(probed, draw, normals)
 
     return gradient_at
 
@@ -204,13 +202,12 @@ def _probed_by_autograd(
         eps = eps.view(inputs.shape)
         with exact():
             if by_taps:
-                found = expected_gradient(stage, mirror, *values, eps, variance, rule.clean_switches)
+                found = expected_gradient(stage, mirror, *values, eps, variance)
             else:
-                found = echo_gradient(stage, mirror, *values, eps, rule.clean_switches)
+                found = echo_gradient(stage, mirror, *values, eps)
         share = len(inputs) / images
         gradients = {name: share * gradient for name, gradient in found.parameters.items()}
-        damping = probing.damping(draw) if rule.damped else 0.0
-        return FeedbackGradient(gradients, share * found.loss, curvature + damping)
+        return FeedbackGradient(gradients, share * found.loss, curvature + probing.damping(draw))
 
     return gradient_at
 
@@ -223,7 +220,7 @@ def _composed_echo(rule: Rule, stage: Stage, mirror: Mirror, clean: StagePass, n
     def gradient_at(draw: int) -> FeedbackGradient:
         (eps,) = noise.draw(draw, 1.0, clean.inputs.shape)
         with exact():
-            return echo_gradient(stage, mirror, *values, eps.mul_(sigma), rule.clean_switches)
+            return echo_gradient(stage, mirror, *values, eps.mul_(sigma))
 
     return gradient_at
 

@@ -160,8 +160,8 @@ def echo_closed_form(
 ) -> FeedbackGradient:
     """Gradient of the L-DRL loss with the second noise an echo of the first: `feedback_losses.echo_gradient`.
 
-    With ``echo = phi'(y) o U_c^T conv(eps; V)`` and ``D2 = U_c (phi(y + echo) - phi(y))``: ``2/batch wgrad(eps, D2 -
-    D1)``. Where both are unpooled by the clean pass's switches, ``D2 - D1 = U_c (phi(y + echo) - phi(y_n))``.
+    With ``echo = phi'(y) o U^T conv(eps; V)`` and ``D2 = U (phi(y + echo) - phi(y))``: ``2/batch wgrad(eps, D2 - D1)``,
+    ``D2 - D1 = U (phi(y + echo) - phi(y_n))``, since both are unpooled by the clean pass's switches.
 
     Args:
         pair: stage and mirror.
@@ -182,15 +182,10 @@ def echo_closed_form(
         back = products.forward(noise, forward_again)
         picked = pair.pick(back, part.places)
         echo = pair.slope(part.output) * picked
-        output, switches = pair.activate(part.affine + products.forward(noise, prepared))
+        output, _ = pair.activate(part.affine + products.forward(noise, prepared))
         noisy, after = pair.phi(output), pair.phi(part.output + echo)
-        if part.features is None:
-            difference = pair.unpool(after - noisy, part.places)
-            first = inner(picked.to(noisy.dtype), noisy - part.phi)
-        else:
-            change = pair.unpool(noisy, pair.locate(switches)) - part.features
-            difference = pair.unpool(after - part.phi, part.places) - change
-            first = inner(back.to(change.dtype), change)
+        difference = pair.unpool(after - noisy, part.places)
+        first = inner(picked.to(noisy.dtype), noisy - part.phi)
         found = [products.weight_gradient(noise, difference), first, square_sum(echo)]
         sums = found if not sums else [total.add_(term) for total, term in zip(sums, found, strict=True)]
     gradient, first, second = sums

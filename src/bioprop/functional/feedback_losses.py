@@ -185,7 +185,6 @@ def echo_gradient(
     output: Tensor,
     switches: Any,
     input_noise: Tensor,
-    clean_switches: bool = True,
 ) -> FeedbackGradient:
     """Gradient of the L-DRL loss with an echo for its second noise, for any stage (ours).
 
@@ -201,7 +200,8 @@ def echo_gradient(
     variate whose mean is known.
 
     What it is not: a local rule. The noise travels up through the weights of ``G``, which nothing local can do, so
-    results with it are those of the published rule with very many samples.
+    results with it are those of the published rule with very many samples. All of ``G`` is by the switches of the clean
+    pass: one that the noise flips would move a whole activation, which a single sample does not average out.
 
     Args:
         stage: ``F^n``, a black box.
@@ -210,23 +210,19 @@ def echo_gradient(
         output: ``s^n = F^n(s^{n-1})``, ``[batch, *output_shape]``.
         switches: what the pass that made ``output`` handed out.
         input_noise: ``eps``, like ``inputs``; of any distribution, see `bioprop.functional.probing`.
-        clean_switches: give ``switches`` to ``G(F(s + eps))`` too, instead of those of the noisy pass.
 
     Returns:
         The gradient and the loss, without a curvature. The loss is an estimate of ``sigma^2 (|J_G|^2 - 2 tr(J_G
         J_F))``, whose least value is ``-sigma^2 |J_F|^2``.
     """
     with torch.no_grad():
-        noisy_output, noisy_switches = stage.run(inputs + input_noise)
+        noisy_output, _ = stage.run(inputs + input_noise)
     parameters = mirror.difference_parameters()
     with torch.enable_grad():
         # a view of the leaf, since what counts the operations of modules cannot watch a leaf here
         point = output.detach().requires_grad_().view_as(output)
         (echo,) = torch.autograd.grad(mirror(point, switches), point, input_noise)
-        if clean_switches:
-            first = mirror.difference(output, noisy_output - output, switches)
-        else:
-            first = mirror(noisy_output, noisy_switches) - mirror(output, switches)
+        first = mirror.difference(output, noisy_output - output, switches)
         second = mirror.difference(output, echo, switches)
         descended = (2.0 * input_noise * (second - first)).flatten(1).sum(1).mean()
     gradients = torch.autograd.grad(descended, list(parameters.values()))
@@ -278,7 +274,6 @@ def expected_gradient(
     switches: Tensor | None,
     input_noise: Tensor,
     variance: float | Tensor,
-    clean_switches: bool = True,
 ) -> FeedbackGradient:
     """Gradient of the L-DRL loss with its second noise integrated out, for a mirror of one layer (ours).
 
@@ -296,16 +291,15 @@ def expected_gradient(
         switches: those of the pass that made ``output``.
         input_noise: ``eps``, like ``inputs``.
         variance: ``sigma^2`` of both noises.
-        clean_switches: unpool the noisy output by ``switches`` too, instead of by those of the noisy pass.
 
     Returns:
         The gradient and the loss, without a curvature.
     """
     with torch.no_grad():
-        noisy_output, noisy_switches = stage.run(inputs + input_noise)
+        noisy_output, _ = stage.run(inputs + input_noise)
         _, squares = _squared_slopes(mirror, output, switches)
     with torch.enable_grad():
-        first = mirror(noisy_output, switches if clean_switches else noisy_switches) - mirror(output, switches)
+        first = mirror(noisy_output, switches) - mirror(output, switches)
         second = variance * mirror.project(squares, weight=mirror.weight.square())
         loss = (second - 2.0 * input_noise * first).flatten(1).sum(1).mean()
     (weight,) = torch.autograd.grad(loss, (mirror.weight,))

@@ -102,7 +102,7 @@ class ProbedLayer(NamedTuple):
         layer: of the feedback operator.
         probing: its noise.
         clean: pass of the images that there is noise on.
-        curvature: of the loss, ``[units]``, or of each tap where the second noise is integrated out.
+        curvature: of the loss, ``[units]``, or of each tap where the second noise is integrated out, undamped.
         echo: whether it is an echo.
     """
 
@@ -128,34 +128,32 @@ def probe_layer(layer: FeedbackLayer, probing: Probing, echo: bool) -> ProbedLay
 
 
 @torch.no_grad()
-def probed_gradient(
-    layers: Sequence[ProbedLayer], draw: int, normals: Sequence[Tensor], damped: bool
-) -> FeedbackGradient:
+def probed_gradient(layers: Sequence[ProbedLayer], draw: int, normals: Sequence[Tensor]) -> FeedbackGradient:
     """Gradient of the sum of the layers' L-DRL losses, by `echo_closed_form` or `expected_closed_form`.
 
     Args:
         layers: of one feedback operator, by `probe_layer`.
         draw: number of the draw of noise within the batch.
         normals: standard normals, one for each layer whose `Probing.shape` asks for them; overwritten.
-        damped: whether the curvatures hold the damping of `Probing.damping`, for the step that needs no learning rate.
 
     Returns:
-        Gradient and curvature by name of parameter, of the layers that this draw is for, and the sum of the losses.
+        Gradient and curvature, damped by `Probing.damping`, by name of parameter, of the layers that this draw is for,
+        and the sum of the losses.
     """
     gradients: dict[str, Tensor] = {}
     curvatures: dict[str, Tensor] = {}
     losses = []
     unused = iter(normals)
-    for layer, probing, clean, undamped, echo in layers:
+    for layer, probing, clean, decay, echo in layers:
         noise = probing.noise(draw, None if probing.shape(draw) is None else next(unused))
         if noise is None:
             continue
         effective = layer.scaled(layer.feedback)
-        curvature = undamped + probing.damping(draw) if damped else undamped
+        curvature = decay + probing.damping(draw)
         if echo:
             found = echo_closed_form(layer.pair, layer.prepared, clean, effective, noise, curvature)
         else:
-            found = expected_closed_form(layer.pair, layer.prepared, clean, effective, noise, undamped, curvature)
+            found = expected_closed_form(layer.pair, layer.prepared, clean, effective, noise, decay, curvature)
         gradients[layer.name] = layer.scaled(layer.share * found.weight)
         curvatures[layer.name] = layer.scaled(layer.scaled(layer.share * curvature))
         losses.append(layer.share * found.loss)
