@@ -73,18 +73,18 @@ def train(stage: Stage, rule: Rule, clean: Clean, normals: Iterator[Tensor], opt
     for iteration in range(iterations):
         if echo and is_short and iteration % 2 == 1:
             noise = sigma * basis(clean.inputs)
-            damping = 2 * sigma**2 * clean.inputs[0].numel() * positions / batch
+            damped = 2 * sigma**2 * clean.inputs[0].numel() * positions * crowding(stage, clean) / batch
+            damped = torch.full_like(decay, damped)
         else:
             noise = sigma * next(normals).reshape(images, *clean.inputs.shape[1:])
-            damping = 2 * sigma**2 * fan_in * windows_over_a_position(stage) / images * (1 if echo else 10)
+            damped = decay + 2 * sigma**2 * fan_in * windows_over_a_position(stage) / images * (1 if echo else 10)
         loss = echo_loss(stage, rule, part, noise) if echo else expected_loss(stage, rule, part, noise, decay)
         (stage.feedback.grad,) = torch.autograd.grad(loss, (stage.feedback,))
-        step(stage, rule, decay, damping, optimizer)
+        step(stage, rule, damped, optimizer)
 
 
 @torch.no_grad()
-def step(stage: Stage, rule: Rule, decay: Tensor, damping: float, optimizer: torch.optim.Optimizer) -> None:
-    damped = decay + damping
+def step(stage: Stage, rule: Rule, damped: Tensor, optimizer: torch.optim.Optimizer) -> None:
     if rule.rate is None:
         stage.feedback.sub_(stage.feedback.grad / damped)
     elif rule.normalized:
@@ -146,6 +146,12 @@ def tap_decay(stage: Stage, rule: Rule, clean: Clean) -> Tensor:
 def windows_over_a_position(stage: Stage) -> float:
     _, _, pool = stage.geometry
     return 1.0 if pool is None else max(1.0, (pool[0] / pool[1]) ** 2)
+
+
+def crowding(stage: Stage, clean: Clean) -> float:
+    """Half the positions that a window chooses from."""
+    before = stage.put_back(clean.output, clean.switches)[0].numel()
+    return max(1.0, before / clean.output[0].numel() / 2)
 
 
 def basis(inputs: Tensor) -> Tensor:

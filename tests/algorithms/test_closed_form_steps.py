@@ -261,7 +261,7 @@ FAULTS: dict[str, tuple[Fault, bool]] = {
     "the echo's sign flipped": (with_another_slope(lambda values, slope: -slope(values)), True),
     "no slope in the echo": (with_another_slope(lambda values, slope: torch.ones_like(values)), True),
     "the echo not constant": (with_an_echo_that_is_not_constant, False),
-    "no damping": (replacing("damping", lambda self, draw: 0.0), True),
+    "no damping": (replacing("damped", lambda self, curvature, draw: curvature), True),
     "no noise along the activities": (replacing("is_along", lambda self, draw: False), True),
     "curvatures not squared": (with_curvatures_of_slopes, True),
     "another size of noise": (lambda monkeypatch: monkeypatch.setattr(probing, "NOISE_SHARE", 0.02), True),

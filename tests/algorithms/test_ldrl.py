@@ -28,6 +28,7 @@ class TestLDRL(TargetPropagationContract):
         return LDRL(network, **settings)
 
 
+@pytest.mark.slow
 class TestLDRLWithTheSecondNoiseIntegratedOut(TargetPropagationContract):
     def make(self, network: Network, **settings: Any) -> LDRL:
         return LDRL(network, **({"second_noise": "expected"} | settings))

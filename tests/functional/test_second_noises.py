@@ -18,7 +18,13 @@ from bioprop.functional.feedback_losses import (
     expected_gradient,
     ldrl_gradient,
 )
-from bioprop.functional.layered_feedback import FeedbackLayer, layered_ldrl_gradient, probe_layer, probed_gradient
+from bioprop.functional.layered_feedback import (
+    FeedbackLayer,
+    ProbedLayer,
+    layered_ldrl_gradient,
+    probe_layer,
+    probed_gradient,
+)
 from bioprop.functional.pooling import Pool
 from bioprop.functional.probing import Probing
 from bioprop.functional.speed import Speed
@@ -222,7 +228,7 @@ def explicit_layers(
             lambda values: norm(across(values)),
             lambda y: back(factor(norm) * y, mirror.shortcut_weight, None, 2, 0, (0, 1)),
             inputs,
-            state,
+            norm(across(inputs)).detach(),
         ),
     }
 
@@ -240,19 +246,22 @@ def distances_of_the_layers(block: BasicBlockStage, mirror: Mirror, inputs: Tens
     return found
 
 
-def layer_gradient(layers: list[FeedbackLayer], shapes: list[Any], second_noise: str, call: int) -> FeedbackGradient:
+def layer_gradient(layers: list[FeedbackLayer], shapes: list[Any], second_noise: str) -> FeedbackGradient:
     if second_noise == "independent":
         noise = [SIGMA * torch.randn(shape, dtype=torch.float64) for shape in shapes]
         return layered_ldrl_gradient(layers, noise, SIGMA)
-    echo = second_noise == "echo"
+    probed = probed_layers(layers, second_noise == "echo")
+    normals = [torch.randn(each.probing.shape(0), dtype=torch.float64) for each in probed]
+    return probed_gradient(probed, 0, normals)
+
+
+def probed_layers(layers: list[FeedbackLayer], echo: bool) -> list[ProbedLayer]:
     sizes = [(layer.feedback[0].numel(), layer.clean.output[0, 0].numel()) for layer in layers]
     probings = [
         Probing(layer.inputs, *size, echo=echo, noise=SIGMA, iterations=1)
         for layer, size in zip(layers, sizes, strict=True)
     ]
-    normals = [torch.randn(probing.shape(0), dtype=torch.float64) for probing in probings]
-    probed = [probe_layer(layer, probing, echo) for layer, probing in zip(layers, probings, strict=True)]
-    return probed_gradient(probed, 0, normals)
+    return [probe_layer(layer, probing, echo) for layer, probing in zip(layers, probings, strict=True)]
 
 
 @every_second_noise
@@ -262,11 +271,40 @@ def test_so_it_is_for_each_layer_of_a_block(batch_norm: bool, second_noise: str)
     many = inputs.repeat(COPIES, 1, 1, 1)
     with torch.no_grad():
         layers, shapes = mirror.layers(block, StagePass(many, None, *block.run(many)), False)
-    samples = [layer_gradient(layers, shapes, second_noise, call).parameters for call in range(CALLS)]
+    samples = [layer_gradient(layers, shapes, second_noise).parameters for _ in range(CALLS)]
     expected = distances_of_the_layers(block, mirror, inputs)
     assert list(expected) == list(samples[0])
     for name, wanted in expected.items():
         assert_mean_is(torch.stack([sample[name] for sample in samples]), wanted)
+
+
+@pytest.mark.parametrize("second_noise", ["echo", "expected"])
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_on_given_noise_a_layers_gradient_is_autograds(batch_norm: bool, second_noise: str) -> None:
+    """The damping of each unit is scaled as its curvature is: by the square of what batch norm multiplies it by."""
+    block, mirror, inputs = make_block(batch_norm)
+    with torch.no_grad():
+        layers, _ = mirror.layers(block, StagePass(inputs, None, *block.run(inputs)), False)
+    probed = probed_layers(layers, second_noise == "echo")
+    normals = [torch.randn(each.probing.shape(0), dtype=torch.float64) for each in probed]
+    found = probed_gradient(probed, 0, [each.clone() for each in normals])
+    explicit = explicit_layers(block, mirror, inputs)
+    for (name, (forward, back, at, above)), normal, each in zip(explicit.items(), normals, probed, strict=True):
+        eps = SIGMA * normal
+        noisy = back(forward(at + eps).detach())
+        if second_noise == "echo":
+            point = above.clone().requires_grad_()
+            (echo,) = torch.autograd.grad(back(point), point, eps)
+            loss = 2 * (eps * (back(above + echo) - noisy)).sum() / len(eps)
+        else:
+            pairs = [
+                jacobian(back, above[image : image + 1], create_graph=True).square().sum() for image in range(len(eps))
+            ]
+            loss = (SIGMA**2 * sum(pairs) - 2 * (eps * (noisy - back(above))).sum()) / len(eps)
+        (wanted,) = torch.autograd.grad(loss, getattr(mirror, name))
+        assert (found.parameters[name] - wanted).norm() < 1e-9 * wanted.norm()
+        units = each.layer.units.square().view(-1, *[1] * (each.curvature.dim() - 1))
+        torch.testing.assert_close(found.curvature[name], units * (each.curvature + each.probing.damping(0)))
 
 
 # -- what is left of the noise where the Jacobians match ---------------------------------------------------------------

@@ -60,7 +60,9 @@ class Rule(NamedTuple):
     peers: Peers
     speed: Speed
 
-    def probing(self, inputs: Tensor, weight: Tensor, output: Tensor, overlap: float) -> Probing:
+    def probing(
+        self, inputs: Tensor, weight: Tensor, output: Tensor, overlap: float = 1.0, area: float = 1.0
+    ) -> Probing:
         """Return the noise of one layer on one batch.
 
         Args:
@@ -68,10 +70,11 @@ class Rule(NamedTuple):
             weight: its feedback weight, ``[units, ...]``.
             output: of the layer after pooling, ``[batch, units, ...]``.
             overlap: how many pool windows a position lies in on average.
+            area: how many positions before pooling there are for each window.
         """
         echo, fan_in, positions = self.second_noise == "echo", weight[0].numel(), output[0, 0].numel()
         settings = echo, self.noise, self.iterations, self.samples, self.peers
-        return Probing(inputs, fan_in, positions, overlap, *settings)
+        return Probing(inputs, fan_in, positions, overlap, area, *settings)
 
 
 def automatic_iterations(rule: Rule, mirror: Mirror, clean: StagePass) -> int:
@@ -87,7 +90,7 @@ def automatic_iterations(rule: Rule, mirror: Mirror, clean: StagePass) -> int:
     weights = [weight for name, weight in mirror.named_parameters() if name != "bias"]
     # the size of the noise does not matter here, and to find it would be an exchange between processes
     counted = rule._replace(noise=1.0)
-    return max(counted.probing(clean.inputs, weight, clean.output, 1.0).iterations for weight in weights)
+    return max(counted.probing(clean.inputs, weight, clean.output).iterations for weight in weights)
 
 
 def has_curvature(mirror: Mirror, by_layers: bool) -> bool:
@@ -120,10 +123,11 @@ def ldrl_objective(rule: Rule, stage: Stage, mirror: Mirror, clean: StagePass, n
         return by_autograd(rule, stage, mirror, clean, noise)
     if rule.second_noise == "independent":
         return _independent(rule, mirror, noise, layers)
-    probed = [
-        probe_layer(layer, rule.probing(layer.inputs, layer.feedback, layer.clean.output, layer.pair.overlap), echo)
-        for layer, echo in ((layer, rule.second_noise == "echo") for layer in layers.layers)
-    ]
+    probed = []
+    for layer in layers.layers:
+        output, area = layer.clean.output, layer.clean.affine[0].numel() / layer.clean.output[0].numel()
+        probing = rule.probing(layer.inputs, layer.feedback, output, layer.pair.overlap, area)
+        probed.append(probe_layer(layer, probing, rule.second_noise == "echo"))
 
     def gradient_at(draw: int) -> FeedbackGradient:
         shapes = [each.probing.shape(draw) for each in probed]
@@ -189,7 +193,7 @@ def _probed_by_autograd(
     exact, values = _exact_pass(stage, clean)
     inputs, output, switches = values
     rows = inputs.reshape(noise_shape(stage, inputs))
-    probing = rule.probing(rows, mirror.weight, output, mirror.overlap)
+    probing = rule.probing(rows, mirror.weight, output, mirror.overlap, mirror.area)
     by_taps, variance, images = rule.second_noise == "expected", probing.sigma**2, probing.images
     curvature = curvature_by_autograd(mirror, output, switches, variance, images, by_taps)
 
@@ -207,7 +211,7 @@ def _probed_by_autograd(
                 found = echo_gradient(stage, mirror, *values, eps)
         share = len(inputs) / images
         gradients = {name: share * gradient for name, gradient in found.parameters.items()}
-        return FeedbackGradient(gradients, share * found.loss, curvature + probing.damping(draw))
+        return FeedbackGradient(gradients, share * found.loss, probing.damped(curvature, draw))
 
     return gradient_at
 

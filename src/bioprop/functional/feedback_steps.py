@@ -57,7 +57,7 @@ def normalized_step(weight: Tensor, gradient: FeedbackGradient, eta: float | Non
     Args:
         weight: ``V``, ``[units, ...]``.
         gradient: of the feedback loss, with its curvature.
-        eta: fraction of the Newton step; None for a curvature that is damped already (`Probing.damping`), with neither
+        eta: fraction of the Newton step; None for a curvature that is damped already (`Probing.damped`), with neither
             fraction nor floor.
 
     Raises:

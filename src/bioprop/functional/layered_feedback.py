@@ -137,7 +137,7 @@ def probed_gradient(layers: Sequence[ProbedLayer], draw: int, normals: Sequence[
         normals: standard normals, one for each layer whose `Probing.shape` asks for them; overwritten.
 
     Returns:
-        Gradient and curvature, damped by `Probing.damping`, by name of parameter, of the layers that this draw is for,
+        Gradient and curvature, damped by `Probing.damped`, by name of parameter, of the layers that this draw is for,
         and the sum of the losses.
     """
     gradients: dict[str, Tensor] = {}
@@ -149,7 +149,7 @@ def probed_gradient(layers: Sequence[ProbedLayer], draw: int, normals: Sequence[
         if noise is None:
             continue
         effective = layer.scaled(layer.feedback)
-        curvature = decay + probing.damping(draw)
+        curvature = probing.damped(decay, draw)
         if echo:
             found = echo_closed_form(layer.pair, layer.prepared, clean, effective, noise, curvature)
         else:

@@ -72,6 +72,7 @@ class Probing:
         fan_in: weights of one unit.
         positions: of a unit's output map, after pooling; 1 for a linear layer.
         overlap: how many pool windows a position lies in on average.
+        area: how many positions before pooling there are for each window.
         echo: whether the second noise is an echo; else it is integrated out.
         noise: standard deviation, in units of the activations; None for `NOISE_SHARE` of theirs.
         iterations: a batch; None to leave them to the sizes.
@@ -91,6 +92,7 @@ class Probing:
         fan_in: int,
         positions: int,
         overlap: float = 1.0,
+        area: float = 1.0,
         echo: bool = True,
         noise: float | None = None,
         iterations: int | None = None,
@@ -109,7 +111,9 @@ class Probing:
         self._inputs, self._samples, self._echo, self._peers = inputs, samples, echo, peers
         one_patch = fan_in * overlap / (self.images * samples * peers.size)
         self._white_damping = 2.0 * one_patch * (1.0 if echo else EXPECTED_DAMPING)
-        self._activity_damping = 2.0 * inputs[0].numel() * positions / (batch * peers.size)
+        # two rows that are orthogonal as images may be one pattern at two positions, and windows may choose both
+        crowded = positions * max(1.0, 0.5 * area)
+        self._activity_damping = 2.0 * inputs[0].numel() * crowded / (batch * peers.size)
 
     def is_along(self, draw: int) -> bool:
         """Whether a draw of the noise, by its number within the batch, is along the activities."""
@@ -136,9 +140,18 @@ class Probing:
         return normals.mul_(self.sigma)
 
     def damping(self, draw: int) -> float | Tensor:
-        """What is added to the curvature of every unit for the step after a draw."""
+        """Curvature along the patch of one sample of white noise; along the activities the most that it can be."""
         share = self._activity_damping if self.is_along(draw) else self._white_damping
         return self.sigma**2 * share
+
+    def damped(self, curvature: Tensor, draw: int) -> Tensor:
+        """What the step after a draw is divided by.
+
+        Args:
+            curvature: of the units, or of their taps.
+            draw: number of the draw within the batch.
+        """
+        return curvature * (not self.is_along(draw)) + self.damping(draw)
 
 
 def along_activities(inputs: Tensor, sigma: float | Tensor) -> Tensor:

@@ -100,6 +100,11 @@ class LayerMirror(Mirror):
         """How many pool windows a position lies in on average; 1 without pooling."""
         return 1.0
 
+    @property
+    def area(self) -> float:
+        """How many positions before pooling there are for each window; 1 without pooling."""
+        return 1.0
+
     def locate(self, switches: Switches) -> Places | None:
         """Say where pooled values go back to; None where nothing was pooled."""
         return None
@@ -181,6 +186,11 @@ class ConvMirror(LayerMirror):
     def overlap(self) -> float:
         """How many pool windows a position lies in on average."""
         return 1.0 if self.pool is None else max(1.0, (self.pool.kernel_size / self.pool.stride) ** 2)
+
+    @property
+    def area(self) -> float:
+        """How many positions before pooling there are for each window."""
+        return 1.0 if self.pool is None else prod(self.map_size) / prod(self.pool.output_size(*self.map_size))
 
     def features(self, outputs: Tensor, switches: Tensor | None) -> Tensor:
         """Map ``[batch, *output_shape]`` to ``[batch, out_channels, *map_size]``, the map before pooling.
