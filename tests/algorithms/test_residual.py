@@ -155,7 +155,7 @@ def assert_feedback_learns(make: Make, batch_norm: bool, images: Batch, **settin
         {"iterations": 60} | INDEPENDENT,
         {"iterations": 60} | INDEPENDENT | AS_PUBLISHED,
         {"iterations": 60} | AS_PUBLISHED,
-        {"iterations": 60, "second_noise": "expected", "feedback_lr": 0.05},
+        {"iterations": 60, "second_noise": "expected", "feedback_lr": 0.2},
     ],
     ids=["echo", "echo with a rate", "independent", "independent with sgd", "echo with sgd", "expected"],
 )
