@@ -64,9 +64,7 @@ class ParallelLDRL(LDRL):
         feedback_step: FeedbackStep = "normalized",
         feedback_momentum: float = 0.9,
         speed: Speed = DEFAULT_SPEED,
-        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(
-            params, lr=0.005, momentum=0.9, weight_decay=2e-4
-        ),
+        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.02, momentum=0.9, weight_decay=1e-4),
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(
