@@ -59,10 +59,10 @@ class Clean(NamedTuple):
 def train(stage: Stage, rule: Rule, clean: Clean, normals: Iterator[Tensor], optimizer: torch.optim.Optimizer) -> None:
     """All iterations of one batch."""
     batch, fan_in, positions = len(clean.inputs), stage.weight[0].numel(), clean.output[0, 0].numel()
-    echo, is_short = rule.second_noise == "echo", fan_in > batch * positions
+    echo, is_short = rule.second_noise == "echo", 2 * fan_in > batch * positions**2
     images, iterations = batch, rule.iterations
     if iterations is None and echo:
-        images, iterations = min(batch, 8 * ceil(fan_in / positions / 8)), 2 if is_short else 1
+        images, iterations = min(batch, 8 * ceil(2 * fan_in / positions / 8)), 2
     elif iterations is None:
         iterations = 4
     sigma = rule.sigma

@@ -29,44 +29,45 @@ def probing(batch: int, fan_in: int, positions: int, **settings: object) -> Prob
 
 
 @pytest.mark.parametrize(
-    ("batch", "fan_in", "positions", "ratio", "images", "iterations"),
+    ("batch", "fan_in", "positions", "images", "along"),
     [
-        (128, 27, 256, 27 / (128 * 256), 8, 1),  # one image would do
-        (128, 1152, 64, 1152 / (128 * 64), 24, 1),  # 18 images, in eights
-        (128, 2304, 16, 2304 / (128 * 16), 128, 2),  # 144 images
-        (128, 64, 1, 0.5, 64, 1),  # a linear stage: half the batch
-        (128, 128, 1, 1.0, 128, 1),
-        (128, 129, 1, 129 / 128, 128, 2),
-        (5, 3, 1, 0.6, 5, 1),  # fewer images than eight
-        (1, 1, 1, 1.0, 1, 1),
-        (1, 2, 1, 2.0, 1, 2),
+        (128, 27, 256, 8, False),  # one image would do
+        (128, 1152, 64, 40, False),  # 36 images, in eights
+        (128, 2304, 16, 128, False),  # 288 images, but sixteen positions
+        (128, 2304, 4, 128, True),  # r = 4.5
+        (128, 2304, 5, 128, True),  # r = 3.6
+        (128, 2304, 6, 128, False),  # r = 3
+        (128, 32, 1, 64, False),  # a linear stage: half the batch
+        (128, 64, 1, 128, False),
+        (128, 65, 1, 128, True),
+        (5, 2, 1, 5, False),  # fewer images than eight
+        (2, 1, 1, 2, False),
+        (1, 1, 1, 1, True),
     ],
 )
-def test_images_and_iterations_follow_from_the_sizes(
-    batch: int, fan_in: int, positions: int, ratio: float, images: int, iterations: int
+def test_images_and_directions_follow_from_the_sizes(
+    batch: int, fan_in: int, positions: int, images: int, along: bool
 ) -> None:
     found = probing(batch, fan_in, positions)
-    assert found.ratio == pytest.approx(ratio)
-    assert (found.images, found.iterations) == (images, iterations)
-    assert found.shape(0) == (images, 5)
-    assert found.shape(iterations) is None
-    assert [found.is_along(draw) for draw in range(iterations)] == [False, True][:iterations]
+    assert found.ratio == pytest.approx(fan_in / (batch * positions))
+    assert found.images == images
+    assert [found.is_along(draw) for draw in range(4)] == [False, along, False, along]
+    assert [found.shape(draw) for draw in range(2)] == [(images, 5), None if along else (images, 5)]
 
 
-def test_integrated_out_it_takes_the_whole_batch_four_times_and_never_the_activities() -> None:
+def test_integrated_out_it_takes_the_whole_batch_and_never_the_activities() -> None:
     for fan_in in (3, 3000):
         found = probing(20, fan_in, 1, echo=False)
-        assert (found.images, found.iterations) == (20, 4)
+        assert found.images == 20
         assert not any(found.is_along(draw) for draw in range(4))
         assert found.shape(3) == (20, 5)
-        assert found.shape(4) is None
 
 
 def test_iterations_that_are_given_take_the_whole_batch_and_turn_in_turn() -> None:
-    found = probing(20, 10, 1, iterations=5)
-    assert (found.images, found.iterations) == (20, 5)
+    found = probing(20, 6, 1, whole=True)
+    assert found.images == 20
     assert not any(found.is_along(draw) for draw in range(5))
-    found = probing(20, 100, 1, iterations=5)
+    found = probing(20, 100, 1, whole=True)
     assert [found.is_along(draw) for draw in range(5)] == [False, True, False, True, False]
     assert [found.shape(draw) for draw in range(5)] == [(20, 5), None, (20, 5), None, (20, 5)]
 
@@ -75,27 +76,27 @@ def test_all_samples_of_an_iteration_are_of_one_kind() -> None:
     found = probing(20, 100, 1, samples=3)
     assert [found.is_along(draw) for draw in range(6)] == [False] * 3 + [True] * 3
     assert found.shape(2) == (20, 5)
-    assert found.noise(6, None) is None
 
 
 def test_several_processes_share_the_sizes_of_the_whole_batch() -> None:
     alone, shared = probing(128, 1152, 64), probing(32, 1152, 64, peers=peers(4))
     assert shared.ratio == alone.ratio
     assert 4 * shared.images == alone.images
-    assert shared.iterations == alone.iterations
     assert shared.damping(0) == alone.damping(0)
     alone, shared = probing(128, 4000, 1), probing(32, 4000, 1, peers=peers(4))
-    assert (shared.images, shared.iterations) == (32, 2)
+    assert shared.images == 32
+    assert shared.is_along(1)
+    assert alone.is_along(1)
     assert [shared.damping(draw) for draw in (0, 1)] == [alone.damping(draw) for draw in (0, 1)]
 
 
 def test_the_damping_is_the_curvature_of_a_single_sample() -> None:
     """White: ``2 sigma^2 fan_in / samples``, times the windows over a position; ten times it without an echo."""
     sigma = 0.1
-    assert probing(20, 10, 1, noise=sigma).damping(0) == pytest.approx(2 * sigma**2 * 10 / 16)  # of 20 images
-    assert probing(20, 10, 1, noise=sigma, iterations=1).damping(0) == pytest.approx(2 * sigma**2 * 10 / 20)
-    assert probing(20, 10, 1, noise=sigma, iterations=1, samples=4).damping(2) == pytest.approx(2 * sigma**2 * 10 / 80)
-    assert probing(20, 10, 1, overlap=2.25, noise=sigma).damping(0) == pytest.approx(2 * sigma**2 * 2.25 * 10 / 16)
+    assert probing(20, 8, 1, noise=sigma).damping(0) == pytest.approx(2 * sigma**2 * 8 / 16)  # of 20 images
+    assert probing(20, 8, 1, noise=sigma, whole=True).damping(0) == pytest.approx(2 * sigma**2 * 8 / 20)
+    assert probing(20, 8, 1, noise=sigma, whole=True, samples=4).damping(2) == pytest.approx(2 * sigma**2 * 8 / 80)
+    assert probing(20, 8, 1, overlap=2.25, noise=sigma).damping(0) == pytest.approx(2 * sigma**2 * 2.25 * 8 / 16)
     assert probing(20, 10, 1, echo=False, noise=sigma).damping(0) == pytest.approx(2 * sigma**2 * 100 / 20)
 
 
@@ -120,17 +121,17 @@ def test_noise_is_a_hundredth_of_the_activities_root_mean_square() -> None:
 
 
 def test_white_noise_is_the_normals_times_sigma() -> None:
-    found = Probing(torch.ones(3, 2), 2, 1, noise=0.5, iterations=1)
+    found = Probing(torch.ones(3, 2), 2, 1, noise=0.5, whole=True)
     normals = torch.randn(3, 2)
-    assert torch.equal(found.noise(0, normals.clone()), 0.5 * normals)
+    assert torch.equal(found.noise(normals.clone()), 0.5 * normals)
 
 
 def test_each_process_has_its_rows_of_the_basis() -> None:
     inputs = torch.randn(6, 9, dtype=torch.float64)
-    whole = Probing(inputs, 60, 1, noise=0.1).noise(1, None)
+    whole = Probing(inputs, 60, 1, noise=0.1).noise(None)
     for rank in range(2):
         shared = Peers(2, rank, lambda tensors: tensors, lambda rows: inputs)
-        part = Probing(inputs[rank::2], 60, 1, noise=0.1, peers=shared).noise(1, None)
+        part = Probing(inputs[rank::2], 60, 1, noise=0.1, peers=shared).noise(None)
         assert torch.equal(part, whole[rank::2])
 
 
@@ -142,7 +143,7 @@ def step_of(mirror: Mirror, stage: Stage, inputs: Tensor, asked: Probing, draw: 
     with torch.no_grad():
         output, switches = stage.run(inputs)
     eps = torch.zeros_like(inputs)
-    eps[: asked.images] = asked.noise(draw, normals)
+    eps[: asked.images] = asked.noise(normals)
     found = echo_gradient(stage, mirror, inputs, output, switches, eps)
     share = len(inputs) / asked.images
     parameters = {name: share * each for name, each in found.parameters.items()}
@@ -156,7 +157,7 @@ def test_the_squared_error_falls_by_what_least_mean_squares_promises(fan_in: int
     """By ``r / (1 + r)`` on a linear stage, and what samples of four moments add; over 300 random feedback weights."""
     stage = LinearStage((fan_in,), 5, "identity").double()
     mirror, inputs = build_mirror(stage, "exact").double(), torch.randn(batch, fan_in, dtype=torch.float64)
-    asked, ratios = Probing(inputs, fan_in, 1, noise=1e-2, iterations=1), []
+    asked, ratios = Probing(inputs, fan_in, 1, noise=1e-2, whole=True), []
     for _ in range(300):
         torch.nn.init.normal_(mirror.weight)
         before = (mirror.weight - stage.weight).square().sum()
@@ -219,7 +220,7 @@ def error_after_a_step_along_the_activities(
     """``V - W`` before and after."""
     stage = LinearStage((features,), 4, activation).double()
     mirror, inputs = build_mirror(stage, "exact").double(), torch.randn(batch, features, dtype=torch.float64)
-    asked = Probing(inputs, features, 1, noise=1e-4, iterations=2)
+    asked = Probing(inputs, features, 1, noise=1e-4)
     before = error(inputs)
     with torch.no_grad():
         mirror.weight.copy_(stage.weight + before)
@@ -263,7 +264,7 @@ def test_a_step_never_makes_a_units_error_larger(
     stage = LinearStage((batch + more,), 4, activation).double()
     mirror = build_mirror(stage, "exact").double()
     inputs = scale * torch.randn(batch, batch + more, dtype=torch.float64)
-    asked = Probing(inputs, batch + more, 1, noise=1e-7 * scale, iterations=2)  # no kink nearby
+    asked = Probing(inputs, batch + more, 1, noise=1e-7 * scale)  # no kink nearby
     before = (mirror.weight - stage.weight).detach()
     step_of(mirror, stage, inputs, asked, 1, None)
     after = (mirror.weight - stage.weight).detach()
@@ -279,11 +280,11 @@ def test_a_larger_step_would(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("pool", [None, Pool(2, 2), Pool(3, 2, 1)], ids=["not pooled", "pooled", "overlapping windows"])
 def test_nor_on_convolutions_of_random_images(pool: Pool | None) -> None:
     for _ in range(20):
-        stage = ConvStage((40, 4, 4), 3, 3, padding=1, activation="elu", pool=pool).double()
-        mirror, inputs = build_mirror(stage, "exact").double(), torch.randn(4, 40, 4, 4, dtype=torch.float64)
+        stage = ConvStage((60, 4, 4), 3, 3, padding=1, activation="elu", pool=pool).double()
+        mirror, inputs = build_mirror(stage, "exact").double(), torch.randn(4, 60, 4, 4, dtype=torch.float64)
         size = stage.output_shape[1] * stage.output_shape[2]
-        asked = Probing(inputs, 360, size, mirror.overlap, mirror.area, noise=1e-5, iterations=2)
-        assert asked.ratio > 1
+        asked = Probing(inputs, 540, size, mirror.overlap, mirror.area, noise=1e-5)
+        assert asked.is_along(1)
         before = (mirror.weight - stage.weight).detach()
         step_of(mirror, stage, inputs, asked, 1, None)
         after = (mirror.weight - stage.weight).detach()
@@ -299,6 +300,6 @@ def test_nor_where_one_pattern_moves_from_image_to_image() -> None:
     with torch.no_grad():
         stage.weight.copy_(pattern.view_as(stage.weight))
         mirror.weight.copy_(2 * stage.weight)
-    asked = Probing(inputs.view(4, 8, 2, 2), 8, 1, mirror.overlap, mirror.area, noise=1e-5, iterations=2)
+    asked = Probing(inputs.view(4, 8, 2, 2), 8, 1, mirror.overlap, mirror.area, noise=1e-5)
     step_of(mirror, stage, inputs.view(4, 8, 2, 2), asked, 1, None)
     assert (mirror.weight - stage.weight).norm() <= stage.weight.norm() * (1 + 1e-3)

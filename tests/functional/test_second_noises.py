@@ -258,7 +258,7 @@ def layer_gradient(layers: list[FeedbackLayer], shapes: list[Any], second_noise:
 def probed_layers(layers: list[FeedbackLayer], echo: bool) -> list[ProbedLayer]:
     sizes = [(layer.feedback[0].numel(), layer.clean.output[0, 0].numel()) for layer in layers]
     probings = [
-        Probing(layer.inputs, *size, echo=echo, noise=SIGMA, iterations=1)
+        Probing(layer.inputs, *size, echo=echo, noise=SIGMA, whole=True)
         for layer, size in zip(layers, sizes, strict=True)
     ]
     return [probe_layer(layer, probing, echo) for layer, probing in zip(layers, probings, strict=True)]

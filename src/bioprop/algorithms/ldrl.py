@@ -6,13 +6,13 @@ import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 
 from bioprop.algorithms.layerwise_feedback import FeedbackStep, LayerwiseFeedback
-from bioprop.algorithms.ldrl_objectives import Rule, SecondNoise, automatic_iterations, has_curvature, ldrl_objective
+from bioprop.algorithms.ldrl_objectives import Rule, SecondNoise, has_curvature, ldrl_objective
 from bioprop.algorithms.random_streams import NoiseStream
 from bioprop.distributed import gather_rows, mean_over_processes, process_count, process_rank
 from bioprop.errors import UserError
 from bioprop.functional.activations import MirrorName
 from bioprop.functional.feedback_losses import FeedbackObjective
-from bioprop.functional.probing import ALONE, Peers
+from bioprop.functional.probing import ALONE, ECHO_ITERATIONS, EXPECTED_ITERATIONS, Peers
 from bioprop.functional.speed import DEFAULT_SPEED, Speed
 from bioprop.networks.mirrors import Mirror
 from bioprop.networks.network import Network
@@ -37,7 +37,7 @@ class LDRL(LayerwiseFeedback):
     (`bioprop.functional.feedback_losses` derives all three, `bioprop.functional.probing` the settings ``auto``):
 
     - ``echo`` (ours): what ``G`` itself answers to ``eps``. The gradient's noise then vanishes where ``J_G = J_F^T``,
-      and one or two iterations a batch do what takes hundreds with independent noise. It never reads a forward weight:
+      and two iterations a batch do what takes hundreds with independent noise. It never reads a forward weight:
       ``F`` is a black box that answers to ``s + eps``. But it sends noise up through the feedback weights, which no
       local rule can: results with it are those of the published rule with very many samples, not of a local circuit.
     - ``expected`` (ours): integrated out, which leaves a local rule: Hebb's product and a decay. Noisier than the echo.
@@ -54,8 +54,8 @@ class LDRL(LayerwiseFeedback):
         feedback_lr: for ``normalized`` the fraction ``eta`` of a Newton step, in (0, 1]; it is damped as least mean
             squares asks but for independent noise, and ``auto`` is all of it. For ``sgd`` the learning rate.
         iterations: feedback iterations a batch, each on the whole batch, 0 to leave a stage's feedback as it was drawn.
-            ``auto`` with an echo: one, on as many images as give a unit as many samples as it has weights; and where a
-            batch does not, a second one along the batch's own activities. ``auto`` with ``expected``: four.
+            ``auto`` with an echo: two, on as many images as give a unit two samples for each of its weights; where a
+            batch has fewer, the second is along the batch's own activities. ``auto`` with ``expected``: four.
         switches: whose max-pool switches unpool the noisy output: those of the ``clean`` pass (ours) or of the
             ``noisy`` one, as published. Noise flips some switches, and each flip moves a whole activation, not a small
             difference: this biases the published loss, however small the noise, away from ``J_G = J_F^T``. Likewise
@@ -162,7 +162,7 @@ class LDRL(LayerwiseFeedback):
             self.second_noise,
             self._clean_switches,
             self.setting_of(name, self.noise),
-            self.setting_of(name, self.iterations),
+            self.setting_of(name, self.iterations) is not None,
             self.noise_at == "layer",
             self.samples,
             Peers(process_count(), process_rank(), mean_over_processes, gather_rows)
@@ -171,10 +171,12 @@ class LDRL(LayerwiseFeedback):
             self.speed,
         )
 
-    def iterations_of(self, name: str, mirror: Mirror, clean: StagePass) -> int:
+    def iterations_of(self, name: str) -> int:
         """How many feedback iterations a batch takes for one stage."""
         given = self.setting_of(name, self.iterations)
-        return automatic_iterations(self._rule(name), mirror, clean) if given is None else int(given)
+        if given is None:
+            return ECHO_ITERATIONS if self.second_noise == "echo" else EXPECTED_ITERATIONS
+        return int(given)
 
     def feedback_objective(
         self, name: str, stage: Stage, mirror: Mirror, clean: StagePass, noise: NoiseStream

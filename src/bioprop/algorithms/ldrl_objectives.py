@@ -44,7 +44,7 @@ class Rule(NamedTuple):
         second_noise: ``echo``, ``expected`` or ``independent``.
         clean_switches: unpool the noisy output by the clean pass's switches, instead of by its own.
         noise: standard deviation.
-        iterations: a batch.
+        whole: whether an echo's noise is on the whole batch.
         by_layers: whether stages of several layers are trained layer by layer.
         samples: draws of the noise that the gradient of an iteration is the mean of.
         peers: processes that average their gradients.
@@ -54,7 +54,7 @@ class Rule(NamedTuple):
     second_noise: SecondNoise
     clean_switches: bool
     noise: float | None
-    iterations: int | None
+    whole: bool
     by_layers: bool
     samples: int
     peers: Peers
@@ -73,24 +73,8 @@ class Rule(NamedTuple):
             area: how many positions before pooling there are for each window.
         """
         echo, fan_in, positions = self.second_noise == "echo", weight[0].numel(), output[0, 0].numel()
-        settings = echo, self.noise, self.iterations, self.samples, self.peers
+        settings = echo, self.noise, self.whole, self.samples, self.peers
         return Probing(inputs, fan_in, positions, overlap, area, *settings)
-
-
-def automatic_iterations(rule: Rule, mirror: Mirror, clean: StagePass) -> int:
-    """How many iterations ``auto`` stands for: the most that one of a stage's layers takes.
-
-    Args:
-        rule: whose ``iterations`` is None.
-        mirror: of the stage.
-        clean: pass of the batch through the stage.
-    """
-    if not has_curvature(mirror, rule.by_layers):
-        return 1
-    weights = [weight for name, weight in mirror.named_parameters() if name != "bias"]
-    # the size of the noise does not matter here, and to find it would be an exchange between processes
-    counted = rule._replace(noise=1.0)
-    return max(counted.probing(clean.inputs, weight, clean.output).iterations for weight in weights)
 
 
 def has_curvature(mirror: Mirror, by_layers: bool) -> bool:
@@ -199,10 +183,8 @@ def _probed_by_autograd(
 
     def gradient_at(draw: int) -> FeedbackGradient:
         shape = probing.shape(draw)
-        made = probing.noise(draw, None if shape is None else noise.draw(draw, 1.0, shape)[0])
         eps = torch.zeros_like(rows)
-        if made is not None:
-            eps[:images] = made
+        eps[:images] = probing.noise(None if shape is None else noise.draw(draw, 1.0, shape)[0])
         eps = eps.view(inputs.shape)
         with exact():
             if by_taps:

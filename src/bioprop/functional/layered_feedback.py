@@ -137,17 +137,14 @@ def probed_gradient(layers: Sequence[ProbedLayer], draw: int, normals: Sequence[
         normals: standard normals, one for each layer whose `Probing.shape` asks for them; overwritten.
 
     Returns:
-        Gradient and curvature, damped by `Probing.damped`, by name of parameter, of the layers that this draw is for,
-        and the sum of the losses.
+        Gradient and curvature, damped by `Probing.damped`, by name of parameter, and the sum of the losses.
     """
     gradients: dict[str, Tensor] = {}
     curvatures: dict[str, Tensor] = {}
     losses = []
     unused = iter(normals)
     for layer, probing, clean, decay, echo in layers:
-        noise = probing.noise(draw, None if probing.shape(draw) is None else next(unused))
-        if noise is None:
-            continue
+        noise = probing.noise(None if probing.shape(draw) is None else next(unused))
         effective = layer.scaled(layer.feedback)
         curvature = probing.damped(decay, draw)
         if echo:

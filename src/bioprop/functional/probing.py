@@ -9,12 +9,13 @@ has with the samples that one batch of noise is for it (every pool window is one
   curvature (`closed_forms.curvature_of_units`) and for ``damping`` the curvature that a single sample has along its own
   patch: normalised least mean squares (Widrow & Hoff, 1960). The squared error falls by the factor ``r / (1 + r)``. It
   never grows on average, however few samples there are, and a dead unit is divided by the damping alone. Where ``r`` is
-  below 1 the noise of the whole batch is more than is needed: as many images are taken as make it 1.
-- **Noise along the activities.** Where ``r`` is above 1, white noise leaves most directions unseen. But a forward
-  weight only ever moves along the activities that come in, and an echo may have any distribution, since it vanishes
-  with the error whatever the noise. So a second iteration asks about those directions: its noise is an orthonormal
-  basis of the span of the batch's own activities. The step is bounded by what orthonormal rows can do together, and is
-  exact on a linear stage whose slopes are 1.
+  small the noise of the whole batch is more than is needed: as many images are taken as make it `ENOUGH`.
+- **Noise along the activities.** Where ``r`` is large, white noise leaves most directions unseen. But a forward weight
+  only ever moves along the activities that come in, and an echo may have any distribution, since it vanishes with the
+  error whatever the noise. So every second iteration asks about those directions: its noise is an orthonormal basis of
+  the span of the batch's own activities. The step is bounded by what orthonormal rows can do together, and is exact on
+  a linear stage whose slopes are 1. The bound grows with the positions, at all of which one pattern may appear. So
+  noise is along the activities where ``r`` is above `ENOUGH` for each position, and white again elsewhere.
 """
 
 import math
@@ -30,12 +31,12 @@ NOISE_SHARE = 0.01
 LEAST_SCALE = 1e-3
 #: Share of the activities' total variance that is added to each sample's, so that their basis can be formed in float32.
 BASIS_RIDGE = 1e-5
-#: Iterations of a batch that `iterations: auto` stands for with the second noise integrated out.
-EXPECTED_ITERATIONS = 4
+#: Directions that a unit's weight has for each sample of white noise, at the most.
+ENOUGH = 0.5
+#: Iterations of a batch that `iterations: auto` stands for with an echo, and with the second noise integrated out.
+ECHO_ITERATIONS, EXPECTED_ITERATIONS = 2, 4
 #: How much more than least mean squares the step is damped there: the first term's noise stays at the minimiser.
 EXPECTED_DAMPING = 10.0
-
-
 #: Images that white noise is put on come in multiples of this, which 2, 4 and 8 processes share evenly.
 IMAGES_MULTIPLE = 8
 
@@ -62,11 +63,6 @@ ALONE = Peers(1, 0, lambda tensors: tensors, lambda rows: rows)
 class Probing:
     """The noise of one layer on one batch: its size, its directions, its images, and the damping of the step.
 
-    Iterations that are left to it: with an echo one of white noise, on as many images as are needed, and where a batch
-    is not enough a second one along the activities; `EXPECTED_ITERATIONS` with the second noise integrated out. Where a
-    number of iterations is given, each takes the whole batch, and every second one is along the activities if ``r`` is
-    above 1.
-
     Args:
         inputs: of the layer, ``[batch, ...]``: this process's images.
         fan_in: weights of one unit.
@@ -75,14 +71,13 @@ class Probing:
         area: how many positions before pooling there are for each window.
         echo: whether the second noise is an echo; else it is integrated out.
         noise: standard deviation, in units of the activations; None for `NOISE_SHARE` of theirs.
-        iterations: a batch; None to leave them to the sizes.
+        whole: whether an echo's white noise is on the whole batch, too, instead of on as many images as are needed.
         samples: draws of the noise that the gradient of an iteration is the mean of.
         peers: who else has rows of the batch.
 
     Attributes:
         ratio: ``r``, of the rows of all.
-        images: that there is noise on, the first ones of this process.
-        iterations: a batch.
+        images: that there is white noise on, the first ones of this process.
         sigma: standard deviation of the noise.
     """
 
@@ -95,20 +90,19 @@ class Probing:
         area: float = 1.0,
         echo: bool = True,
         noise: float | None = None,
-        iterations: int | None = None,
+        whole: bool = False,
         samples: int = 1,
         peers: Peers = ALONE,
     ) -> None:
         batch = len(inputs)
         self.ratio = fan_in / (batch * peers.size * positions)
         self.images = batch
-        self.iterations = EXPECTED_ITERATIONS if iterations is None else iterations
-        if echo and iterations is None:
-            needed = IMAGES_MULTIPLE * math.ceil(fan_in / (positions * IMAGES_MULTIPLE))
+        if echo and not whole:
+            needed = IMAGES_MULTIPLE * math.ceil(fan_in / (ENOUGH * positions * IMAGES_MULTIPLE))
             self.images = min(batch, math.ceil(needed / peers.size))
-            self.iterations = 1 if self.ratio <= 1.0 else 2
         self.sigma: float | Tensor = NOISE_SHARE * scale_of(inputs, peers) if noise is None else noise
-        self._inputs, self._samples, self._echo, self._peers = inputs, samples, echo, peers
+        self._inputs, self._samples, self._peers = inputs, samples, peers
+        self._turns = echo and self.ratio > ENOUGH * positions
         one_patch = fan_in * overlap / (self.images * samples * peers.size)
         self._white_damping = 2.0 * one_patch * (1.0 if echo else EXPECTED_DAMPING)
         # two rows that are orthogonal as images may be one pattern at two positions, and windows may choose both
@@ -117,23 +111,18 @@ class Probing:
 
     def is_along(self, draw: int) -> bool:
         """Whether a draw of the noise, by its number within the batch, is along the activities."""
-        return self._echo and self.ratio > 1.0 and draw // self._samples % 2 == 1
+        return self._turns and draw // self._samples % 2 == 1
 
     def shape(self, draw: int) -> tuple[int, ...] | None:
         """Shape of the standard normals that a draw is made of; None where it needs none."""
-        if self.is_along(draw) or draw >= self.iterations * self._samples:
-            return None
-        return (self.images, *self._inputs.shape[1:])
+        return None if self.is_along(draw) else (self.images, *self._inputs.shape[1:])
 
-    def noise(self, draw: int, normals: Tensor | None) -> Tensor | None:
-        """Make the noise ``eps`` of a draw, on the first `images` of the batch; None where the layer has all it needs.
+    def noise(self, normals: Tensor | None) -> Tensor:
+        """Make the noise ``eps`` of a draw: on the first `images` of the batch, or on all of it along the activities.
 
         Args:
-            draw: its number within the batch.
-            normals: of `shape`; overwritten.
+            normals: of `shape`, overwritten; None for noise along the activities.
         """
-        if draw >= self.iterations * self._samples:
-            return None
         if normals is None:
             basis = along_activities(self._peers.gather(self._inputs), self.sigma)
             return basis[self._peers.rank :: self._peers.size]
