@@ -64,7 +64,7 @@ def train(stage: Stage, rule: Rule, clean: Clean, normals: Iterator[Tensor], opt
     if iterations is None and echo:
         images, iterations = min(batch, 8 * ceil(2 * fan_in / positions / 8)), 2
     elif iterations is None:
-        iterations = 4
+        iterations = max(4, ceil(fan_in / batch / positions))
     sigma = rule.sigma
     if sigma is None:
         sigma = 0.01 * max(LEAST_RMS, float((clean.inputs**2).mean()) ** 0.5)

@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bioprop.algorithms import DTP, LDRL, LayerwiseFeedback, ldrl
+from bioprop.algorithms import DTP, LDRL, LayerwiseFeedback
 from bioprop.algorithms.random_streams import NoiseStream
 from bioprop.functional import closed_forms, layered_feedback, probing
 from bioprop.functional.feedback_losses import FeedbackGradient
@@ -265,7 +265,7 @@ FAULTS: dict[str, tuple[Fault, bool]] = {
     "no noise along the activities": (replacing("is_along", lambda self, draw: False), True),
     "curvatures not squared": (with_curvatures_of_slopes, True),
     "another size of noise": (lambda monkeypatch: monkeypatch.setattr(probing, "NOISE_SHARE", 0.02), True),
-    "one iteration": (lambda monkeypatch: monkeypatch.setattr(ldrl, "ECHO_ITERATIONS", 1), True),
+    "one iteration": (lambda monkeypatch: monkeypatch.setattr(probing, "ECHO_ITERATIONS", 1), True),
     "noise on more images": (lambda monkeypatch: monkeypatch.setattr(probing, "IMAGES_MULTIPLE", 16), True),
 }
 
@@ -300,7 +300,7 @@ EXPECTED_FAULTS: dict[str, Fault] = {
         ),
     ),
     "another damping": lambda monkeypatch: monkeypatch.setattr(probing, "EXPECTED_DAMPING", 1.0),
-    "fewer iterations": lambda monkeypatch: monkeypatch.setattr(ldrl, "EXPECTED_ITERATIONS", 3),
+    "fewer iterations": lambda monkeypatch: monkeypatch.setattr(probing, "EXPECTED_ITERATIONS", 3),
 }
 
 

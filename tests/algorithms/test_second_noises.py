@@ -1,5 +1,6 @@
 """L-DRL by each second noise: forward stages as black boxes, settings that follow from the sizes, what it learns."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any
@@ -179,6 +180,21 @@ def test_noise_is_put_on_as_many_images_as_are_needed(monkeypatch: pytest.Monkey
     assert [(event.stage, event.iteration) for event in iterations] == [
         (stage, iteration) for stage in ("conv2", "fc1", "fc2") for iteration in (0, 1)
     ]
+
+
+@pytest.mark.parametrize("cls", [LDRL, ParallelLDRL])
+@pytest.mark.parametrize(
+    ("second_noise", "expected"),
+    [("echo", {"conv2": 2, "fc1": 2, "fc2": 2}), ("expected", {"conv2": 4, "fc1": 22, "fc2": 4})],
+)
+def test_each_stage_takes_the_iterations_of_its_own_sizes(
+    cls: type[LDRL], second_noise: str, expected: dict[str, int]
+) -> None:
+    """With 3 images: fc1 has 64 inputs, a ratio of 21.3."""
+    algorithm, counts = cls(small_lenet(), second_noise=second_noise), Counter[str]()
+    with algorithm.observe_feedback(lambda event: counts.update([event.stage])):
+        algorithm.train_feedback(draw_batch(3)[0])
+    assert counts == expected
 
 
 def test_several_samples_are_averaged() -> None:

@@ -145,8 +145,14 @@ class LayerwiseFeedback(MirroredFeedback):
         """Return a stage's own value of a hyperparameter of feedback training, None where it is ``auto``."""
         return dict(zip(self.feedback, values, strict=True))[name]
 
-    def iterations_of(self, name: str) -> int:
-        """How many feedback iterations a batch takes for one stage."""
+    def iterations_of(self, name: str, mirror: Mirror, clean: StagePass) -> int:
+        """How many feedback iterations a batch takes for one stage.
+
+        Args:
+            name: of the stage.
+            mirror: its feedback operator.
+            clean: its clean pass.
+        """
         return int(self.setting_of(name, self.iterations))
 
     def _train_feedback(self, passes: Sequence[StagePass]) -> dict[str, Tensor]:
@@ -156,7 +162,7 @@ class LayerwiseFeedback(MirroredFeedback):
         owners = self._owners(passes)
         with torch.no_grad():
             for place, ((name, stage, mirror), clean) in enumerate(zip(stages, passes, strict=True)):
-                iterations = self.iterations_of(name)
+                iterations = self.iterations_of(name, mirror, clean)
                 if not iterations or not self._trains_here(name, owners):
                     continue
                 noise = self._noise(place, clean)
@@ -239,7 +245,8 @@ class LayerwiseFeedback(MirroredFeedback):
         """Which process trains which of the stages that are trained; empty where every process trains all."""
         if not self._shares("stages") or self._observers:  # observers want to see every stage
             return {}
-        counts = {name: self.iterations_of(name) for name, _, _ in self.mirrored_stages()}
+        stages = zip(self.mirrored_stages(), passes, strict=True)
+        counts = {name: self.iterations_of(name, mirror, clean) for (name, _, mirror), clean in stages}
         trained = [name for name, count in counts.items() if count]
         clean = {name: each for name, each in zip(self.feedback, passes, strict=True) if name in trained}
         weights = {name: sum(each.numel() for each in self.feedback[name].parameters()) for name in trained}

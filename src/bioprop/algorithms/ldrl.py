@@ -12,7 +12,7 @@ from bioprop.distributed import gather_rows, mean_over_processes, process_count,
 from bioprop.errors import UserError
 from bioprop.functional.activations import MirrorName
 from bioprop.functional.feedback_losses import FeedbackObjective
-from bioprop.functional.probing import ALONE, ECHO_ITERATIONS, EXPECTED_ITERATIONS, Peers
+from bioprop.functional.probing import ALONE, Peers, automatic_iterations
 from bioprop.functional.speed import DEFAULT_SPEED, Speed
 from bioprop.networks.mirrors import Mirror
 from bioprop.networks.network import Network
@@ -55,7 +55,8 @@ class LDRL(LayerwiseFeedback):
             squares asks but for independent noise, and ``auto`` is all of it. For ``sgd`` the learning rate.
         iterations: feedback iterations a batch, each on the whole batch, 0 to leave a stage's feedback as it was drawn.
             ``auto`` with an echo: two, on as many images as give a unit two samples for each of its weights; where a
-            batch has fewer, the second is along the batch's own activities. ``auto`` with ``expected``: four.
+            batch has fewer, the second is along the batch's own activities. ``auto`` with ``expected``: one
+            for each direction of a weight that there is to a sample of the batch, four at least.
         switches: whose max-pool switches unpool the noisy output: those of the ``clean`` pass (ours) or of the
             ``noisy`` one, as published. Noise flips some switches, and each flip moves a whole activation, not a small
             difference: this biases the published loss, however small the noise, away from ``J_G = J_F^T``. Likewise
@@ -171,12 +172,14 @@ class LDRL(LayerwiseFeedback):
             self.speed,
         )
 
-    def iterations_of(self, name: str) -> int:
+    def iterations_of(self, name: str, mirror: Mirror, clean: StagePass) -> int:
         """How many feedback iterations a batch takes for one stage."""
         given = self.setting_of(name, self.iterations)
-        if given is None:
-            return ECHO_ITERATIONS if self.second_noise == "echo" else EXPECTED_ITERATIONS
-        return int(given)
+        if given is not None:
+            return int(given)
+        fan_in = max(weight[0].numel() for each, weight in mirror.named_parameters() if each != "bias")
+        samples = len(clean.inputs) * self._rule(name).peers.size * clean.output[0, 0].numel()
+        return automatic_iterations(self.second_noise == "echo", fan_in / samples)
 
     def feedback_objective(
         self, name: str, stage: Stage, mirror: Mirror, clean: StagePass, noise: NoiseStream

@@ -91,7 +91,11 @@ class ParallelLDRL(LDRL):
         course: dict[str, list[Tensor]] = {name: [] for name, _, _ in stages}
         passes = passes[1:]
         owners = self._owners(passes)
-        counts = {name: self.iterations_of(name) for name, _, _ in stages if self._trains_here(name, owners)}
+        counts = {
+            name: self.iterations_of(name, mirror, clean)
+            for (name, _, mirror), clean in zip(stages, passes, strict=True)
+            if self._trains_here(name, owners)
+        }
         with torch.no_grad():
             objectives = {
                 name: self.feedback_objective(name, stage, mirror, clean, self._noise(place, clean))

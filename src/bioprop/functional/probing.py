@@ -33,7 +33,7 @@ LEAST_SCALE = 1e-3
 BASIS_RIDGE = 1e-5
 #: Directions that a unit's weight has for each sample of white noise, at the most.
 ENOUGH = 0.5
-#: Iterations of a batch that `iterations: auto` stands for with an echo, and with the second noise integrated out.
+#: Iterations of a batch that `iterations: auto` stands for with an echo; the least that it stands for without.
 ECHO_ITERATIONS, EXPECTED_ITERATIONS = 2, 4
 #: How much more than least mean squares the step is damped there: the first term's noise stays at the minimiser.
 EXPECTED_DAMPING = 10.0
@@ -141,6 +141,19 @@ class Probing:
             draw: number of the draw within the batch.
         """
         return curvature * (not self.is_along(draw)) + self.damping(draw)
+
+
+def automatic_iterations(echo: bool, ratio: float) -> int:
+    """How many iterations a batch ``auto`` stands for.
+
+    Without an echo a weight is learned as the mean over noise, of which a batch has one sample for ``r`` directions: a
+    step is damped by as much, and as many are taken, or feedback would follow the later the wider the stage is.
+
+    Args:
+        echo: whether the second noise is an echo; else it is integrated out.
+        ratio: ``r``, the largest of the stage's layers.
+    """
+    return ECHO_ITERATIONS if echo else max(EXPECTED_ITERATIONS, math.ceil(ratio))
 
 
 def along_activities(inputs: Tensor, sigma: float | Tensor) -> Tensor:
