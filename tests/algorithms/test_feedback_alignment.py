@@ -365,7 +365,7 @@ def test_a_plain_models_angles_are_by_its_children() -> None:
 
 
 def test_a_model_without_layers_is_refused() -> None:
-    with refused("ReLU has no Linear or Conv2d layer"):
+    with refused("ReLU has no Linear or Conv layer"):
         FeedbackAlignment(nn.ReLU())
 
 

@@ -96,7 +96,7 @@ def test_linear_gradients_are_those_by_hand(leading: tuple[int, ...], has_bias: 
 def test_convolution_gradients_are_those_by_hand(geometry: Geometry, has_bias: bool) -> None:
     inputs, weight, bias = draw_leaves((2, 4, 9, 8), geometry.shape, (6,))
     backward, given = draw(*geometry.shape), bias if has_bias else None
-    output = asymmetric.conv2d(inputs, weight, backward, given, **geometry.settings)
+    output = asymmetric.convolution(inputs, weight, backward, given, **geometry.settings)
     assert_equals(output, F.conv2d(inputs, weight, given, **geometry.settings))
     error = draw(*output.shape)
     output.backward(error)
@@ -114,7 +114,7 @@ def test_convolution_gradients_are_autograds_of_two_convolutions(geometry: Geome
     """The input's is that of a convolution by B, the weight's that of one by W."""
     inputs, weight = draw_leaves((2, 4, 9, 8), geometry.shape)
     backward = draw(*geometry.shape)
-    output = asymmetric.conv2d(inputs, weight, backward, **geometry.settings)
+    output = asymmetric.convolution(inputs, weight, backward, **geometry.settings)
     error = draw(*output.shape)
     below, above = torch.autograd.grad(output, [inputs, weight], error)
     (by_backward,) = torch.autograd.grad(F.conv2d(inputs, backward, **geometry.settings), inputs, error)
@@ -128,13 +128,13 @@ def test_convolution_gradients_are_autograds_of_two_convolutions(geometry: Geome
 @on_every_geometry
 def test_in_float32_the_output_is_torchs_own_bit_for_bit(geometry: Geometry) -> None:
     inputs, weight, bias = draw(2, 4, 9, 8).float(), draw(*geometry.shape).float(), draw(6).float()
-    output = asymmetric.conv2d(inputs, weight, -weight, bias, **geometry.settings)
+    output = asymmetric.convolution(inputs, weight, -weight, bias, **geometry.settings)
     assert torch.equal(output, F.conv2d(inputs, weight, bias, **geometry.settings))
 
 
 @pytest.mark.parametrize(
     ("run", "inputs", "weight"),
-    [(asymmetric.linear, (5, 4), (6, 4)), (asymmetric.conv2d, (2, 4, 6, 6), (6, 4, 3, 3))],
+    [(asymmetric.linear, (5, 4), (6, 4)), (asymmetric.convolution, (2, 4, 6, 6), (6, 4, 3, 3))],
     ids=["linear", "conv"],
 )
 def test_the_backward_matrix_gets_no_gradient(

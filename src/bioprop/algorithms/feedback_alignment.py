@@ -7,14 +7,15 @@ import torch.nn.functional as F
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from bioprop.algorithms.aligned_pass import AlignedPass, Layer
 from bioprop.algorithms.base import Algorithm, Gradients
 from bioprop.algorithms.checkpoints import describe_optimization
 from bioprop.algorithms.random_streams import RandomStreams
 from bioprop.algorithms.remedies import Remedies
 from bioprop.algorithms.settings import check_range, number
+from bioprop.distributed import mean_over_processes
 from bioprop.errors import UserError
 from bioprop.functional.angles import angle_degrees
-from bioprop.functional.asymmetric import asymmetric_backward
 from bioprop.functional.backward_matrices import (
     draw_like,
     mirror_estimate,
@@ -22,7 +23,7 @@ from bioprop.functional.backward_matrices import (
     sign_concordant,
     with_norm_of,
 )
-from bioprop.functional.gradients import backprop_gradients
+from bioprop.functional.gradients import backprop_gradients, preserve_buffers, preserve_state
 from bioprop.networks.network import Network
 from bioprop.networks.stages import LayerStage
 
@@ -33,14 +34,17 @@ class FeedbackAlignment(Algorithm):
     """Backpropagation with a backward matrix ``B`` in place of each forward weight ``W``, for the error only.
 
     ``dW`` is formed with the altered error; the last layer's own error is exact. Works on any torch module: every
-    Linear and Conv2d below the output has a ``B``, all else is left to autograd. ``B``, in the layout of ``W``, is
-    by ``rule``:
+    Linear and Conv below the output has a ``B``, all else is left to autograd. ``W`` is what a layer multiplies by: of
+    one that normalises, masks, quantises or parametrises its weight, or adapts it by a low rank, the result, whose
+    gradient goes on to the parameters. A product of another kind by a weight is refused, naming the layer. ``B``, in
+    the layout of ``W``, is by ``rule``:
 
     - ``fa``: fixed and random (Lillicrap et al., 2016).
     - ``usf``: ``s sign(W)``, ``s`` the size of W's entries at the start (Liao et al., 2016; Moskovitz et al., 2018).
     - ``frsf``: ``|M| o sign(W)``, M drawn once (Moskovitz et al., 2018).
     - ``brsf``: the same, M drawn again for every batch (ibid.).
-    - ``kolen_pollack``: learned by the increments of W and the decay of W (Kolen & Pollack, 1994; Akrout et al., 2019).
+    - ``kolen_pollack``: learned by the increments of W and the decay of W (Kolen & Pollack, 1994; Akrout et al., 2019);
+      of the parameter ``weight``, whatever a layer makes of it.
     - ``weight_mirror``: learned from responses to noise (Akrout et al., 2019).
     - ``transpose``: W itself, which is backpropagation: the control.
 
@@ -103,11 +107,16 @@ class FeedbackAlignment(Algorithm):
         self._feedback_optimizer: torch.optim.Optimizer | None = None
         self.remedies = Remedies(network, constrain_norm, batch_manhattan)
         self.streams = RandomStreams()
+        # what layers multiplied by last where that is not their weight; None before the first pass
+        self._effective: dict[str, Tensor] | None = None
+        self._shapes: dict[str, torch.Size] = {}
         # parameters without gradient, not buffers: they keep their identity when they move, as an optimizer needs
         self.backward_weights = nn.ParameterDict()
         for name, layer in self.layers():
-            scale = root_mean_square(layer.weight) if feedback_scale == "initialisation" else torch.tensor(1.0)
-            self.backward_weights[_key(name)] = nn.Parameter(self._initial(layer.weight, scale), requires_grad=False)
+            weight = self._weight(name, layer)
+            self._shapes[name] = weight.shape
+            scale = root_mean_square(weight) if feedback_scale == "initialisation" else torch.tensor(1.0)
+            self.backward_weights[_key(name)] = nn.Parameter(self._initial(weight, scale), requires_grad=False)
         self.remember(
             rule=rule,
             feedback_scale=feedback_scale,
@@ -125,28 +134,44 @@ class FeedbackAlignment(Algorithm):
             return scale.to(weight.dtype)
         return draw_like(weight.detach(), scale)
 
-    def layers(self) -> list[tuple[str, nn.Linear | nn.Conv2d]]:
+    def layers(self) -> list[tuple[str, Layer]]:
         """Return name and layer of everything that has a backward matrix.
 
-        That is every Linear and Conv2d, but for a first stage of one layer: no error goes below it.
+        That is every Linear and Conv layer, but for a first stage of one layer: no error goes below it. Of layers that
+        share a weight the first.
 
         Raises:
-            UserError: if a layer's weight is not what its forward pass multiplies by, or there is no layer.
+            UserError: if there is no layer, or one whose weight the rule has no matrix for.
         """
-        found = [(name, m) for name, m in self.network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        unique: dict[int, tuple[str, Layer]] = {}
+        for name, layer in self.network.named_modules():
+            if isinstance(layer, Layer):
+                own = layer._parameters.get("weight")
+                unique.setdefault(id(layer if own is None else own), (name, layer))
+        found = list(unique.values())
         for name, layer in found:
-            if "weight" not in layer._parameters or type(layer).__name__ == "NonDynamicallyQuantizableLinear":
+            if type(layer).__name__ == "NonDynamicallyQuantizableLinear":
                 raise UserError(
-                    f"layer {name} ({type(layer).__name__}) does not multiply by a weight of its own (parametrization, "
-                    "spectral norm, attention), so that none can stand in for it in the backward pass: take it out"
+                    f"layer {name} belongs to an attention that hides its products, so that no other matrix can stand "
+                    "in for its weight in the backward pass: take it out"
+                )
+            if self.rule == "kolen_pollack" and "weight" not in layer._parameters:
+                raise UserError(
+                    f"kolen_pollack gives a matrix the steps of its weight, but that of layer {name} "
+                    f"({type(layer).__name__}) is made of other parameters: choose another rule"
                 )
         if isinstance(self.network, Network):
             first, _ = self.network.stages()[0]
             in_first = [name for name, _ in found if name.startswith(f"{first}.")]
             return found[1:] if len(in_first) == 1 else found
         if not found:
-            raise UserError(f"{type(self.network).__name__} has no Linear or Conv2d layer to align")
+            raise UserError(f"{type(self.network).__name__} has no Linear or Conv layer to align")
         return found
+
+    def _weight(self, name: str, layer: Layer) -> Tensor:
+        """What a layer multiplied by last; its weight if it has not been seen yet, or multiplies by that."""
+        with torch.no_grad(), preserve_buffers(layer):  # a spectral norm iterates when it is asked
+            return (self._effective or {}).get(name, layer.weight).detach()
 
     def backward_matrix(self, name: str, weight: Tensor) -> Tensor:
         """Compute the ``B`` that stands in for a layer's ``W`` in this batch, in its shape."""
@@ -157,10 +182,23 @@ class FeedbackAlignment(Algorithm):
         return with_norm_of(matrix, weight.norm()) if self.normalize_feedback else matrix
 
     def _gradients(self, images: Tensor, labels: Tensor) -> Gradients:
-        matrices = {layer.weight: self.backward_matrix(name, layer.weight) for name, layer in self.layers()}
-        with asymmetric_backward(matrices):
+        with self._aligned_pass() as aligned:
             gradients, logits = backprop_gradients(self.network, images, labels)
+        aligned.refuse_unmet(gradients)
+        self._effective = aligned.effective
         return Gradients(gradients, logits)
+
+    def _aligned_pass(self) -> AlignedPass:
+        return AlignedPass(self.network, dict(self.layers()), self._shapes, self.backward_matrix)
+
+    def _see_weights(self, images: Tensor) -> None:
+        """Find out what layers multiply by in this batch, if some multiply by other tensors than their weights."""
+        if self._effective is None or self._effective:
+            with preserve_state(self.network), self._aligned_pass() as aligned:
+                self.network(images.to(next(self.network.parameters()).dtype))
+            seen = aligned.effective
+            # each process may have drawn a mask of its own
+            self._effective = dict(zip(seen, mean_over_processes(list(seen.values())), strict=True))
 
     @torch.no_grad()
     def train_feedback(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
@@ -169,10 +207,13 @@ class FeedbackAlignment(Algorithm):
         What is stored keeps the norm it was first drawn with: the norm control of the weight mirror.
 
         Args:
-            images: not used: noise takes their place.
+            images: shown to a ``weight_mirror`` whose layers multiply by other tensors than their weights, to see
+                those; else not used: noise takes their place.
             labels: not used.
         """
         if self.rule in ("brsf", "weight_mirror"):
+            if self.rule == "weight_mirror":
+                self._see_weights(images)
             for place, (name, layer) in enumerate(self.layers()):
                 stored = self.backward_weights[_key(name)]
                 generator = self.streams.generator(place, stored.device)
@@ -180,8 +221,8 @@ class FeedbackAlignment(Algorithm):
                 if self.rule == "brsf":
                     stored.normal_(generator=generator)
                 else:
-                    estimate = mirror_estimate(layer.weight, self.mirror_samples, F.relu, generator)
-                    stored.lerp_(estimate.mul_(norm / estimate.norm()), self.mirror_rate)
+                    estimate = mirror_estimate(self._weight(name, layer), self.mirror_samples, F.relu, generator)
+                    stored.lerp_(with_norm_of(estimate, norm), self.mirror_rate)
                 stored.mul_(norm / stored.norm())
             self.streams.next_batch()
         return {}
@@ -228,7 +269,7 @@ class FeedbackAlignment(Algorithm):
         """Copy ``W`` into every ``B`` (``|W|`` into the magnitudes); ``usf`` and ``transpose`` have none to set."""
         if self.rule not in ("usf", "transpose"):
             for name, layer in self.layers():
-                self.backward_weights[_key(name)].copy_(layer.weight)
+                self.backward_weights[_key(name)].copy_(self._weight(name, layer))
 
     def feedback_angles(self) -> dict[str, float]:
         """Return degrees between each ``W`` and its ``B``, by name of stage, or of layer where a stage has several."""
@@ -236,9 +277,10 @@ class FeedbackAlignment(Algorithm):
         if isinstance(self.network, Network):
             single = [stage for stage, module in self.network.stages() if isinstance(module, LayerStage)]
             names |= {name: name.split(".")[0] for name in names if name.split(".")[0] in single}
+        weights = {name: self._weight(name, layer) for name, layer in self.layers()}
         return {
-            names[name]: float(angle_degrees(layer.weight, self.backward_matrix(name, layer.weight)))
-            for name, layer in self.layers()
+            names[name]: float(angle_degrees(weight, self.backward_matrix(name, weight)))
+            for name, weight in weights.items()
         }
 
 
