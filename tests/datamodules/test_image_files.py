@@ -173,6 +173,18 @@ def test_more_than_8_bits_are_refused_rather_than_cut(tmp_path, suffix, content,
         read(path, shape)
 
 
+@pytest.mark.parametrize(("dtype", "suffix"), [(np.int32, "tif"), (np.float32, "tif"), (np.uint16, "sgi")])
+def test_numbers_that_are_no_bytes_are_refused(tmp_path, dtype, suffix):
+    path = tmp_path / f"x.{suffix}"
+    if suffix == "sgi":  # which Pillow reads of 16 bits, and writes of 8
+        header = struct.pack(">hBBHHHH", 474, 0, 2, 3, 6, 5, 3)
+        path.write_bytes(header.ljust(512, b"\0") + noise(3, dtype=np.uint16, most=4096).astype(">u2").tobytes())
+    else:
+        Image.fromarray(noise(1).squeeze().astype(dtype)).save(path)
+    with pytest.raises(UserError, match="has more than 8 bits per channel"):
+        read(path)
+
+
 def test_16_bits_a_pixel_are_not_16_bits_a_channel(tmp_path):
     header = struct.pack("<IiiHHIIiiII", 40, 6, 5, 1, 16, 0, 60, 0, 0, 0, 0)
     (tmp_path / "x.bmp").write_bytes(b"BM" + struct.pack("<IHHI", 114, 0, 0, 54) + header + b"\xff\x7f" * 30)

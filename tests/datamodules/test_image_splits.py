@@ -45,6 +45,8 @@ def test_what_is_passed_over_is_counted_with_its_reason(folder, said, write_imag
     (train / "cat" / "self.png").symlink_to("self.png")
     (train / "cat" / "again").symlink_to(train, target_is_directory=True)
     os.mkfifo(train / "cat" / "pipe.png")
+    (folder / ".git").mkdir()
+    (folder / "loop").symlink_to("loop")
     for name in ("loose.png", "loose2.png", "valid/1.png"):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(train / "ant" / "000.png", train / name if "loose" in name else folder / name)
@@ -66,9 +68,10 @@ def test_sub_folders_are_read_after_all_else_unchanged(folder, write_images):
     deep.mkdir(parents=True)
     Image.new("RGB", (6, 5), "red").save(deep / "x.png")
     (folder / "test" / "ant" / "elsewhere").symlink_to(deep, target_is_directory=True)
+    (folder / "test" / "cat" / "y.png").symlink_to(deep / "x.png")
     names = make(["predict"], data_dir=str(folder)).prediction_names()
     assert [name for name in names if name in before] == before
-    assert set(names) - set(before) == {"test/cat/2024/may/x.png", "test/ant/elsewhere/x.png"}
+    assert set(names) - set(before) == {"test/cat/2024/may/x.png", "test/ant/elsewhere/x.png", "test/cat/y.png"}
 
 
 @pytest.mark.parametrize("suffix", ["jfif", "jpe", "JPG", "gif", "avif", "jp2", "tga", "ppm"])

@@ -92,9 +92,9 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         raise UserError(f"folder '{folder}' cannot be read ({error.strerror}): permit it, or move it away.") from error
 
 
-def is_image(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry of a folder is a file named like an image that can be read, and not hidden."""
-    return not entry.name.startswith(".") and _no_image(entry) is None
+def may_hold_images(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry of a folder is a folder itself, or a file named like an image, and not hidden."""
+    return not entry.name.startswith(".") and (_leads_to(entry.is_dir) or _no_image(entry) is None)
 
 
 def _leads_to(kind: Callable[[], bool]) -> bool:

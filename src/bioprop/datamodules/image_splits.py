@@ -11,7 +11,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from bioprop.datamodules.base import Split
-from bioprop.datamodules.image_listing import BROKEN_LINK, HIDDEN, Found, is_image, list_split
+from bioprop.datamodules.image_listing import BROKEN_LINK, HIDDEN, Found, list_split, may_hold_images
 from bioprop.datamodules.tally import Tally
 from bioprop.errors import UserError
 
@@ -86,7 +86,7 @@ def _say(
             logger.log(level, "passed over in '%s': %s", root / split, tally)
     beside = Tally()
     for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
-        if entry.name not in ("train", *OPTIONAL_SPLITS) and (is_image(entry) or entry.is_dir()):
+        if entry.name not in ("train", *OPTIONAL_SPLITS) and may_hold_images(entry):
             beside.add("beside train, val and test", entry.name)
     if beside:
         logger.info("passed over in '%s': %s", root, beside)
