@@ -197,8 +197,6 @@ class ImageFolder(ImageDataModule):
             second,
         )
         sides = gather_copies(groups, labels, len(train.labels))
-        if torch.equal(torch.cat(sides), torch.arange(len(labels))):
-            return  # as they were
         if not len(sides.val):
             raise UserError(
                 f"no image of '{self._root / 'train'}' is left to validate on: all are copies of training images, "
@@ -206,6 +204,8 @@ class ImageFolder(ImageDataModule):
             )
         for label in sorted(set(val.labels.tolist()) - set(labels[sides.val].tolist())):
             _warn("no image of class '%s' is validated on: too many are copies of each other", self.classes[label])
+        if torch.equal(sides.train, torch.arange(len(train.labels))):
+            return  # nothing straddled the split
         self.resident["train"] = take(sides.train[: self.limits["train"]], train, val)
         self.resident["val"] = take(sides.val[: self.limits["val"]], train, val)
 
