@@ -141,6 +141,8 @@ def test_evaluation_uses_the_statistics_and_classes_of_training() -> None:
     assert torch.equal(trained.datamodule.statistics(device)[0], tested.datamodule.statistics(device)[0])
     with pytest.raises(UserError, match="trained on the classes a, b, but these images have b, c"):
         main(["test", *folder, "--data.data_dir=other", "--ckpt_path=last"])
+    with pytest.raises(UserError, match=r"data\.background was white and is now black"):
+        main(["test", *folder, "--data.data_dir=images", "--data.background=black", "--ckpt_path=last"])
 
 
 def test_a_checkpoint_copied_elsewhere_resumes_whatever_lies_around_it() -> None:

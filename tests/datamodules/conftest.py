@@ -26,3 +26,10 @@ def write_images(tmp_path: Path) -> WriteImages:
         return tmp_path / "images"
 
     return write
+
+
+@pytest.fixture
+def folder(write_images: WriteImages) -> Path:
+    """A folder of 10 ants and 20 cats to train on, and 3 and 4 to test on."""
+    write_images("train", {"cat": 20, "ant": 10})
+    return write_images("test", {"ant": 3, "cat": 4})

@@ -1,5 +1,6 @@
 """The suite that every data module inherits: name the class, write its files, and all of this is checked of it."""
 
+import logging
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
@@ -109,6 +110,18 @@ class DataModuleContract(ABC):
         whole = self.ready(arguments, "fit")
         assert set(data.resident["val"].indices.tolist()) <= set(whole.resident["val"].indices.tolist())
         assert set(data.resident["train"].indices.tolist()) <= set(whole.resident["train"].indices.tolist())
+
+    def test_more_than_there_is_is_said(self, arguments, caplog):
+        with caplog.at_level(logging.INFO):
+            data = self.ready(arguments, "fit", batch_size=10**12, limit_train=10**9)
+        count = len(data.resident["train"].labels)
+        assert f"limit_train is 1000000000, and all {count} training images are used" in caplog.messages
+        assert f"batch_size is 1000000000000, and a batch is all {count} training images" in caplog.messages
+        assert [len(batch[1]) for batch in data.train_dataloader()] == [count]
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            self.ready(arguments, "fit", batch_size=16, limit_train=20)
+        assert not [message for message in caplog.messages if "limit_train" in message or "batch_size" in message]
 
     def test_runs_repeat_and_epochs_differ(self, arguments, tmp_path):
         def run() -> list[bytes]:

@@ -19,7 +19,7 @@ from bioprop.removed import refuse_removed
 # Where files lie is not a setting of training: a data folder may move between two halves of a run.
 LOCATIONS = ("data_dir", "download")
 # What makes the same image another input, and what decides which training images are held out for validation.
-PREPARATION = ("normalization", "image_size", "channels")
+PREPARATION = ("normalization", "image_size", "channels", "background")
 HELD_OUT = ("seed", "val_fraction", "limit_train")
 MISSING = "nothing"
 

@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import os
 from typing import Any
 
 import torch
@@ -10,12 +11,16 @@ from torch import Tensor
 
 from bioprop.callbacks.run_folder import run_folder
 from bioprop.distributed import gather_rows
+from bioprop.files import replacing
 
 logger = logging.getLogger(__name__)
 
 
 class PredictionsFile(Callback):
-    """Write ``predictions.csv`` into the run's folder: image, predicted class and its probability, one row an image."""
+    r"""Write ``predictions.csv`` into the run's folder: image, predicted class and its probability, one row an image.
+
+    The file is UTF-8. Bytes of a name that are not are written as ``\xe9``.
+    """
 
     def __init__(self) -> None:
         self._probabilities: list[Tensor] = []
@@ -40,13 +45,12 @@ class PredictionsFile(Callback):
         if not trainer.is_global_zero:
             return
         path = run_folder(trainer) / "predictions.csv"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
+        with replacing(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(("image", "prediction", "probability"))
             # limited runs predict the first images only
             for name, index, value in zip(data.prediction_names(), label.tolist(), confidence.tolist(), strict=False):
-                writer.writerow((name, data.classes[index], f"{value:.4f}"))
+                writer.writerow((_as_utf8(name), _as_utf8(data.classes[index]), f"{value:.4f}"))
         logger.info("wrote %d predictions to %s", len(label), path)
 
     def _all_probabilities(self) -> Tensor:
@@ -55,3 +59,8 @@ class PredictionsFile(Callback):
         for _ in range(int(gather_rows(counts).max()) - len(self._probabilities)):
             self._probabilities.append(self._probabilities[0][:0])
         return torch.cat([gather_rows(batch) for batch in self._probabilities]).cpu()
+
+
+def _as_utf8(name: str) -> str:
+    """Returns the name of a file in readable characters, whatever its bytes are."""
+    return os.fsencode(name).decode("utf-8", errors="backslashreplace")

@@ -1,5 +1,6 @@
 """What every image data module shares: splits, limits, resident images, loaders, augmentation, normalisation."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
@@ -7,6 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import torch
 from pytorch_lightning import LightningDataModule
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from bioprop.datamodules.augmentation import crop_and_flip, normalize
@@ -16,7 +18,10 @@ from bioprop.datamodules.normalization import PUBLISHED, Normalization, channel_
 from bioprop.datamodules.sampling import complement, stratified_sample
 from bioprop.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 Split = Literal["train", "val", "test"]
+SPLIT_NAMES: dict[Split, str] = {"train": "training", "val": "validation", "test": "test"}
 STAGE_SPLITS: dict[str, tuple[Split, ...]] = {
     "fit": ("train", "val"),
     "validate": ("val",),
@@ -159,13 +164,28 @@ class ImageDataModule(LightningDataModule, ABC):
         Args:
             stage: "fit", "validate", "test" or "predict".
         """
-        needed = {*STAGE_SPLITS[stage], *(STAGE_SPLITS["statistics"] if self.normalization == "train" else ())}
+        needed = self._needed(stage)
         new = [split for split in get_args(Split) if split in needed and split not in self.resident]
         for split in new:
             indices = self._select(split)
             source = self._source(split)
             self.resident[split] = Resident(self._decode(source, indices), self._labels(source)[indices], indices)
         self._check_pixels(set(new))
+        self._say_what_was_used(new)
+
+    def _needed(self, stage: str) -> set[Split]:
+        """The splits that have to be in memory for a stage."""
+        return {*STAGE_SPLITS[stage], *(STAGE_SPLITS["statistics"] if self.normalization == "train" else ())}
+
+    @rank_zero_only
+    def _say_what_was_used(self, new: Sequence[Split]) -> None:
+        """Says where arguments ask for more images than there are."""
+        for split in new:
+            count, limit = len(self.resident[split].labels), self.limits[split]
+            if limit is not None and limit > count:
+                logger.info("limit_%s is %d, and all %d %s images are used", split, limit, count, SPLIT_NAMES[split])
+            if split == "train" and self.batch_size > count:
+                logger.info("batch_size is %d, and a batch is all %d training images", self.batch_size, count)
 
     def train_dataloader(self) -> ResidentLoader:
         """Returns the training batches in an order of their own every epoch, with the draws of the augmentation."""

@@ -5,32 +5,48 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
-from bioprop.datamodules.base import ImageDataModule, Split
-from bioprop.datamodules.image_files import decode, digests, list_class_folders, look
+from bioprop.datamodules.base import STAGE_SPLITS, ImageDataModule, Split
+from bioprop.datamodules.copies import copied, gather_copies, take
+from bioprop.datamodules.image_files import (
+    Form,
+    all_grey,
+    check_background,
+    check_memory,
+    decode,
+    digests,
+    look,
+)
+from bioprop.datamodules.image_splits import OPTIONAL_SPLITS, list_splits, unknown_class
 from bioprop.datamodules.normalization import Normalization
+from bioprop.datamodules.tally import Tally
 from bioprop.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-OPTIONAL_SPLITS: tuple[Split, ...] = ("val", "test")
-
 
 class ImageFolder(ImageDataModule):
-    """Your own images: `data_dir/{train,test}/<class>/*`, optionally `data_dir/val/<class>/*`.
+    """Your own images: `data_dir/{train,test}/<class>/**`, optionally `data_dir/val/<class>/**`.
 
-    The classes are the folders of `train` in alphabetical order. Where there is a `val` folder, validation images come
-    from it and `val_fraction` is not used; otherwise they are split off the training images. `test` is needed by `test`
-    and `predict` alone. Images are all of one size, square or not, or resized. Hidden files and files not named like
-    images are passed over. Images of `val` that are also in `train`, pixel for pixel, are refused; images of `test`
-    that are also in `train` are counted in a warning.
+    The classes are the folders of `train` in alphabetical order; their sub-folders are read, too. Where there is a
+    `val` folder, validation images come from it and `val_fraction` is not used; otherwise they are split off the
+    training images, and images that are the same, pixel for pixel, stay on one side. `test` is needed by `test` and
+    `predict` alone: it may lack classes, and for `predict` its images need no class folders. Images are all of one
+    size, square or not, or resized. What was found and what was passed over (hidden files, links to nothing, files of
+    suffixes that Pillow does not read) is said once; docs/image_folders.md has all of it in a table. Images of `val`
+    that are also in `train`, pixel for pixel, are refused; images of `test` that are also in `train` are counted in a
+    warning.
 
     Args:
         data_dir: Folder with the folders of the splits.
         image_size: Resize all images to a square of so many pixels (bilinear, antialiased, without keeping the aspect
             ratio); None for images that are all of one size.
-        channels: 1 for grey, 3 for RGB: images are converted; None for what the first training image is.
+        channels: 1 for grey, 3 for RGB: images are converted; None for grey if all training images are grey by their
+            headers, and RGB otherwise.
+        background: Colour that transparent images are put over, a name or '#rrggbb': set it where the shapes are as
+            white as the default.
         batch_size: Images in a batch. In training, an epoch's images that do not fill its last batch wait for another
             epoch; evaluation has them all.
         val_fraction: Fraction of the training images set aside for validation, stratified by class.
@@ -44,8 +60,9 @@ class ImageFolder(ImageDataModule):
         limit_test: Use so many test images, stratified by class; None for all.
 
     Raises:
-        UserError: An argument is out of range, a folder is missing or empty, classes differ between splits, or an
-            image is unreadable, of another size, or both in `val` and `train`.
+        UserError: An argument is out of range; a folder is missing, empty or may not be read; classes of `val` differ
+            from those of `train`; an image is unreadable, of another size, of more than 8 bits per channel, or both
+            in `val` and `train`; the images do not fit into memory; test images have no label, but are to be tested on.
     """
 
     def __init__(
@@ -53,6 +70,7 @@ class ImageFolder(ImageDataModule):
         data_dir: str,
         image_size: int | None = None,
         channels: Literal[1, 3] | None = None,
+        background: str = "white",
         batch_size: int = 128,
         val_fraction: float = 0.1,
         normalization: Normalization = "train",
@@ -67,18 +85,16 @@ class ImageFolder(ImageDataModule):
             raise UserError(f"channels is {channels}, but images are grey or RGB: choose 1, 3 or null.")
         if image_size is not None and image_size < 1:
             raise UserError(f"image_size is {image_size}, which is too small: choose 1 or more pixels, or null.")
+        check_background(background)
         root = Path(data_dir).expanduser()
         if not root.is_dir():
             raise UserError(f"data_dir '{data_dir}' is not a folder: name one that has the folders train and test.")
-        listed: dict[Split, dict[str, list[Path]]] = {"train": list_class_folders(root / "train")}
-        for split in OPTIONAL_SPLITS:
-            if (root / split).is_dir():
-                listed[split] = list_class_folders(root / split)
-                _check_classes(root, split, set(listed["train"]), set(listed[split]))
-        classes = tuple(listed["train"])
-        native_channels, height, width = look(listed["train"][classes[0]][0])
+        classes, splits = list_splits(root)
+        first, *others = splits["train"].files
+        native_channels, height, width = look(first)
+        grey = native_channels == 1 and channels is None and all_grey(others)
         super().__init__(
-            image_shape=(channels or native_channels, image_size or height, image_size or width),
+            image_shape=(channels or (1 if grey else 3), image_size or height, image_size or width),
             classes=classes,
             batch_size=batch_size,
             val_fraction=val_fraction,
@@ -90,41 +106,108 @@ class ImageFolder(ImageDataModule):
             limit_val=limit_val,
             limit_test=limit_test,
         )
+        check_memory(min(len(others) + 1, limit_train or len(others) + 1), self.image_shape)
+        if grey:
+            _inform("all training images are grey, and so are those that the network sees")
         data_dir = str(data_dir)  # a Path would make the checkpoint unreadable under weights_only=True
         self.save_hyperparameters()
         self._root = root
-        self._resize = image_size is not None
-        self._files = {
-            split: [file for files in folders.values() for file in files] for split, folders in listed.items()
-        }
-        self._targets = {
-            split: torch.arange(len(classes)).repeat_interleave(
-                torch.tensor([len(files) for files in folders.values()])
-            )
-            for split, folders in listed.items()
-        }
+        self._splits = splits
+        self._form = Form(self.image_shape, image_size is not None, background)
+        self._changed = Tally()
+
+    def setup(self, stage: str) -> None:
+        """Decodes the splits that a stage needs and that are not in memory yet.
+
+        Args:
+            stage: "fit", "validate", "test" or "predict".
+
+        Raises:
+            UserError: An image cannot be used, or has no label and is to be tested on.
+        """
+        if stage == "test":
+            self._check_labels()
+        fresh = "train" not in self.resident
+        super().setup(stage)
+        if stage == "fit" and fresh:
+            counts = (len(self.resident[split].labels) for split in STAGE_SPLITS["fit"])
+            _inform("training on %d images, validating on %d", *counts)
+        if self._changed:
+            _inform("of the images read: %s", self._changed)
+            self._changed = Tally()
 
     def prediction_names(self) -> list[str]:
         """Returns the test images' paths relative to `data_dir`, in the order of the test and predict loaders."""
         chosen = self._select("test").tolist()
-        return [self._files["test"][index].relative_to(self._root).as_posix() for index in chosen]
+        return [self._splits["test"].files[index].relative_to(self._root).as_posix() for index in chosen]
 
     def _has_val_images(self) -> bool:
-        return "val" in self._files
+        return "val" in self._splits
+
+    def _needed(self, stage: str) -> set[Split]:
+        needed = super()._needed(stage)
+        # which images are on which side of the split depends on both
+        return needed if self._has_val_images() or needed == {"test"} else {*needed, "train", "val"}
 
     def _labels(self, split: Split) -> Tensor:
-        if split not in self._targets:
+        if split not in self._splits:
             raise UserError(f"folder '{self._root / split}' does not exist: it is where the images to test on belong.")
-        return self._targets[split]
+        if not self._splits[split].files:
+            raise UserError(f"folder '{self._root / split}' has no images: it is where those to test on belong.")
+        return self._splits[split].labels
+
+    def _check_labels(self) -> None:
+        labels = self._labels("test")
+        unlabelled = (labels == self.num_classes).nonzero().flatten().tolist()
+        if unlabelled:
+            name, *below = self._splits["test"].files[unlabelled[0]].relative_to(self._root / "test").parts
+            if below and len(unlabelled) < len(labels):
+                raise UserError(unknown_class(self._root, "test", name))
+            raise UserError(
+                f"the images in '{self._root / 'test'}' have no labels to test on, since none lies in a folder of a "
+                f"class ({', '.join(self.classes[:5])}): sort them into such folders, or use predict."
+            )
 
     def _decode(self, split: Split, indices: Tensor) -> Tensor:
-        return decode([self._files[split][index] for index in indices.tolist()], self.image_shape, self._resize)
+        files = self._splits[split].files
+        return decode([files[index] for index in indices.tolist()], self._form, self._changed)
 
     def _check_pixels(self, new: set[Split]) -> None:
+        if "val" in new and not self._has_val_images():
+            self._keep_copies_together()
         for split in OPTIONAL_SPLITS:
             pair: set[Split] = {"train", split}
-            if split in self._files and pair <= self.resident.keys() and pair & new:
+            if split in self._splits and pair <= self.resident.keys() and pair & new:
                 self._check_overlap(split)
+
+    def _keep_copies_together(self) -> None:
+        """Moves copies of an image, where the split put some into training and some into validation."""
+        train, val = self.resident["train"], self.resident["val"]
+        groups = copied([digest for split in (train, val) for digest in digests(split.images)])
+        if not groups:
+            return
+        labels, indices = torch.cat((train.labels, val.labels)), torch.cat((train.indices, val.indices))
+        first, second, *_ = sorted(self._splits["train"].files[indices[place]] for place in groups[0])
+        _warn(
+            "%d of the %d training and validation images are copies of others, pixel for pixel ('%s' and '%s'): they "
+            "stay on one side of the split",
+            sum(len(group) - 1 for group in groups),
+            len(labels),
+            first,
+            second,
+        )
+        sides = gather_copies(groups, labels, len(train.labels))
+        if not len(sides.val):
+            raise UserError(
+                f"no image of '{self._root / 'train'}' is left to validate on: all are copies of training images, "
+                f"as '{second}' is of '{first}': remove copies, or put images into '{self._root / 'val'}'."
+            )
+        for label in sorted(set(val.labels.tolist()) - set(labels[sides.val].tolist())):
+            _warn("no image of class '%s' is validated on: too many are copies of each other", self.classes[label])
+        if torch.equal(sides.train, torch.arange(len(train.labels))):
+            return  # nothing straddled the split
+        self.resident["train"] = take(sides.train[: self.limits["train"]], train, val)
+        self.resident["val"] = take(sides.val[: self.limits["val"]], train, val)
 
     def _check_overlap(self, split: Split) -> None:
         """Refuses validation images that are training images too, and warns of such test images."""
@@ -138,22 +221,12 @@ class ImageFolder(ImageDataModule):
         if same and split == "val":
             index, train_index = same[0]
             raise UserError(
-                f"'{self._files['val'][index]}' is the same image as '{self._files['train'][train_index]}', but "
-                "validation needs images that are not trained on: remove one of them."
+                f"'{self._splits['val'].files[index]}' is the same image as "
+                f"'{self._splits['train'].files[train_index]}', but validation needs images that are not trained on: "
+                "remove one of them."
             )
         if same:
-            logger.warning(
-                "%d of the %d test images are also training images, pixel for pixel.", len(same), len(images)
-            )
+            _warn("%d of the %d test images are also training images, pixel for pixel.", len(same), len(indices))
 
 
-def _check_classes(root: Path, split: Split, expected: set[str], found: set[str]) -> None:
-    for name in sorted(expected - found):
-        raise UserError(
-            f"class '{name}' of '{root / 'train'}' is missing from '{root / split}': add '{root / split / name}'."
-        )
-    for name in sorted(found - expected):
-        raise UserError(
-            f"class '{name}' of '{root / split}' is unknown, because '{root / 'train'}' has no such folder: remove it "
-            f"or add '{root / 'train' / name}'."
-        )
+_inform, _warn = rank_zero_only(logger.info), rank_zero_only(logger.warning)
