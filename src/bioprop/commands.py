@@ -34,11 +34,11 @@ def conduct(command: Callable[[], int | None]) -> NoReturn:
         _check_backend()
         status = command()
     except UserError as error:
-        from bioprop.distributed import LostProcessError, wait_for_the_first
-
-        wait_for_the_first()
+        distributed = sys.modules.get("bioprop.distributed")  # if nobody has imported it, this process is alone
+        if distributed is not None:
+            distributed.wait_for_the_first()
         sys.stderr.write(f"bioprop: error: {error}\n")
-        sys.exit(1 if isinstance(error, LostProcessError) else 2)
+        sys.exit(1 if distributed is not None and isinstance(error, distributed.LostProcessError) else 2)
     except (KeyboardInterrupt, SystemExit) as left:  # Lightning turns the former into the latter, with status 1
         if isinstance(left, KeyboardInterrupt) or isinstance(left.__context__, KeyboardInterrupt):
             sys.exit(INTERRUPTED)
