@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bioprop.commands import unbreakable
+from bioprop.commands import ctrl_c_withheld, unbreakable
 
 SOURCE = Path(__file__).parents[1] / "src"
 SAYS = "import sys; sys.stdout.write('caf\\u00e9 98 \\u00b1 1 \\u2022\\n'); sys.stdout.flush(); print('more')"
@@ -99,3 +99,14 @@ def test_a_terminal_that_is_closed_takes_no_run_with_it() -> None:
     assert stream.buffer.raw.refusal.strerror == "Input/output error"  # type: ignore[attr-defined]
     stream.write("lost, too\n")
     os.close(side)
+
+
+def test_ctrl_c_waits_until_a_process_can_answer_it() -> None:
+    script = (
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\n"  # as if while the interpreter starts
+        "from bioprop.commands import conduct\nconduct(lambda: time.sleep(9))"
+    )
+    words = [sys.executable, "-c", script]
+    with ctrl_c_withheld():
+        done = subprocess.run(words, capture_output=True, check=False, env=os.environ | {"PYTHONPATH": str(SOURCE)})
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")

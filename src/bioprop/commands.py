@@ -8,8 +8,8 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from bioprop.errors import UserError
@@ -31,6 +31,8 @@ def conduct(command: Callable[[], int | None]) -> NoReturn:
     """
     secure_output()
     try:
+        if sys.platform != "win32":
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # where another process started this one
         _check_backend()
         status = command()
     except UserError as error:
@@ -48,6 +50,19 @@ def conduct(command: Callable[[], int | None]) -> NoReturn:
             sys.exit(2 if refusal is not None and refusal.errno != errno.EPIPE else 0)
         raise
     sys.exit(status)
+
+
+@contextmanager
+def ctrl_c_withheld() -> Iterator[None]:
+    """Start processes to which no Ctrl-C gets: one that imports would die of it with a traceback. This one notes it."""
+    if sys.platform == "win32":  # which has no such mask
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which they inherit
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def secure_output() -> None:

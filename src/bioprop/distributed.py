@@ -6,6 +6,7 @@ hooks of autograd: they form many gradients a batch, most of them in closed form
 
 import atexit
 import os
+import signal
 import sys
 import threading
 import time
@@ -145,6 +146,7 @@ class GradientAveraging(DDPStrategy):
     def setup_distributed(self) -> None:
         """Join the other processes; one that the first process started ends when that does."""
         if os.environ.get(LAUNCHER) == str(os.getppid()):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # as in `conduct`, for scripts
             _end_with_parent()
         super().setup_distributed()
         if isinstance(self._launcher, WatchfulLauncher):

@@ -12,6 +12,7 @@ from lightning_fabric.utilities.distributed import _set_num_threads_if_needed
 from pytorch_lightning import Trainer
 from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 
+from bioprop.commands import ctrl_c_withheld
 from bioprop.errors import UserError
 
 #: Seconds between two looks at the other processes.
@@ -34,7 +35,8 @@ class WatchfulLauncher(_SubprocessScriptLauncher):
         """Start the other processes, watch them, and call the function here."""
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         if not self.cluster_environment.creates_processes_externally:
-            self._call_children_scripts()
+            with ctrl_c_withheld():  # until they can answer it, see `conduct`
+                self._call_children_scripts()
             threading.Thread(target=self._watch, daemon=True, name="process-watch").start()
         _set_num_threads_if_needed(num_processes=self.num_processes)
         return function(*args, **kwargs)

@@ -1,5 +1,6 @@
 """Jobs in processes of their own, some at a time."""
 
+import os
 import signal
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from bioprop.commands import ctrl_c_withheld
 from bioprop.errors import UserError
 from bioprop.experiments import worker
 from bioprop.experiments.worker import Job
@@ -102,7 +104,13 @@ def _pass_on(running: _Running, watcher: Watcher) -> None:
 def _started(work: Callable[..., None], *arguments: Any) -> BaseProcess:
     context = _context()
     process: BaseProcess = context.Process(target=work, args=arguments)  # type: ignore[attr-defined]
-    process.start()
+    try:
+        process.start()
+    except BaseException:
+        # the server may import for seconds yet, and would hold this process's output open as long
+        if server := getattr(forkserver._forkserver, "_forkserver_pid", None):
+            os.kill(server, signal.SIGKILL)
+        raise
     return process
 
 
@@ -114,9 +122,6 @@ def _context() -> BaseContext:
     context.set_forkserver_preload([worker.__name__])
     # Ctrl-C is this process's business: one that imports for seconds would die of it with a traceback
     resource_tracker.ensure_running()  # which the server starts otherwise, and which would open what is blocked here
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # as its children inherit it
-    try:
+    with ctrl_c_withheld():
         forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
