@@ -1,42 +1,32 @@
-"""The command line, ``bioprop`` or ``python -m bioprop``: which command runs, and how the process ends.
+"""The command line, ``bioprop`` or ``python -m bioprop``: which command runs.
 
 Nothing heavy is imported before Ctrl-C is looked after: torch and Lightning take seconds to import.
 """
 
-import signal
 import sys
 
-from bioprop.errors import UserError
-
-#: What shells take for a process that Ctrl-C ended.
-INTERRUPTED = 128 + signal.SIGINT
+from bioprop.commands import conduct
 
 
 def run() -> None:
     """Run the command that the process was called with.
 
     Raises:
-        SystemExit: with status 2 and one sentence on a user's mistake, with 130 on Ctrl-C, with 143 on SIGTERM.
+        SystemExit: with the status that `bioprop.commands.conduct` tells.
     """
     sys.path.insert(0, "")  # a user's own classes, named by dotted path, as with `python -m bioprop`
-    try:
-        if sys.argv[1:2] == ["compare"]:  # many runs, each of which comes back here
-            from bioprop.experiments.compare import main as compare
+    conduct(_command)
 
-            sys.exit(compare(sys.argv[2:]))
-        from bioprop.cli import main
 
-        main()
-    except UserError as error:
-        from bioprop.distributed import LostProcessError, wait_for_the_first
+def _command() -> int:
+    if sys.argv[1:2] == ["compare"]:  # many runs, each of which comes back here
+        from bioprop.experiments.compare import main as compare
 
-        wait_for_the_first()
-        sys.stderr.write(f"bioprop: error: {error}\n")
-        sys.exit(1 if isinstance(error, LostProcessError) else 2)
-    except (KeyboardInterrupt, SystemExit) as left:  # Lightning turns the former into the latter, with status 1
-        if isinstance(left, KeyboardInterrupt) or isinstance(left.__context__, KeyboardInterrupt):
-            sys.exit(INTERRUPTED)
-        raise
+        return compare(sys.argv[2:])
+    from bioprop.cli import main
+
+    main()
+    return 0
 
 
 if __name__ == "__main__":

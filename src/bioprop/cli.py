@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import yaml
 from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
@@ -30,6 +29,8 @@ from bioprop.distributed import (
     refuse_strangers,
 )
 from bioprop.errors import UserError
+from bioprop.faults import as_user_error
+from bioprop.launching import refuse_copies
 from bioprop.metrics_file import MetricsFile
 
 CSV_LOGGER = "pytorch_lightning.loggers.CSVLogger"
@@ -145,6 +146,7 @@ class BiopropCLI(LightningCLI):
             UserError: if there is no such file, or a command that evaluates was given no checkpoint.
         """
         refuse_strangers(self.trainer.world_size)
+        refuse_copies(self.trainer)
         config = self.config_init[self.subcommand]
         if config.ckpt_path in ("last", "best"):
             config.ckpt_path = str(newest_checkpoint(experiment_folder(self.trainer), config.ckpt_path))
@@ -197,27 +199,19 @@ def main(args: ArgsType = None, command_line: Callable[[ArgsType], BiopropCLI] =
 
 @contextmanager
 def _plain_user_errors() -> Iterator[None]:
-    """Dig a user's mistake out of the exceptions that parser and trainer wrap around it."""
+    """Turn what went wrong outside the code into a sentence, by the rule of `as_user_error`; bugs pass."""
     try:
         yield
-    except UserError:
-        raise
-    except MisconfigurationException as error:
-        raise UserError(" ".join(str(error).split())) from error
-    except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}: check the path, or choose another") from error
     except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UserError):
-            cause = cause.__cause__
-        if cause is None and is_lost_process(error):
-            raise LostProcessError(
+        found = as_user_error(error)
+        if found is None and is_lost_process(error):
+            found = LostProcessError(
                 f"process {process_rank()} lost the connection to another process, which has ended or hangs: see what "
                 "it said, then go on with --ckpt_path last"
-            ) from error
-        if cause is None:
+            )
+        if found is None:
             raise
-        raise cause from None
+        raise found from found.__cause__
 
 
 @contextmanager

@@ -6,6 +6,7 @@ hooks of autograd: they form many gradients a batch, most of them in closed form
 
 import atexit
 import os
+import signal
 import sys
 import threading
 import time
@@ -17,11 +18,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from pytorch_lightning.strategies import DDPStrategy, StrategyRegistry
-from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from bioprop.errors import UserError
+from bioprop.launching import WatchfulLauncher
 
 #: Longest time that a process waits for the others: the longest that one of them may be busy alone (converting a data
 #: set, say). A process that died is noticed at once where it closed its connections, within seconds on one machine.
@@ -139,13 +140,17 @@ class GradientAveraging(DDPStrategy):
     def _configure_launcher(self) -> None:
         super()._configure_launcher()
         if self.cluster_environment is not None and not self.cluster_environment.creates_processes_externally:
+            self._launcher = WatchfulLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
             os.environ[LAUNCHER] = str(os.getpid())
 
     def setup_distributed(self) -> None:
         """Join the other processes; one that the first process started ends when that does."""
         if os.environ.get(LAUNCHER) == str(os.getppid()):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # as in `conduct`, for scripts
             _end_with_parent()
         super().setup_distributed()
+        if isinstance(self._launcher, WatchfulLauncher):
+            self._launcher.have_met = True
         atexit.register(_leave)  # gloo's threads must not outlive the interpreter, which would abort
 
     def configure_ddp(self) -> None:
@@ -162,7 +167,7 @@ class GradientAveraging(DDPStrategy):
         super().on_exception(exception)
         if isinstance(exception, SIGTERMException):
             return
-        if isinstance(self._launcher, _SubprocessScriptLauncher):
+        if isinstance(self._launcher, WatchfulLauncher):
             for process in self._launcher.procs:
                 process.kill()
 

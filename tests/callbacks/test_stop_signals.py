@@ -1,5 +1,6 @@
 """Signals: noted when they come, answered when a batch is over."""
 
+import errno
 import os
 import signal
 import stat
@@ -89,9 +90,32 @@ def test_sigterm_ends_what_has_nothing_to_save(hook: str, tmp_path: Path) -> Non
 
 
 def test_the_handlers_are_given_back(tmp_path: Path) -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
     fit(tmp_path, epochs=1)
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_nohup_outlives_its_terminal(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        trainer, _ = fit(tmp_path, Send(signal.SIGHUP), epochs=1)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert trainer.state.finished
+
+
+def test_a_signal_is_answered_where_nobody_can_be_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A closed terminal sends SIGHUP, and refuses what is written from then on."""
+
+    def refuse(descriptor: int, content: bytes) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("bioprop.callbacks.stop_signals.os.write", refuse)
+    with pytest.raises(RunStopped) as stopped:
+        fit(tmp_path, Send(signal.SIGHUP))
+    assert stopped.value.code == 129
+    assert step_of(tmp_path / "checkpoints" / "last.ckpt") == 5
 
 
 def test_fast_dev_run_stops_too_and_saves_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from multiprocessing import active_children
+from multiprocessing import active_children, forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from filelock import FileLock
 
 from bioprop.algorithms.checkpoints import read_checkpoint
 from bioprop.errors import UserError
+from bioprop.experiments import processes
 from bioprop.experiments.configs import CONFIGS, resolve
 from bioprop.experiments.plan import TRIAL_SEED, Comparison
 from bioprop.experiments.processes import run_jobs
@@ -225,6 +226,16 @@ def test_a_second_comparison_in_the_same_folder_is_refused() -> None:
     Path("out").mkdir()
     with FileLock("out/.lock"), pytest.raises(UserError, match="another bioprop compare is at work"):
         compare(Path("out"), "--algorithms=backprop", *LENET, "--epochs=1", "--seeds=1")
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads a process's signals from /proc")
+def test_ctrl_c_does_not_reach_children_that_still_import() -> None:
+    processes._context()
+    server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    status = Path(f"/proc/{server}/status").read_text()
+    (mask,) = (int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigBlk"))
+    assert mask & 1 << signal.SIGINT - 1
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])  # this process answers it
 
 
 def processes_with(mark: str) -> list[int]:

@@ -65,3 +65,21 @@ def test_course_of_feedback_training_is_drawn(tmp_path: Path) -> None:
     draw_feedback_training(tmp_path / "feedback_training.csv", tmp_path / "course.png")
     with Image.open(tmp_path / "course.png") as picture:
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"a,b\n1,2\n",
+        b"epoch,batch,stage,iteration,loss\n0,0,fc1,0,1\n",
+        b"epoch,batch,stage,iteration,loss,angle\n0,0,fc1,0,low,1\n",
+        b"epoch,batch,stage,iteration,loss,angle\n0,0,fc1\n",
+        b"\xff\xfe\x00nonsense\n1\n",
+        b"epoch;batch;stage;iteration;loss;angle\n0;0;fc1;0;1;1\n",
+    ],
+)
+def test_another_programs_record_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "feedback_training.csv").write_bytes(content)
+    with pytest.raises(UserError, match=r"training\.csv is not what FeedbackRecord writes: its columns must be"):
+        draw_feedback_training(tmp_path / "feedback_training.csv", tmp_path / "course.png")
+    assert not (tmp_path / "course.png").exists()

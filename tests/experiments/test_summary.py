@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from bioprop.errors import UserError
 from bioprop.experiments import costs
 from bioprop.experiments.costs import BATCH, FEEDBACK, WARM_UP, PeakMemory, StepTimes
 from bioprop.experiments.plan import Comparison, Run
@@ -49,6 +50,32 @@ def test_a_result_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     assert Result.load(tmp_path) == Result("failed", "once", peak_memory=pytest.approx(math.nan, nan_ok=True))
     result.save(tmp_path)
     assert Result.load(tmp_path) == result
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"null",
+        b"[]",
+        b"{}",
+        b'{"status": "finished", "epochs": [], "learning_rate": [], "other": 1}',
+        b'{"status": "odd", "epochs": [], "learning_rate": []}',
+        b'{"status": "finished", "epochs": [], "learning_rate": ["fast"]}',
+        b'{"status": "finished", "epochs": [{"seconds": 1}], "learning_rate": []}',
+        b'{"status": "finished", "learning_rate": [], "epochs": [{"val_accuracy": "high", "seconds": 1, '
+        b'"batch_seconds": 1, "step_seconds": 1, "feedback_seconds": 0}]}',
+    ],
+)
+def test_damaged_results_are_named(content: bytes, tmp_path: Path) -> None:
+    for name, load in (("result.json", Result.load), ("failure.json", Result.load), ("test.json", Test.load)):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_bytes(content)
+        with pytest.raises(UserError, match=rf"{name} is damaged: put it back, or delete it to have that run done"):
+            load(folder)
 
 
 def test_spread_is_mean_and_sample_deviation() -> None:

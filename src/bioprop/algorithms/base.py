@@ -1,10 +1,12 @@
 """What all algorithms share: the skeleton of a training step, and optimizers."""
 
+import warnings
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+from pytorch_lightning import Trainer
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from torch import Tensor, nn
 
@@ -13,7 +15,11 @@ from bioprop.algorithms.evaluation import PER_EPOCH, Batch, Evaluated
 from bioprop.algorithms.precisions import check_precision, products_in_autocast_type
 from bioprop.distributed import GradientAveraging, mean_over_processes, process_count
 from bioprop.errors import UserError
+from bioprop.faults import refused_by_library
 from bioprop.functional.gradients import preserve_state
+
+#: Epochs of a schedule that are gone through beforehand: a fraction of a second.
+LONGEST_SCHEDULE = 10_000
 
 
 class Gradients(NamedTuple):
@@ -181,10 +187,11 @@ class Algorithm(Evaluated, ABC):
         """Refuse at start-up what would train something else than the algorithm.
 
         Raises:
-            UserError: for a number of processes the algorithm does not support, and for settings of optimizers or
-                schedules that are not those of the checkpoint to resume from.
+            UserError: for a number of processes the algorithm does not support, for settings of optimizers or
+                schedules that are not those of the checkpoint to resume from, and for a schedule that ends too early.
         """
         self.refuse_other_optimization()
+        self.check_schedule(self.trainer)
         if self.trainer.world_size > 1 and not isinstance(self.trainer.strategy, GradientAveraging):
             raise UserError(
                 f"strategy {type(self.trainer.strategy).__name__} does not average the gradients of "
@@ -197,7 +204,7 @@ class Algorithm(Evaluated, ABC):
         """Step the learning-rate schedules: Lightning leaves them alone in manual optimization.
 
         Raises:
-            UserError: if a schedule follows a metric that is not logged.
+            UserError: if a schedule follows a metric that is not logged, or refuses to go on.
         """
         schedulers = self.lr_schedulers() or []
         for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
@@ -210,4 +217,37 @@ class Algorithm(Evaluated, ABC):
                     )
                 scheduler.step(metrics[scheduler.monitor])
             else:
-                scheduler.step()
+                _step(scheduler)
+
+    def check_schedule(self, trainer: Trainer) -> None:
+        """Go through the learning-rate schedule to the trainer's last epoch, in a copy that touches no weight.
+
+        Raises:
+            UserError: if it refuses to be stepped that often, as one made for fewer epochs does.
+        """
+        if self._make_scheduler is None or trainer.max_steps >= 0:  # steps that may end training before
+            return
+        scheduler = self._make_scheduler(self._make_optimizer(self.network.parameters()))
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            return
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")
+            for _ in range(self._schedule_steps(min(trainer.max_epochs or 0, LONGEST_SCHEDULE))):
+                _step(scheduler)
+
+    def _schedule_steps(self, epochs: int) -> int:
+        """How often the learning-rate schedules are stepped in so many epochs."""
+        return epochs
+
+
+def _step(scheduler: Any) -> None:
+    """End an epoch of a schedule; what a library's own refuses is a mistake in its arguments."""
+    try:
+        scheduler.step()
+    except Exception as error:
+        if not refused_by_library(error):
+            raise
+        raise UserError(
+            f"{type(scheduler).__name__} does not last beyond epoch {scheduler.last_epoch - 1} ({error}): it is "
+            "stepped once an epoch, so change its arguments in model.scheduler, or trainer.max_epochs"
+        ) from error

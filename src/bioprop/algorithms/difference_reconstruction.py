@@ -215,6 +215,9 @@ class DifferenceReconstruction(TargetAlgorithm):
         if self.schedule.trains_forward(self.current_epoch):
             super().on_train_epoch_end()
 
+    def _schedule_steps(self, epochs: int) -> int:
+        return sum(map(self.schedule.trains_forward, range(epochs)))
+
     # -- optimizers ----------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:

@@ -26,8 +26,9 @@ logger = logging.getLogger(__name__)
 class RunCheckpoints(ModelCheckpoint):
     """Keep ``last.ckpt``, from which a run goes on, and ``best.ckpt``, that of the best metric, in ``checkpoints/``.
 
-    ``last.ckpt`` is written at the end of every epoch, every so many batches, and when the run is told to stop: SIGTERM
-    and Ctrl-C let the batch finish, save, and end the process with status 143 and 130; a second one ends it at once.
+    ``last.ckpt`` is written at the end of every epoch, every so many batches, and when the run is told to stop:
+    SIGTERM, Ctrl-C and SIGHUP (a closed terminal's) let the batch finish, save, and end the process with status 143,
+    130 and 129; a second one ends it at once.
     A run resumed from it equals the uninterrupted one bit for bit, since a checkpoint is only made where nothing is
     under way: where validation follows a batch, after it; after an epoch's last batch, at the end of the epoch.
 

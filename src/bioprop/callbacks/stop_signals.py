@@ -1,9 +1,10 @@
-"""How a run is told to stop: SIGTERM, Ctrl-C, and SLURM's signal before the time is up."""
+"""How a run is told to stop: SIGTERM, Ctrl-C, a terminal that is closed, and SLURM's signal before the time is up."""
 
 import os
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -12,7 +13,7 @@ from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from pytorch_lightning import Trainer
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-STOPPING = (signal.SIGTERM, signal.SIGINT)
+STOPPING = (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 
 
 class RunStopped(SIGTERMException):
@@ -45,13 +46,15 @@ class StopSignals:
     def listen(self, trainer: Trainer) -> None:
         """Take over the signals, until Lightning restores the previous handlers when it is done.
 
+        SIGHUP stays ignored where it was, which is how ``nohup`` lets a run outlive its terminal.
         Where Lightning requeues a SLURM job, its handler is put off until the batch is over and called then.
         """
         self._received, self._requeue, self._speaks = 0, None, trainer.is_global_zero
         if not _in_main_thread():
             return
         for number in STOPPING:
-            signal.signal(number, self._note)
+            if number in (signal.SIGTERM, signal.SIGINT) or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._note)
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
             number, handler = environment.requeue_signal, signal.getsignal(environment.requeue_signal)
@@ -77,8 +80,9 @@ class StopSignals:
         self._received = number
         if self._speaks:
             name = signal.Signals(number).name
-            # no logging: the signal may have interrupted it
-            os.write(2, f"\nbioprop: {name}: finishing this batch, then saving (again: end at once)\n".encode())
+            # no logging: the signal may have interrupted it; and no terminal, where that was closed
+            with suppress(OSError):
+                os.write(2, f"\nbioprop: {name}: finishing this batch, then saving (again: end at once)\n".encode())
 
     def _note_requeue(self, number: int, frame: FrameType | None) -> None:
         self._requeue_received = True

@@ -22,6 +22,7 @@ from bioprop.experiments.progress import Progress
 from bioprop.experiments.report import show_report, write_report, write_rows
 from bioprop.experiments.summary import summarize
 from bioprop.experiments.worker import Job
+from bioprop.faults import as_user_error
 
 T = TypeVar("T")
 
@@ -218,6 +219,4 @@ def main(words: Sequence[str]) -> int:
         )
         return INTERRUPTED
     except OSError as error:
-        raise UserError(
-            f"{error.filename}: {error.strerror}: check the path and the disk, or choose another"
-        ) from error
+        raise as_user_error(error) or error from error

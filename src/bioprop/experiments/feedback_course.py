@@ -1,13 +1,8 @@
 """Draw the course of feedback training: ``python -m bioprop.experiments.feedback_course RUN_FOLDER``."""
 
-import sys
 from pathlib import Path
 
-from jsonargparse import auto_cli
-from rich.console import Console
-
-from bioprop.errors import UserError
-from bioprop.experiments.figures import draw_feedback_training
+from bioprop.commands import conduct
 
 
 def draw(run_folder: Path) -> None:
@@ -16,14 +11,25 @@ def draw(run_folder: Path) -> None:
     Args:
         run_folder: folder of a run that was trained with the callback FeedbackRecord.
     """
+    from rich.console import Console
+
+    from bioprop.experiments.figures import draw_feedback_training
+
     picture = run_folder / "feedback_training.png"
     draw_feedback_training(run_folder / "feedback_training.csv", picture)
     Console().print(f"picture: {picture}", soft_wrap=True)
 
 
-if __name__ == "__main__":
+def _command() -> None:
+    from jsonargparse import auto_cli
+
+    from bioprop.faults import as_user_error
+
     try:
         auto_cli(draw)
-    except UserError as error:
-        sys.stderr.write(f"bioprop: error: {error}\n")
-        sys.exit(2)
+    except OSError as error:
+        raise as_user_error(error) or error from error
+
+
+if __name__ == "__main__":
+    conduct(_command)

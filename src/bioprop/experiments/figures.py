@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from bioprop.callbacks.feedback_record import COLUMNS
 from bioprop.errors import UserError
 from bioprop.experiments.results import Result, by_stage, write_whole
 from bioprop.experiments.summary import Row, Spread, spread
@@ -21,6 +22,8 @@ COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "p")
 LINES = ("-", "--", ":")
 STYLES = tuple(zip(COLORS, MARKERS, strict=False))
+#: Columns of the record of feedback training that are drawn.
+SHOWN = ("loss", "angle")
 
 
 def draw_figures(rows: Sequence[Row], folder: Path, title: str) -> None:
@@ -158,12 +161,19 @@ def draw_feedback_training(record: Path, path: Path) -> None:
         path: where the picture goes.
 
     Raises:
-        UserError: if the record is missing or empty.
+        UserError: if the record is missing, empty or another program's.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     if record.is_file():
-        with record.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+        try:
+            with record.open(newline="") as file:
+                rows = list(csv.DictReader(file))
+            rows = [{name: row[name] for name in COLUMNS} | {name: float(row[name]) for name in SHOWN} for row in rows]
+        except (ValueError, TypeError, KeyError, csv.Error) as error:
+            raise UserError(
+                f"{record} is not what FeedbackRecord writes: its columns must be {', '.join(COLUMNS)}, with numbers "
+                "below the last two"
+            ) from error
     if not rows:
         raise UserError(f"{record} holds no feedback training: train with --trainer.callbacks+=FeedbackRecord")
     figure = Figure(figsize=(10, 4.2), layout="constrained", dpi=150)
@@ -171,11 +181,11 @@ def draw_feedback_training(record: Path, path: Path) -> None:
     for number, stage in enumerate(dict.fromkeys(row["stage"] for row in rows)):
         own = [row for row in rows if row["stage"] == stage]
         color, _ = STYLES[number % len(STYLES)]
-        for axes, column in zip(panels, ("loss", "angle"), strict=True):
+        for axes, column in zip(panels, SHOWN, strict=True):
             values: list[float] = []
             for row in own:
                 # a gap before each new batch: the ones between were not recorded
-                values += [math.nan] * (row["iteration"] == "0" and bool(values)) + [float(row[column])]
+                values += [math.nan] * (row["iteration"] == "0" and bool(values)) + [row[column]]
             axes.plot(range(len(values)), values, color=color, marker=".", markersize=4, linewidth=1, label=stage)
     for axes, label in zip(panels, ("feedback loss", "angle between forward and feedback weight (°)"), strict=True):
         axes.set(xlabel="iteration (a gap: the next recorded batch)", ylabel=label)

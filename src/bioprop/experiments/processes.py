@@ -1,14 +1,17 @@
 """Jobs in processes of their own, some at a time."""
 
+import os
+import signal
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from multiprocessing import connection, get_all_start_methods, get_context
+from multiprocessing import connection, forkserver, get_all_start_methods, get_context, resource_tracker
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+from bioprop.commands import ctrl_c_withheld
 from bioprop.errors import UserError
 from bioprop.experiments import worker
 from bioprop.experiments.worker import Job
@@ -72,14 +75,14 @@ def check_runs(runs: Mapping[str, tuple[str, ...]]) -> None:
         UserError: if one of them refuses its settings.
     """
     receiver, sender = _context().Pipe(duplex=False)
-    process = _context().Process(target=worker.check, args=(runs, Path.cwd(), sender))  # type: ignore[attr-defined]
-    process.start()
+    process = _started(worker.check, runs, Path.cwd(), sender)
     sender.close()
     try:
         mistake = receiver.recv()
     except EOFError:
         mistake = "the check of the settings died: run one of them alone, by bioprop fit, to see why"
     finally:
+        process.kill()  # it has answered, or nobody waits for that any more
         process.join()
     if mistake:
         raise UserError(mistake)
@@ -87,8 +90,7 @@ def check_runs(runs: Mapping[str, tuple[str, ...]]) -> None:
 
 def _start(job: Job) -> _Running:
     receiver, sender = _context().Pipe(duplex=False)
-    process = _context().Process(target=worker.work, args=(job, sender))  # type: ignore[attr-defined]
-    process.start()
+    process = _started(worker.work, job, sender)
     sender.close()
     return _Running(job, process, receiver)
 
@@ -99,10 +101,27 @@ def _pass_on(running: _Running, watcher: Watcher) -> None:
             watcher.epoch(running.job, *running.reports.recv())
 
 
+def _started(work: Callable[..., None], *arguments: Any) -> BaseProcess:
+    context = _context()
+    process: BaseProcess = context.Process(target=work, args=arguments)  # type: ignore[attr-defined]
+    try:
+        process.start()
+    except BaseException:
+        # the server may import for seconds yet, and would hold this process's output open as long
+        if server := getattr(forkserver._forkserver, "_forkserver_pid", None):
+            os.kill(server, signal.SIGKILL)
+        raise
+    return process
+
+
 def _context() -> BaseContext:
     """Processes that start as copies of one that has imported everything, and nothing else; or as new ones."""
     if "forkserver" not in get_all_start_methods():
         return get_context("spawn")
     context = get_context("forkserver")
     context.set_forkserver_preload([worker.__name__])
+    # Ctrl-C is this process's business: one that imports for seconds would die of it with a traceback
+    resource_tracker.ensure_running()  # which the server starts otherwise, and which would open what is blocked here
+    with ctrl_c_withheld():
+        forkserver.ensure_running()
     return context

@@ -3,12 +3,15 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, median
-from typing import Literal, Self
+from typing import Any, Literal, Self, TypeVar, get_args
 
+from bioprop.errors import UserError
+
+T = TypeVar("T")
 Status = Literal["finished", "diverged", "failed"]
 RESULT, FAILURE, TEST = "result.json", "failure.json", "test.json"
 
@@ -105,13 +108,28 @@ class Result:
 
     @classmethod
     def load(cls, folder: Path) -> Self | None:
-        """Read the result of a run from its folder; None if it has not ended."""
+        """Read the result of a run from its folder; None if it has not ended.
+
+        Raises:
+            UserError: if the file is damaged, or another program's.
+        """
         for name in (RESULT, FAILURE):
             if (folder / name).is_file():
-                stored = json.loads((folder / name).read_text())
-                epochs = tuple(Epoch(**epoch) for epoch in stored.pop("epochs"))
-                return cls(epochs=epochs, learning_rate=tuple(stored.pop("learning_rate")), **stored)
+                return _read(folder / name, cls._of)
         return None
+
+    @classmethod
+    def _of(cls, stored: dict[str, Any]) -> Self:
+        epochs = tuple(Epoch(**epoch) for epoch in stored.pop("epochs"))
+        result = cls(epochs=epochs, learning_rate=tuple(stored.pop("learning_rate")), **stored)
+        if result.status not in get_args(Status):
+            raise ValueError(f"status {result.status}")
+        # what tables are made of: a value of another type would only be met there
+        figures = [result.best_val_accuracy or 0.0, result.seconds_per_epoch, result.batch_seconds]
+        figures += [result.feedback_share, result.mean_angle(), result.mean_angle("angles_gn")]
+        if not all(isinstance(each, int | float) for each in (*figures, result.peak_memory, *result.learning_rate)):
+            raise TypeError(f"{figures}")
+        return result
 
 
 @dataclass(frozen=True)
@@ -129,14 +147,28 @@ class Test:
 
     @classmethod
     def load(cls, folder: Path) -> Self | None:
-        """Read it from the run's folder; None if the test images were not read yet."""
-        path = folder / TEST
-        return cls(**json.loads(path.read_text())) if path.is_file() else None
+        """Read it from the run's folder; None if the test images were not read yet.
+
+        Raises:
+            UserError: if the file is damaged, or another program's.
+        """
+        return _read(folder / TEST, cls._of) if (folder / TEST).is_file() else None
+
+    @classmethod
+    def _of(cls, stored: dict[str, Any]) -> Self:
+        return cls(float(stored.pop("accuracy")), int(stored.pop("images")), **stored)
 
 
 def by_stage(angles: Mapping[str, float]) -> dict[str, float]:
     """The angles of the single stages: all but that of the whole update."""
     return {stage: angle for stage, angle in angles.items() if stage != "overall"}
+
+
+def _read(path: Path, make: Callable[[Any], T]) -> T:
+    try:
+        return make(json.loads(path.read_text()))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # what all sorts of content lead to
+        raise UserError(f"{path} is damaged: put it back, or delete it to have that run done again") from error
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

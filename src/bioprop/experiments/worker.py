@@ -25,6 +25,7 @@ from torch import Tensor
 from bioprop.callbacks import AlignmentToBackprop, DivergenceError
 from bioprop.checkpoint_files import read_checkpoint
 from bioprop.cli import BiopropCLI, main
+from bioprop.commands import STREAMS, secure_output, unbreakable
 from bioprop.datamodules import ImageDataModule
 from bioprop.errors import UserError
 from bioprop.experiments.costs import PeakMemory, StepTimes
@@ -141,6 +142,7 @@ class DryCLI(MeasuredCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         self.model.configure_optimizers()
+        self.model.check_schedule(self.trainer)
 
 
 def work(job: Job, reports: Connection) -> None:
@@ -151,6 +153,7 @@ def work(job: Job, reports: Connection) -> None:
         reports: where (epoch, validation accuracy) goes after each epoch.
     """
     _belong_to_parent()
+    secure_output()
     job.folder.mkdir(parents=True, exist_ok=True)
     _write_output_to(job.folder / "log.txt")
     os.chdir(job.directory)
@@ -204,6 +207,7 @@ def test(job: Job) -> None:
 def check(runs: Mapping[str, tuple[str, ...]], directory: Path, answer: Connection) -> None:
     """Make all objects of runs, given by name and arguments; answer with the first mistake, or with None."""
     _belong_to_parent()
+    secure_output()
     _write_output_to(Path(os.devnull))
     os.chdir(directory)
     for name, arguments in runs.items():
@@ -230,10 +234,10 @@ def _belong_to_parent() -> None:
 
 def _write_output_to(path: Path) -> None:
     with path.open("a") as file:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        for descriptor in (1, 2):
+        for name, descriptor in STREAMS.items():
+            getattr(sys, name).flush()
             os.dup2(file.fileno(), descriptor)
+            setattr(sys, name, unbreakable(descriptor))  # in UTF-8, whatever the terminal has
 
 
 def _resume(folder: Path) -> list[str]:
