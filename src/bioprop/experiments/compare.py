@@ -12,7 +12,7 @@ from typing import Literal, NoReturn, TypeVar
 import torch
 from rich.console import Console
 
-from bioprop.cli_messages import OneSentenceParser
+from bioprop.cli_parser import OneSentenceParser
 from bioprop.errors import UserError
 from bioprop.experiments.configs import Settings, find_configs, name_configs, resolve
 from bioprop.experiments.environment import versions
