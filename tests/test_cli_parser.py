@@ -87,6 +87,15 @@ def test_arguments_of_list_entries_stay_with_their_entries() -> None:
     assert callbacks[0]["init_args"]["monitor"] == "val/loss"
 
 
+def test_a_class_that_is_named_again_replaces_the_first_and_its_arguments() -> None:
+    logger = ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=x", "--trainer.logger=false"]
+    assert parsed(CONFIG, *logger)["trainer"]["logger"] is False
+    named = ["--data=MNIST", "--data.data_dir=x", "--data.batch_size=7", "--data=Digits"]
+    settings = parsed(CONFIG, *named)["data"]
+    assert settings["class_path"] == "bioprop.datamodules.Digits"
+    assert settings["init_args"]["batch_size"] == 7
+
+
 def test_an_argument_that_a_class_named_later_lacks_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "there is no argument noise" in said(capsys, CONFIG, "--model.noise=0.3", "--model=Backprop")
 

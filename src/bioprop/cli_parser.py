@@ -127,8 +127,13 @@ def in_order(words: Iterable[str]) -> list[str]:
     names = [group[0].partition("=")[0] for group in groups]
 
     def place(index: int) -> tuple[bool, int, int]:
-        name = names[index]
-        first = next((at for at in range(index) if names[at].startswith(f"{name}.")), index)
+        name, before = names[index], names[:index]
+        # a second naming of the class replaces all that stands before it
+        first = (
+            index
+            if name in before
+            else next((at for at, each in enumerate(before) if each.startswith(f"{name}.")), index)
+        )
         return not (name in CONFIG or name[:2] == "-c"), first, name.count(".") if first < index else 99
 
     return [word for index in sorted(range(len(groups)), key=place) for word in groups[index]]
