@@ -24,7 +24,6 @@ from bioprop.algorithms import (
 )
 from bioprop.algorithms.direct_difference_targets import DirectDifferenceTargets
 from bioprop.cli import main
-from bioprop.cli_messages import explain
 from bioprop.errors import UserError
 
 TINY = [
@@ -247,8 +246,8 @@ def test_diverging_run_stops_names_the_culprit_and_keeps_the_checkpoint() -> Non
             "Algorithm, which is not a class that can be used here: choose one of",
         ),
         (["--model=mine.Algorithm", "--data=Digits"], "no module mine is found from here"),
-        (["--config=empty.yaml"], "a --config file is empty"),
-        (["--config=tab.yaml"], "not valid YAML, at line 2"),
+        (["--config=empty.yaml"], "empty.yaml: this file of options is empty"),
+        (["--config=tab.yaml"], "tab.yaml: this file of options is not valid YAML, at line 2"),
         ([*LDRL_TINY, "--checkpoint.every_n_train_steps=5"], "--checkpoint.every_n_batches N saves every N batches"),
         ([*LDRL_TINY, "--checkpoint.save_last=true"], "last.ckpt is always kept"),
         ([*LDRL_TINY, "--trainer.precision=16-mixed"], "16-mixed is not supported by LDRL, since"),
@@ -324,10 +323,6 @@ def test_ctrl_c_while_libraries_are_imported_leaves_no_traceback(command: str, t
     paths = os.pathsep.join([str(tmp_path), source])
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": paths})
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
-
-
-def test_unforeseen_report_of_the_parser_still_becomes_one_line() -> None:
-    assert explain("Something\n  odd\nhappened") == "Something odd happened"
 
 
 def test_help_shows_each_classes_own_arguments(capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,7 +69,8 @@ def test_the_command_line_exits_with_the_sentence(
     with pytest.raises(SystemExit) as left:
         main(["fit", *LDRL_TINY, *arguments])
     assert left.value.code == 2
-    assert capsys.readouterr().err.splitlines()[-1] == f"bioprop: error: {sentence}"
+    file = next((f"{word.partition('=')[2]}: " for word in arguments if word.startswith("--config=")), "")
+    assert capsys.readouterr().err.splitlines()[-1] == f"bioprop: error: {file}{sentence}"
 
 
 def test_other_options_of_a_group_are_named_with_the_nearest_that_exists(capsys: pytest.CaptureFixture[str]) -> None:

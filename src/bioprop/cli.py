@@ -1,6 +1,7 @@
 """The commands ``bioprop fit|validate|test|predict``, a LightningCLI."""
 
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from bioprop.callbacks import AlignmentToBackprop, DivergenceGuard, EpochSeconds
 from bioprop.callbacks.run_folder import experiment_folder, own_run, run_folder, run_labels
 from bioprop.callbacks.wandb_runs import WandbSummary, describe_run, reported_to_wandb
 from bioprop.checkpoint_files import newest_checkpoint, read_checkpoint
-from bioprop.cli_messages import OneSentenceParser
+from bioprop.cli_parser import OneSentenceParser, in_order, resolve_values
 from bioprop.datamodules import ImageDataModule
 from bioprop.distributed import (
     LostProcessError,
@@ -84,12 +85,17 @@ class BiopropCLI(LightningCLI):
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse, and refuse a seed that no generator takes.
+        """Parse; options override files, whatever their order, and ``~`` is the home folder in all paths.
 
         Raises:
-            UserError: if the seed is negative or too large.
+            UserError: if the seed is negative or too large, or a path names a home folder that is not known.
         """
-        super().parse_arguments(parser, args)
+        words = sys.argv[1:] if args is None else args
+        if isinstance(words, list):
+            behind = next((at for at, word in enumerate(words, 1) if word in self.subcommands()), len(words))
+            words = [*words[:behind], *in_order(words[behind:])]
+        super().parse_arguments(parser, words)
+        resolve_values(self.config)
         seed = self.config[self.config.subcommand].get("seed_everything")
         if seed is not None and not isinstance(seed, bool) and not 0 <= seed < 2**32:
             raise UserError(f"seed_everything is {seed}, but it must be from 0 to {2**32 - 1}")
@@ -113,6 +119,8 @@ class BiopropCLI(LightningCLI):
         algorithm = cast(type[Algorithm], locate(config.model.class_path))
         # before Lightning turns "16-mixed" on a CPU into another one, and before there is a run's folder
         check_precision(config.trainer.precision, algorithm.__name__, algorithm.precisions, algorithm.precision_reason)
+        if self.subcommand == "fit":
+            refuse_lightnings_steps(config.trainer)
         typed = [key for key in DECIDED_BY_DATA if config.model.init_args.network.init_args.get(key) is not None]
         if typed:
             raise UserError(f"{typed[0]} of the network is decided by the data: leave it out")
@@ -177,6 +185,24 @@ class BiopropCLI(LightningCLI):
                     f"the checkpoint's run has seed_everything {before} and now it is {now}: give the same, or start a "
                     "new run without --ckpt_path"
                 )
+
+
+def refuse_lightnings_steps(trainer: Namespace) -> None:
+    """Refuse what Lightning does to the gradients of its own backward pass.
+
+    Raises:
+        UserError: naming the option, and what works.
+    """
+    if trainer.gradient_clip_val:
+        raise UserError(
+            f"gradient_clip_val is {trainer.gradient_clip_val}, but gradient clipping is not supported, since each "
+            "algorithm steps by gradients of its own: leave it out, and lower the learning rate where a run diverges"
+        )
+    if trainer.accumulate_grad_batches != 1:
+        raise UserError(
+            f"accumulate_grad_batches is {trainer.accumulate_grad_batches}, but it is not supported, since each "
+            "algorithm steps by gradients of its own: leave it out, and raise data.batch_size"
+        )
 
 
 def main(args: ArgsType = None, command_line: Callable[[ArgsType], BiopropCLI] = BiopropCLI) -> BiopropCLI:

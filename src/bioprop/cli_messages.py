@@ -1,23 +1,27 @@
 """The parser's errors, each in one sentence that names the value, the reason and what works."""
 
 import difflib
-import inspect
 import re
-from collections.abc import Iterable, Iterator
-from typing import NoReturn
+from collections.abc import Iterable, Sequence
 
-from pytorch_lightning.cli import LightningArgumentParser
+import yaml
 
 from bioprop.algorithms import Algorithm
-from bioprop.datamodules import ImageDataModule
-from bioprop.errors import UserError
-from bioprop.networks import Network
+from bioprop.cli_classes import ALL_KINDS, KINDS, arguments, subclasses, why_not
 from bioprop.removed import REMOVED
 
-#: Base class of what an option names by class.
-KINDS: dict[str, type] = {"model": Algorithm, "network": Network, "data": ImageDataModule}
 #: How to name what is missing.
 EXAMPLES = {"model": "--model LDRL", "network": "--model.network LeNet", "data": "--data Digits"}
+
+#: Types, for people.
+NAMES = {
+    "int": "a whole number",
+    "float": "a number",
+    "tuple": "a list [a, b, ...]",
+    "list": "a list [a, b, ...]",
+    "bool": "true or false",
+    "str": "a text",
+}
 
 #: How many classes that have an argument are named where it was given to another.
 OWNERS_SHOWN = 6
@@ -32,56 +36,87 @@ ELSEWHERE = {
 }
 
 
-class OneSentenceParser(LightningArgumentParser):
-    """Exits with status 2 and one sentence instead of the usage of all options and a nested report."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the sentence and exit."""
-        cause: BaseException | None = ex
-        while cause is not None and not isinstance(cause, UserError):
-            cause = cause.__cause__
-        self.exit(2, f"bioprop: error: {cause or explain(message, self._option_string_actions)}\n")
-
-
-def explain(message: str, options: Iterable[str] = ()) -> str:
+def explain(message: str, options: Iterable[str] = (), words: Sequence[str] = ()) -> str:
     """Turn jsonargparse's nested report of an error into a sentence.
 
     Args:
         message: the report.
         options: those of the command, ``--like.this``.
+        words: what was written behind the command.
     """
-    if match := re.search(r"Group '(\w+)' does not accept option '(\w+)'", message):
+    if "before subcommand" in message:
+        return "options and --config go behind the command, as in bioprop fit --config FILE"
+    if match := re.search(r"Group '(\w+)' does not accept option '([\w.]+)'", message):
         return _unknown_option(f"{match[1]}.{match[2]}", options)
+    if match := re.search(r"Subcommand '\w+' does not accept option '([\w.]+)'", message):
+        return _unknown_option(match[1], options)
     if match := re.search(r"Option '([\w.]+)' is not accepted", message):
         return _unknown_argument(match[1])
     if match := re.search(r"unrecognized arguments: --([\w.]+)", message):
         return _unknown_argument(match[1]) if match[1] in ELSEWHERE else _unknown_option(match[1], options)
+    if match := re.search(r"unrecognized arguments: (\S+)", message):
+        return (
+            f"{match[1]} belongs to no option: each has one value, a list is written [a,b], and its name begins with --"
+        )
     if match := re.search(r"subcommand: invalid choice: '(.*)' \(choose from (.*)\)", message):
-        return f"there is no command {match[1]}: choose one of {match[2]}, 'compare'"
+        return f"there is no command {match[1]}: choose one of {match[2]}, 'compare', and give options behind it"
+    if 'expected "subcommand"' in message:
+        return "no command is given: choose one of fit, validate, test, predict, compare"
     if match := re.search(r"arguments are required: (.+)", message):
-        return _missing([name.strip().removeprefix("fit.") for name in match[1].split(",")], message)
-    if match := re.search(r"No module named '([\w.]+)'", message):
-        return f"no module {match[1]} is found from here: run in the folder that holds it, or install it"
-    if "ReduceLROnPlateau" in message:
-        return "ReduceLROnPlateau must be named in full here: pytorch_lightning.cli.ReduceLROnPlateau"
-    if message.strip().startswith("Unexpected config"):
-        return "a --config file is empty: give it options, or leave it out"
-    if "Problems parsing config" in message:
-        where = re.findall(r"line (\d+)", message)
-        hint = " (tabs are not allowed in YAML)" if "\\t" in message else ""
-        return f"a --config file is not valid YAML{f', at line {where[-1]}' if where else ''}{hint}"
-    if match := re.search(r"File does not exist: '?([^'\n]+)'?", message):
-        return f"{match[1]}: there is no such file"
+        names = [re.sub(r"^(fit|validate|test|predict)\.", "", name.strip()) for name in match[1].split(",")]
+        return _missing(names, message)
+    if match := re.search(r"argument ([^\s:]+): expected (?:one|at least one) argument", message):
+        return f"{_without_value(match[1].split('/'), words)} needs a value behind it"
+    if reason := _unreadable(message):
+        return reason
     keys = re.findall(r'Parser key "([\w.]+)"', message)
     given = _given_value(message)
     if keys and given is not None:
-        key = keys[-1].rpartition(".")[2]
-        if key == "precision":  # Lightning lists many, also by other names
-            return f"precision is {given}, but it must be one of {', '.join(Algorithm.precisions)}"
-        if key in KINDS or ("dot import path string" in message and not _is_number(given)):
-            return f"{key} is {given}, which is not a class that can be used here: {_known_classes(key)}"
-        return f"{key} is {given}, but it must be {_expected(message)}"
+        return _refused(keys[-1], given, message)
     return " ".join(message.split())
+
+
+def _unreadable(message: str) -> str | None:
+    """What is said of a file of options."""
+    if message.strip().startswith("Unexpected config:"):
+        content = yaml.safe_load(message.partition(": ")[2])
+        if content is None or content == "":
+            return "this file of options is empty: give it options, or leave it out"
+        if isinstance(content, dict):
+            return f"this file of options gives no value to {', '.join(content)}"
+        kind = NAMES.get(type(content).__name__, "a text")
+        return f"this is {kind}, but a file of options holds them by name, such as trainer: {{max_epochs: 3}}"
+    if "Problems parsing config" in message:
+        where = re.findall(r"line (\d+)", message)
+        hint = " (no word may begin with a tab, @, ` or %)" if "cannot start any token" in message else ""
+        if "characters are not allowed" in message:
+            hint = " (characters that no text in UTF-8 has: save it in that encoding)"
+        return f"this file of options is not valid YAML{f', at line {where[-1]}' if where else ''}{hint}"
+    if match := re.search(r"(?:File|Path) (does not exist|is not .*): '([^'\n]+)'", message):
+        return (
+            f"{match[2]}: {match[1].replace('does not exist', 'there is no such file').replace('is not', 'it is not')}"
+        )
+    if match := re.search(
+        r"Parser key \"([\w.]+)\"\W+(?:Unable to load config|Config file loop detected:) '?([^'\s]*)", message
+    ):
+        return (
+            f"{match[1]} is {match[2]}, but it takes a file of its settings by name, or each of them: {match[1]}.NAME"
+        )
+    return None
+
+
+def _refused(key: str, given: str, message: str) -> str:
+    """What is said of a value."""
+    nested = re.search(r"NestedArg\(key='([\w.]+)'", message)
+    if nested and "is abstract" in message:
+        example = EXAMPLES.get(key, f"--{key} CLASS")
+        return f"--{key}.{nested[1]} belongs to a class that is not named: name it, too, as in {example}"
+    name = (nested[1] if nested else key).rpartition(".")[2]
+    if name == "precision":  # Lightning lists many, also by other names
+        return f"precision is {given}, but it must be one of {', '.join(Algorithm.precisions)}"
+    if name in ALL_KINDS:
+        return why_not(name, given, message)
+    return f"{name} is {given or 'empty'}, but it must be {_expected(message)}"
 
 
 def _unknown_argument(name: str) -> str:
@@ -89,11 +124,11 @@ def _unknown_argument(name: str) -> str:
         return REMOVED[name]
     if name in ELSEWHERE:
         return f"there is no argument {name} here: {ELSEWHERE[name]}"
-    classes = [cls for kind in KINDS.values() for cls in _subclasses(kind)]
-    if owners := sorted(cls.__name__ for cls in classes if name in _arguments(cls)):
+    classes = [cls for kind in ALL_KINDS.values() for cls in subclasses(kind)]
+    if owners := sorted(cls.__name__ for cls in classes if name in arguments(cls)):
         others = ", ..." if len(owners) > OWNERS_SHOWN else ""
         return f"there is no argument {name} in this place: it belongs to {', '.join(owners[:OWNERS_SHOWN])}{others}"
-    known = {argument for cls in classes for argument in _arguments(cls)}
+    known = {argument for cls in classes for argument in arguments(cls)}
     close = difflib.get_close_matches(name, sorted(known), n=1)
     hint = f"did you mean {close[0]}" if close else "is it misspelt, or another class's"
     return f"there is no argument {name} in this place: {hint}? --model.help CLASS and --data.help CLASS list them"
@@ -106,10 +141,9 @@ def _unknown_option(name: str, options: Iterable[str]) -> str:
     own = {option.removeprefix("--") for option in options}
     prefix = "" if "model" in own or "network" not in own else "model."
     known = {f"{prefix}{option}" for option in own if len(option) > 2}  # no single letters
-    known |= {
-        f"{key}.{each}" for key in ("model", "data") for cls in _subclasses(KINDS[key]) for each in _arguments(cls)
-    }
-    close = difflib.get_close_matches(f"{prefix}{name}", sorted(known), n=1, cutoff=0.75)
+    known |= {f"{key}.{each}" for key in ("model", "data") for cls in subclasses(KINDS[key]) for each in arguments(cls)}
+    longer = sorted(option for option in known if option.startswith(f"{prefix}{name}"))  # an abbreviation
+    close = longer or difflib.get_close_matches(f"{prefix}{name}", sorted(known), n=1, cutoff=0.75)
     hint = f"did you mean --{close[0]}" if close else "is it misspelt"
     return f"there is no option --{prefix}{name}: {hint}? bioprop fit --help lists them"
 
@@ -124,53 +158,28 @@ def _missing(names: list[str], message: str) -> str:
     return f"{' and '.join(names)} must be given: use a --config file, or for example {examples}"
 
 
-def _known_classes(key: str) -> str:
-    if key in KINDS:
-        return f"choose one of {', '.join(sorted(cls.__name__ for cls in _subclasses(KINDS[key])))}"
-    return f"--model.help CLASS lists those that {key} can be"
+def _without_value(names: Sequence[str], words: Sequence[str]) -> str:
+    """The option, of one name or of an argument of its class, that nothing stands behind."""
+    for word, following in zip(words, [*words[1:], "--"], strict=True):
+        if following.startswith("--") and any(word == name or word.startswith(f"{name}.") for name in names):
+            return word
+    return names[-1]
 
 
 def _given_value(message: str) -> str | None:
     found = (
-        re.search(r"dot import path string: (.*)", message)
+        re.search(r"Expected a path but (.*) either not accessible", message)
         or re.search(r"NestedArg\(.*val='(.*)'\)", message)
         or re.search(r"Got value: (.*)", message)
         or re.search(r"Given value: (.*)", message)
+        or re.search(r"Import path (\S+) does not", message)
     )
     return found and found[1]
 
 
 def _expected(message: str) -> str:
     types = re.findall(r"Expected an? <class '(\w+)'>", message)
-    wanted = [name for name in dict.fromkeys(types) if name != "NoneType"]
-    names = {
-        "int": "a whole number",
-        "float": "a number",
-        "tuple": "a list [a, b, ...] of such",
-        "bool": "true or false",
-    }
-    kinds = [names.get(name, f"a {name}") for name in wanted]
+    kinds = [NAMES.get(name, f"a {name}") for name in dict.fromkeys(types) if name != "NoneType"]
     if literal := re.search(r"Literal\[(.*?)\]", message):
         kinds.insert(0, literal[1] if kinds else f"one of {literal[1]}")
     return " or ".join(kinds) or "of another type (see --help)"
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _subclasses(kind: type) -> Iterator[type]:
-    """Yield the classes that can be named where ``kind`` is wanted: its concrete subclasses."""
-    subclasses: list[type] = kind.__subclasses__()
-    for cls in subclasses:
-        if not inspect.isabstract(cls):
-            yield cls
-        yield from _subclasses(cls)
-
-
-def _arguments(cls: type) -> list[str]:
-    return [name for name in inspect.signature(cls).parameters if name != "self"]

@@ -12,7 +12,7 @@ from typing import Literal, NoReturn, TypeVar
 import torch
 from rich.console import Console
 
-from bioprop.cli_messages import OneSentenceParser
+from bioprop.cli_parser import OneSentenceParser, resolve_values
 from bioprop.errors import UserError
 from bioprop.experiments.configs import Settings, find_configs, name_configs, resolve
 from bioprop.experiments.environment import versions
@@ -28,6 +28,15 @@ T = TypeVar("T")
 
 USAGE = "bioprop compare [options] [-- options of every run, as of bioprop fit]"
 INTERRUPTED = 130
+
+#: Options of a run that a comparison sets itself, and what is to be done instead of giving them.
+DECIDED_BY_COMPARE = {
+    "seed_everything": "--seeds N runs the seeds 0 to N - 1",
+    "trainer.max_epochs": "change --epochs, or leave it out",
+    "trainer.logger": "leave it out, each run writes metrics.csv below --folder",
+    "trainer.enable_progress_bar": "leave it out, --folder holds a log.txt of each run",
+    "trainer.enable_model_summary": "leave it out, --folder holds a log.txt of each run",
+}
 
 
 def compare(
@@ -79,6 +88,7 @@ def compare(
     if epochs is not None and epochs < 1:
         raise UserError(f"--epochs is {epochs}, but it must be at least 1")
     factors = _factors(lr_factors)
+    _refuse_own(options, epochs is not None)
     everywhere = [*options, *([] if epochs is None else [f"--trainer.max_epochs={epochs}"])]
     files = _files(_listed(algorithms), network, data, _listed(configs))
     rows = {name: resolve(path, everywhere) for name, path in files.items()}
@@ -90,6 +100,15 @@ def compare(
         comparison.admit(rows, seeds, factors)
         comparison.save(command)
         return _run(comparison, list(rows), jobs)
+
+
+def _refuse_own(options: Sequence[str], sets_epochs: bool) -> None:
+    """Refuse options of the runs that a comparison would override."""
+    for word in options:
+        name = word.partition("=")[0].lstrip("-").rstrip("+")
+        for own, instead in DECIDED_BY_COMPARE.items():
+            if (name == own or name.startswith(f"{own}.")) and (own != "trainer.max_epochs" or sets_epochs):
+                raise UserError(f"--{name} behind -- would be ignored, since bioprop compare sets it: {instead}")
 
 
 def _refuse_mistakes(folder: Path, rows: Mapping[str, Settings], seeds: int, factors: list[float]) -> list[str]:
@@ -151,7 +170,7 @@ def _files(algorithms: Sequence[str], network: str, data: str, configs: Sequence
     if configs and (algorithms or network or data):
         raise UserError("--configs names whole files: leave --algorithms, --network and --data out, or --configs")
     if configs:
-        return name_configs([Path(path) for path in configs])
+        return name_configs([Path(path).expanduser() for path in configs])
     if not algorithms:
         raise UserError("there is nothing to compare: give --algorithms backprop,ldrl --network lenet --data digits")
     if not network or not data:
@@ -209,7 +228,7 @@ def main(words: Sequence[str]) -> int:
     rules = (inspect.getdoc(compare) or "").split("\n\n")[1]
     parser = CompareParser(prog="bioprop compare", usage=USAGE, description=rules)
     parser.add_function_arguments(compare, as_positional=False, skip={"options", "command"})
-    given = parser.parse_args(list(words[:cut]))
+    given = resolve_values(parser.parse_args(list(words[:cut])))
     command = shlex.join(["bioprop", "compare", *words])
     try:
         return compare(**given.as_dict(), options=words[cut + 1 :], command=command)

@@ -1,0 +1,75 @@
+"""Which options a comparison takes, and which it refuses since it sets them itself; nothing is trained here."""
+
+from pathlib import Path
+
+import pytest
+
+from bioprop.errors import UserError
+from bioprop.experiments import compare as compare_module
+from bioprop.experiments.compare import main
+from bioprop.experiments.configs import CONFIGS
+from bioprop.experiments.plan import Comparison
+from tests.experiments.runs import LENET, compare, write_config
+from tests.test_cli import in_empty_folder
+
+__all__ = ["in_empty_folder"]  # the fixture
+
+
+@pytest.mark.parametrize(
+    ("option", "instead"),
+    [
+        (["--trainer.max_epochs", "3"], "--trainer.max_epochs behind -- would be ignored, .*: change --epochs"),
+        (["--trainer.max_epochs=3"], "change --epochs, or leave it out"),
+        (["--seed_everything", "7"], "--seed_everything behind -- would be ignored, .*: --seeds N runs the seeds 0 to"),
+        (["--data.seed=1", "--seed_everything=7"], "--seeds N"),
+        (["--trainer.logger=false"], "writes metrics.csv below --folder"),
+        (["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=x"], "--trainer.logger behind -- would be ignored"),
+        (["--trainer.enable_progress_bar=true"], "--folder holds a log.txt of each run"),
+        (["--trainer.enable_model_summary", "true"], "--folder holds a log.txt of each run"),
+    ],
+)
+def test_options_of_runs_that_a_comparison_sets_itself_are_refused(option: list[str], instead: str) -> None:
+    with pytest.raises(UserError, match=instead):
+        compare(Path("out"), "--algorithms=backprop", *LENET, "--epochs=1", options=option)
+    assert not Path("out").exists()
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> list[Comparison]:
+    """The comparisons that would run; their runs are left out."""
+    found: list[Comparison] = []
+    monkeypatch.setattr(compare_module, "check_runs", lambda runs: None)
+    monkeypatch.setattr(compare_module, "_run", lambda comparison, rows, jobs: found.append(comparison) or 0)
+    return found
+
+
+def test_epochs_and_options_behind_the_dashes_hold_for_all_rows(parsed: list[Comparison]) -> None:
+    options = ["--trainer.max_epochs=3", "--data.limit_train=None", f"--config={CONFIGS / 'smoke.yaml'}"]
+    compare(Path("out"), "--algorithms=backprop,ldrl", *LENET, "--epochs=None", options=options)
+    for settings in parsed[0].rows.values():
+        assert settings["trainer"]["max_epochs"] == 3
+        assert settings["data"]["init_args"]["limit_train"] is None
+        assert settings["trainer"]["limit_train_batches"] == 2
+
+
+@pytest.mark.parametrize("form", [["--folder=~/out"], ["--folder", "~/out"]])
+def test_folder_and_files_are_found_in_the_home_folder(
+    form: list[str], parsed: list[Comparison], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    Path("home").mkdir()
+    for name in "ab":
+        write_config(Path(f"home/{name}.yaml"))
+    assert main([*form, "--configs=~/a.yaml,~/b.yaml"]) == 0
+    assert parsed[0].folder == tmp_path / "home" / "out"
+    assert list(parsed[0].rows) == ["a", "b"]
+    assert not Path("~").exists()
+
+
+@pytest.mark.parametrize("words", [["--folder=None"], ["--folder=out", "--seeds=None"], ["--folder=out", "--seed=3"]])
+def test_null_and_abbreviations_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises((SystemExit, UserError)) as caught:
+        main([*words, "--algorithms=backprop", *LENET])
+    said = str(caught.value) if caught.type is UserError else capsys.readouterr().err
+    assert any(each in said for each in ("folder is null", "seeds is None", "did you mean --seeds?"))
+    assert not Path("None").exists()
