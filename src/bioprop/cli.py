@@ -172,6 +172,7 @@ class BiopropCLI(LightningCLI):
             raise UserError(
                 f"--ckpt_path {config.ckpt_path}: there is no such file; 'last' and 'best' work too, and for fit 'auto'"
             )
+        self.config[self.subcommand].ckpt_path = config.ckpt_path  # what config.yaml is to say
         if config.ckpt_path is not None:
             checkpoint = read_checkpoint(config.ckpt_path)
             if self.subcommand == "fit":

@@ -169,6 +169,17 @@ def test_last_is_that_of_the_same_algorithm_among_all_in_a_project(caplog: pytes
     assert f"using checkpoint {one.trainer.checkpoint_callback.last_model_path}" in caplog.messages
 
 
+def test_a_run_that_is_named_by_its_id_goes_on_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an agent names those that it starts again."""
+    for name, epochs in (("mine", 1), ("other", 1), ("mine", 2)):
+        monkeypatch.setenv("WANDB_RUN_ID", name)
+        main(["fit", *LDRL_TINY, LAYER, f"--trainer.max_epochs={epochs}", "--ckpt_path=auto"])
+        wandb.teardown()  # its process does not look at the variable again
+    folders = {folder.name: folder / "checkpoints" / "last.ckpt" for folder in Path("runs/bioprop").iterdir()}
+    steps = {name: torch.load(path, weights_only=True)["global_step"] for name, path in folders.items()}
+    assert steps["mine"] == 2 * steps["other"]
+
+
 def test_two_commands_in_one_process_are_two_runs() -> None:
     for _ in range(2):
         main(["fit", *LDRL_TINY, LAYER, "--trainer.max_epochs=1"])

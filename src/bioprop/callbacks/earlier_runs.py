@@ -1,6 +1,7 @@
 """Earlier runs: which checkpoint ``last`` and ``best`` mean, and going on in the folder of the run that wrote it."""
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -61,15 +62,24 @@ def _passed_over(trials: list[str]) -> str:
 def _newest_first(kind: str, trainer: Trainer, dirpath: str | None) -> Iterator[tuple[Path, list[Path]]]:
     """Yield folders of checkpoints with those of a kind in them, the newest first."""
     runs = experiment_folder(trainer)
-    given = getattr(trainer.logger, "_version", getattr(trainer.logger, "_id", None))  # None: the logger chooses
-    named = runs / (given if isinstance(given, str) else f"version_{given}") / "checkpoints"
-    folders = [named] if named.is_dir() else [*runs.glob("*/checkpoints"), runs / "checkpoints"]
+    folders = [*runs.glob("*/checkpoints"), runs / "checkpoints"]
+    given = _given_version(trainer.logger)
+    if given is not None and (kind != "best" or (runs / given).is_dir()):
+        folders = [runs / given / "checkpoints"]
     found = {}
     for folder in [Path(dirpath)] if dirpath else folders:
         files = [path for path in folder.glob("*.ckpt") if (path.name == LAST) == (kind != "best")]
         if files:
             found[folder] = sorted(files, key=_age)
     yield from sorted(found.items(), key=lambda item: _age(item[1][0]))
+
+
+def _given_version(run_logger: Logger | None) -> str | None:
+    """The folder's name that was given with a logger; None where the logger is to choose."""
+    if isinstance(run_logger, WandbLogger):  # a sweep's agent says by the variable which run a process is
+        return run_logger._id or os.environ.get("WANDB_RUN_ID")
+    version = getattr(run_logger, "_version", None)
+    return f"version_{version}" if isinstance(version, int) else version
 
 
 def _age(path: Path) -> float:

@@ -1,7 +1,5 @@
 """A run's ``config.yaml``: what it was trained with, and nothing that was refused."""
 
-from typing import Any
-
 import yaml
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.cli import SaveConfigCallback
@@ -47,13 +45,9 @@ class SaveRunConfig(SaveConfigCallback):
         """Write the file; that of a run which is evaluated in its own folder stays."""
         path = run_folder(trainer) / self.config_filename
         config = self.config.clone()
-        started_there = stage == "fit" and goes_on(trainer, config.checkpoint.dirpath)
-        config.ckpt_path = None if started_there else self._checkpoint(trainer, stage)
+        if stage == "fit" and goes_on(trainer, config.checkpoint.dirpath):
+            config.ckpt_path = None
         path.parent.mkdir(parents=True, exist_ok=True)
         if stage == "fit" or not path.exists():
             self.parser.save(config, str(path), skip_none=False, overwrite=True)
         describe_run(trainer, yaml.safe_load(path.read_text()))
-
-    def _checkpoint(self, trainer: Trainer, stage: str) -> Any:
-        """The file that a run starts from; an evaluation's is not loaded yet."""
-        return trainer.ckpt_path if stage == "fit" else self.config.ckpt_path
