@@ -100,6 +100,11 @@ CASES: dict[str, dict[str, Any]] = {
         "check_val_every_n_epoch": None,
     },
     "validation every second epoch": {"make": backprop, "check_val_every_n_epoch": 2, "max_epochs": 3},
+    "plateau of validations every second epoch": {
+        "make": partial(backprop, scheduler=partial(ReduceLROnPlateau, monitor="val/loss", patience=0, threshold=0.5)),
+        "check_val_every_n_epoch": 2,
+        "max_epochs": 4,
+    },
     "no validation": {"make": backprop, "limit_val_batches": 0},
     "limited batches": {"make": backprop, "limit_train_batches": 3},
     "max_steps": {

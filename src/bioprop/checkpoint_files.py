@@ -1,6 +1,5 @@
 """Checkpoints on the disk: written whole or not at all, read as plain data and tensors only."""
 
-import logging
 import pickle
 import zipfile
 from pathlib import Path
@@ -12,8 +11,6 @@ from lightning_fabric.utilities.types import _PATH
 
 from bioprop.errors import UserError
 from bioprop.files import replacing
-
-logger = logging.getLogger(__name__)
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -63,24 +60,6 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise UserError("it holds no state_dict")
     return checkpoint
-
-
-def newest_checkpoint(folder: Path, kind: str) -> Path:
-    """Find the checkpoint ``last`` or ``best`` that was written last among the runs in a folder.
-
-    Args:
-        folder: the folder of the runs of one name.
-        kind: ``last`` or ``best``.
-
-    Raises:
-        UserError: if no run in the folder has one.
-    """
-    candidates = [*folder.glob(f"*/checkpoints/{kind}.ckpt"), *folder.glob(f"checkpoints/{kind}.ckpt")]
-    if not candidates:
-        raise UserError(f"--ckpt_path {kind}: no run in {folder} has written {kind}.ckpt yet; give a file's path")
-    newest = max(candidates, key=lambda path: path.stat().st_mtime)
-    logger.info("using checkpoint %s", newest)
-    return newest
 
 
 def _what_it_is(path: Path) -> str:

@@ -9,17 +9,28 @@ from pathlib import Path
 from pydoc import locate
 from typing import Any, cast
 
-import yaml
+import torch
 from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
-from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
+from pytorch_lightning.loggers import CSVLogger
 
 from bioprop.algorithms import Algorithm
 from bioprop.algorithms.precisions import check_precision
-from bioprop.callbacks import AlignmentToBackprop, DivergenceGuard, EpochSeconds, PredictionsFile, RunCheckpoints
-from bioprop.callbacks.run_folder import experiment_folder, own_run, run_folder, run_labels
-from bioprop.callbacks.wandb_runs import WandbSummary, describe_run, reported_to_wandb
-from bioprop.checkpoint_files import newest_checkpoint, read_checkpoint
+from bioprop.callbacks import (
+    AlignmentToBackprop,
+    DivergenceGuard,
+    EpochSeconds,
+    PredictionsFile,
+    RunCheckpoints,
+    RunReport,
+    SaveRunConfig,
+)
+from bioprop.callbacks.earlier_runs import go_on_in_its_folder, newest_checkpoint, run_settings
+from bioprop.callbacks.run_folder import run_labels
+from bioprop.callbacks.wandb_runs import WandbSummary, reported_to_wandb
+from bioprop.checkpoint_files import read_checkpoint
 from bioprop.cli_parser import OneSentenceParser, in_order, resolve_values
 from bioprop.datamodules import ImageDataModule
 from bioprop.distributed import (
@@ -32,22 +43,10 @@ from bioprop.distributed import (
 from bioprop.errors import UserError
 from bioprop.faults import as_user_error
 from bioprop.launching import refuse_copies
-from bioprop.metrics_file import MetricsFile
+from bioprop.metrics_file import MetricsFile, NoMetrics
 
-CSV_LOGGER = "pytorch_lightning.loggers.CSVLogger"
 #: Arguments of a network that flow from the data.
 DECIDED_BY_DATA = ("image_shape", "num_classes")
-
-
-class SaveRunConfig(SaveConfigCallback):
-    """Save the resolved configuration as ``config.yaml`` in the run's own folder, whatever the logger."""
-
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write the file, or overwrite it where a run is repeated in the same folder."""
-        path = run_folder(trainer) / self.config_filename
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, str(path), skip_none=False, overwrite=True)
-        describe_run(trainer, yaml.safe_load(path.read_text()))
 
 
 class BiopropCLI(LightningCLI):
@@ -61,7 +60,7 @@ class BiopropCLI(LightningCLI):
             save_config_kwargs={"save_to_log_dir": False},
             # one process unless asked for more: Lightning's "auto" takes every GPU it finds
             trainer_defaults={
-                "callbacks": [DivergenceGuard(), EpochSeconds(), PredictionsFile(), WandbSummary()],
+                "callbacks": [DivergenceGuard(), EpochSeconds(), PredictionsFile(), WandbSummary(), RunReport()],
                 "devices": 1,
             },
             seed_everything_default=0,
@@ -125,15 +124,19 @@ class BiopropCLI(LightningCLI):
         if typed:
             raise UserError(f"{typed[0]} of the network is decided by the data: leave it out")
         root = config.trainer.default_root_dir or "runs"
-        if getattr(config.trainer.logger, "class_path", "").endswith("WandbLogger"):
-            arguments = config.trainer.logger.init_args
-            arguments.save_dir = root if arguments.save_dir in (None, ".") else arguments.save_dir
-            Path(arguments.save_dir).mkdir(parents=True, exist_ok=True)  # or W&B warns, and writes elsewhere
-        if config.trainer.logger in (None, True):
+        if config.trainer.logger in (None, True, False):
+            writes = NoMetrics if config.trainer.logger is False else MetricsFile
             arguments = Namespace(save_dir=str(root), name=run_labels(config).name)  # type: ignore[no-untyped-call]
-            config.trainer.logger = Namespace(class_path=CSV_LOGGER, init_args=arguments)  # type: ignore[no-untyped-call]
-        if getattr(config.trainer.logger, "class_path", "") == CSV_LOGGER:  # ours takes the same arguments
-            config.trainer.logger.class_path = f"{MetricsFile.__module__}.{MetricsFile.__name__}"
+            path = f"{writes.__module__}.{writes.__name__}"
+            config.trainer.logger = Namespace(class_path=path, init_args=arguments)  # type: ignore[no-untyped-call]
+        loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
+        for each in loggers:
+            if each.class_path.endswith("WandbLogger"):
+                arguments = each.init_args
+                arguments.save_dir = root if arguments.save_dir in (None, ".") else arguments.save_dir
+                Path(arguments.save_dir).mkdir(parents=True, exist_ok=True)  # or W&B warns, and writes elsewhere
+            if locate(each.class_path) is CSVLogger:  # ours takes the same arguments
+                each.class_path = f"{MetricsFile.__module__}.{MetricsFile.__name__}"
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer.
@@ -147,26 +150,46 @@ class BiopropCLI(LightningCLI):
         except (ValueError, TypeError) as error:
             raise UserError(" ".join(str(error).split())) from error
 
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """Let our callback alone save nothing with ``enable_checkpointing false``, which Lightning would refuse."""
+        given = config.get("callbacks") or []
+        if config.get("enable_checkpointing") is False and not any(
+            isinstance(each, Checkpoint) for each in (given if isinstance(given, list) else [given])
+        ):
+            config["enable_checkpointing"] = None
+            for each in callbacks:
+                if isinstance(each, RunCheckpoints):
+                    each.saves = False
+        return super()._instantiate_trainer(config, callbacks)
+
     def after_instantiate_classes(self) -> None:
-        """Turn ``--ckpt_path last`` and ``best`` into the newest such file of the runs of this name.
+        """Find the checkpoint that ``--ckpt_path last``, ``best`` or ``auto`` means, and go on in its run's folder.
 
         Raises:
-            UserError: if there is no such file, or a command that evaluates was given no checkpoint.
+            UserError: if there is no such file, a command that evaluates was given no checkpoint, or the run to go on
+                with is still running.
         """
         refuse_strangers(self.trainer.world_size)
         refuse_copies(self.trainer)
+        self.model.example_input_array = torch.zeros(1, *self.datamodule.image_shape)  # for FLOPs in the summary
         config = self.config_init[self.subcommand]
-        if config.ckpt_path in ("last", "best"):
-            config.ckpt_path = str(newest_checkpoint(experiment_folder(self.trainer), config.ckpt_path))
+        checkpoints = self._get(self.config_init, "checkpoint")
+        if config.ckpt_path in ("last", "best", "auto") and (config.ckpt_path != "auto" or self.subcommand == "fit"):
+            settings = self.config[self.subcommand]
+            found = newest_checkpoint(config.ckpt_path, self.trainer, checkpoints.dirpath, settings)
+            config.ckpt_path = found and str(found)
         elif config.ckpt_path is not None and not Path(config.ckpt_path).exists():
-            raise UserError(f"--ckpt_path {config.ckpt_path}: there is no such file; 'last' and 'best' work too")
+            raise UserError(
+                f"--ckpt_path {config.ckpt_path}: there is no such file; 'last' and 'best' work too, and for fit 'auto'"
+            )
+        self.config[self.subcommand].ckpt_path = config.ckpt_path  # what config.yaml is to say
         if config.ckpt_path is not None:
-            read_checkpoint(config.ckpt_path)
+            checkpoint = read_checkpoint(config.ckpt_path)
             if self.subcommand == "fit":
-                self._refuse_another_seed(Path(config.ckpt_path))
-                version = own_run(Path(config.ckpt_path), self.trainer)
-                if version and isinstance(self.trainer.logger, MetricsFile):
-                    self.trainer.logger.go_on_in(version)
+                path = Path(config.ckpt_path)
+                self._refuse_another_seed(path)
+                if go_on_in_its_folder(self.trainer, path, checkpoint, checkpoints.dirpath):
+                    checkpoints.hold_before_logging(path.parent)
         elif self.subcommand != "fit":
             raise UserError(
                 f"bioprop {self.subcommand} needs --ckpt_path, or it would judge untrained weights: "
@@ -175,10 +198,9 @@ class BiopropCLI(LightningCLI):
 
     def _refuse_another_seed(self, checkpoint: Path) -> None:
         """Compare the seed with that of the run the checkpoint belongs to: its random streams come from the latter."""
-        folder = checkpoint.resolve().parent
-        saved = folder.parent / "config.yaml"
-        if folder.name == "checkpoints" and saved.is_file():  # a checkpoint that still lies in its run's folder
-            before = yaml.safe_load(saved.read_text())["seed_everything"]
+        saved = run_settings(checkpoint.parent)
+        if saved is not None:
+            before = saved["seed_everything"]
             now = self._get(self.config, "seed_everything")
             if before != now:
                 raise UserError(

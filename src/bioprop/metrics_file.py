@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_fabric.loggers.logger import rank_zero_experiment
+from lightning_fabric.utilities.rank_zero import rank_zero_only
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 
@@ -22,9 +23,15 @@ class MetricsFile(CSVLogger):
     A row that cannot be written waits in memory for the next attempt. Arguments: those of `CSVLogger`.
     """
 
-    def go_on_in(self, version: int | str) -> None:
-        """Log into the folder of an earlier run, before anything was logged."""
-        self._version = version
+    def _get_next_version(self) -> int:
+        """Make the folder at once: a run that starts in the same moment gets another."""
+        version: int = super()._get_next_version()
+        while True:
+            try:
+                _make_new(Path(self.root_dir, f"version_{version}"))
+                return version
+            except FileExistsError:
+                version += 1
 
     @property
     @rank_zero_experiment
@@ -49,6 +56,18 @@ class MetricsFile(CSVLogger):
         """
         writer = self.experiment
         return isinstance(writer, MetricsWriter) and writer.keep(rows)
+
+
+@rank_zero_only
+def _make_new(folder: Path) -> None:
+    folder.mkdir(parents=True)
+
+
+class NoMetrics(MetricsFile):
+    """What ``--trainer.logger false`` stands for: a run has a folder of its own all the same, without metrics."""
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        """Write nothing."""
 
 
 class MetricsWriter(ExperimentWriter):

@@ -117,6 +117,26 @@ def test_a_schedule_may_follow_a_metric(tmp_path: Path) -> None:
     assert algorithm.optimizers().param_groups[0]["lr"] < 0.05
 
 
+@pytest.mark.parametrize("validations", [{"check_val_every_n_epoch": 2}, {"val_check_interval": 6}])
+def test_a_schedule_counts_validations_and_not_the_epochs_between_them(
+    tmp_path: Path, validations: dict[str, int]
+) -> None:
+    """Of 12 epochs of 3 batches, 6 end with a validation; the learning rate falls at each but the first."""
+    follow = partial(ReduceLROnPlateau, monitor="val/loss", patience=0, threshold=1e9, threshold_mode="abs", factor=0.5)
+    every = {"check_val_every_n_epoch": None} | validations
+    algorithm = Backprop(small_lenet(), optimizer=partial(torch.optim.SGD, lr=1.0), scheduler=follow)
+    make_trainer(tmp_path, max_epochs=12, **every).fit(algorithm, make_loader(), make_loader())
+    assert algorithm.optimizers().param_groups[0]["lr"] == 0.5**5
+
+
+def test_an_unknown_metric_is_refused_at_the_first_validation(tmp_path: Path) -> None:
+    algorithm = Backprop(small_lenet(), scheduler=partial(ReduceLROnPlateau, monitor="val/nothing"))
+    trainer = make_trainer(tmp_path, max_epochs=4, check_val_every_n_epoch=2)
+    with refused("'val/nothing', which is not logged", "val/loss"):
+        trainer.fit(algorithm, make_loader(), make_loader())
+    assert trainer.current_epoch == 1
+
+
 def test_a_checkpoint_with_other_tensors_is_refused_in_a_sentence(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, max_epochs=1)
     trainer.fit(Backprop(small_lenet()), make_loader())

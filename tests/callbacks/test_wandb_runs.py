@@ -20,6 +20,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from bioprop.callbacks.wandb_runs import WandbSummary, exit_status, flatten
 from bioprop.cli import main
 from bioprop.errors import UserError
+from tests.algorithms.contract import KilledError
 from tests.test_cli import LDRL_TINY, TINY
 from tests.wandb_log import WandbLog, offline_runs
 
@@ -128,6 +129,55 @@ def test_diverged_run_reports_itself_failed_and_leaves_no_false_number() -> None
     assert log.exit_code == 2
     assert not log.course("val/accuracy")
     assert wandb.run is None  # the next command does not go on logging into this one
+
+
+def test_a_run_goes_on_as_the_same_run_with_its_best_and_its_charts() -> None:
+    kill = ["--trainer.callbacks+=tests.algorithms.contract.KillAfter", "--trainer.callbacks.batches=3"]
+    settings = [*LDRL_TINY, "--data.batch_size=32", "--model.optimizer.lr=0.05"]
+    whole = main(["fit", *settings, "--trainer.max_epochs=3"])
+    with pytest.raises(KilledError):
+        main(["fit", *settings, LAYER, "--trainer.max_epochs=3", *kill])
+    resumed = main(["fit", *settings, LAYER, "--trainer.max_epochs=3", "--ckpt_path=last"])
+
+    [folder] = Path("runs/bioprop").iterdir()
+    assert resumed.trainer.logger.version == folder.name
+    wandb.teardown()
+    first, second = (
+        WandbLog(path) for path in sorted(Path("runs/wandb").glob(f"offline-run-*/run-{folder.name}.wandb"))
+    )
+    assert (first.name, second.name) == (f"ldrl_lenet_digits_{folder.name}",) * 2
+    assert not {"beta", "batch_size"} & set(second.config)
+    assert second.course("feedback/iteration")[:1] == [2]  # the first epoch's are 0 and 1
+    best = whole.trainer.checkpoint_callback.best_model_score
+    assert resumed.trainer.checkpoint_callback.best_model_score == best
+    assert second.summary["val/accuracy"] == pytest.approx(float(best))
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def test_the_best_is_kept_from_before_an_interruption() -> None:
+    before, after = WandbSummary(), WandbSummary()
+    before._best = 0.7
+    after.load_state_dict(before.state_dict())
+    assert after._best == 0.7
+
+
+def test_last_is_that_of_the_same_algorithm_among_all_in_a_project(caplog: pytest.LogCaptureFixture) -> None:
+    one = main(["fit", *LDRL_TINY, LAYER, "--trainer.max_epochs=1"])
+    main(["fit", "--model=Backprop", *TINY, LAYER, "--trainer.max_epochs=1"])
+    main(["test", *LDRL_TINY, LAYER, "--ckpt_path=last"])
+    assert f"using checkpoint {one.trainer.checkpoint_callback.last_model_path}" in caplog.messages
+
+
+def test_a_run_that_is_named_by_its_id_goes_on_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an agent names those that it starts again."""
+    for name, epochs in (("mine", 1), ("other", 1), ("mine", 2)):
+        monkeypatch.setenv("WANDB_RUN_ID", name)
+        main(["fit", *LDRL_TINY, LAYER, f"--trainer.max_epochs={epochs}", "--ckpt_path=auto"])
+        wandb.teardown()  # its process does not look at the variable again
+    folders = {folder.name: folder / "checkpoints" / "last.ckpt" for folder in Path("runs/bioprop").iterdir()}
+    steps = {name: torch.load(path, weights_only=True)["global_step"] for name, path in folders.items()}
+    assert steps["mine"] == 2 * steps["other"]
 
 
 def test_two_commands_in_one_process_are_two_runs() -> None:

@@ -203,21 +203,22 @@ class Algorithm(Evaluated, ABC):
     def on_train_epoch_end(self) -> None:
         """Step the learning-rate schedules: Lightning leaves them alone in manual optimization.
 
+        One that follows a metric counts the values of it: an epoch without validation brings none of ``val/loss``.
+
         Raises:
             UserError: if a schedule follows a metric that is not logged, or refuses to go on.
         """
         schedulers = self.lr_schedulers() or []
         for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
-            if isinstance(scheduler, ReduceLROnPlateau):
-                metrics = self.trainer.callback_metrics
-                if scheduler.monitor not in metrics:
-                    raise UserError(
-                        f"the scheduler monitors {scheduler.monitor!r}, which is not logged: choose one of "
-                        f"{', '.join(sorted(metrics))}"
-                    )
-                scheduler.step(metrics[scheduler.monitor])
-            else:
+            if not isinstance(scheduler, ReduceLROnPlateau):
                 _step(scheduler)
+            elif self.logged_this_epoch(scheduler.monitor):
+                scheduler.step(self.trainer.callback_metrics[scheduler.monitor])
+            elif not self._may_be_logged(scheduler.monitor):
+                raise UserError(
+                    f"the scheduler monitors {scheduler.monitor!r}, which is not logged: choose one of "
+                    f"{', '.join(sorted(self.trainer.callback_metrics))}"
+                )
 
     def check_schedule(self, trainer: Trainer) -> None:
         """Go through the learning-rate schedule to the trainer's last epoch, in a copy that touches no weight.

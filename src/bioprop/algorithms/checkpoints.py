@@ -1,5 +1,6 @@
 """Checkpoints: what they hold besides weights, and the refusal to load them where a setting would silently lose."""
 
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +22,8 @@ LOCATIONS = ("data_dir", "download")
 # What makes the same image another input, and what decides which training images are held out for validation.
 PREPARATION = ("normalization", "image_size", "channels", "background")
 HELD_OUT = ("seed", "val_fraction", "limit_train")
+# Arguments of the trainer that make training another one.
+OF_TRAINER = ("precision", "limit_train_batches", "limit_val_batches", "overfit_batches")
 MISSING = "nothing"
 
 
@@ -49,6 +52,7 @@ class Checkpointed(LightningModule):
         checkpoint["optimization"] = self._optimization
         checkpoint["metrics_classes"] = self.metrics_classes()
         checkpoint["progress"] = capture_progress(self)
+        checkpoint["trained_on"] = self._trained_on()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume under other settings than the checkpoint's, where one of the two would silently lose.
@@ -63,8 +67,10 @@ class Checkpointed(LightningModule):
         refuse_other_tensors(checkpoint["state_dict"], self.state_dict())
         if purpose == TrainerFn.FITTING:  # the optimizers are made, and compared, after this hook
             refuse_incomplete(checkpoint)
+            now = self._trained_on()
+            refuse_changes(checkpoint.get("trained_on", now), now)  # those of older versions have none
             self._resumed_optimization = checkpoint["optimization"]
-            self._resumed_progress = checkpoint.get("progress")  # those of older versions have none
+            self._resumed_progress = checkpoint.get("progress")
             if classes := checkpoint.get("metrics_classes"):
                 self.make_metrics(classes)
             if self.trainer.max_steps != -1:
@@ -75,6 +81,17 @@ class Checkpointed(LightningModule):
         if self._resumed_progress is not None:
             progress, self._resumed_progress = self._resumed_progress, None
             restore_progress(self, progress)
+
+    def _trained_on(self) -> dict[str, Any]:
+        """What trainer and images decide about a run, besides the hyperparameters."""
+        settings = {f"trainer.{name}": getattr(self.trainer, name) for name in OF_TRAINER}
+        resident = getattr(getattr(self.trainer, "datamodule", None), "resident", {})
+        for split in ("train", "val"):
+            if split in resident:
+                labels = resident[split].labels
+                settings[f"data.{split}.images"] = len(labels)
+                settings[f"data.{split}.checksum of the labels"] = zlib.crc32(labels.numpy().tobytes())
+        return plain(settings)  # type: ignore[no-any-return]
 
     def make_metrics(self, classes: int) -> None:
         """Make the metrics that are logged, for a number of classes that the first batch shows, or a checkpoint."""

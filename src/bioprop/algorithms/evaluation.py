@@ -30,16 +30,47 @@ class Evaluated(Checkpointed):
         super().__init__(network)
         self.losses = nn.ModuleDict({f"{split}_set": MeanMetric(nan_strategy="disable") for split in SPLITS})
         self.accuracies = nn.ModuleDict()  # filled by the first batch, which shows the number of classes
+        self._validated = False  # in this epoch
 
     @products_in_autocast_type
     def forward(self, images: Tensor) -> Tensor:
         """Compute logits ``[batch, classes]``."""
-        logits: Tensor = self.network(images)
+        # a summary of the model hands over its example in float32, whatever the weights are
+        logits: Tensor = self.network(images.to(next(self.network.parameters()).dtype))
         return logits
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log loss and accuracy; trains nothing."""
         self._evaluate("val", batch)
+
+    def on_train_epoch_start(self) -> None:
+        """Forget the validations of earlier epochs."""
+        self._validated = False
+
+    def on_validation_epoch_end(self) -> None:
+        """Note that the epoch has a validation: not every one need have."""
+        self._validated = not self.trainer.sanity_checking
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add whether the epoch so far has a validation."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["validated"] = self._validated
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on within an epoch."""
+        super().on_load_checkpoint(checkpoint)
+        self._validated = checkpoint.get("validated", False)
+
+    def logged_this_epoch(self, metric: str) -> bool:
+        """Whether a metric's value is of the training epoch that ends, and not left from an earlier one."""
+        if metric in self.trainer._logger_connector.metrics["callback"]:  # logged in training
+            return True
+        return self._validated and metric in self.trainer.callback_metrics
+
+    def _may_be_logged(self, metric: str) -> bool:
+        """Whether a metric was logged before, or may be by a validation that is still to come."""
+        to_come = self.trainer.enable_validation and not self._validated
+        return to_come or metric in self.trainer.callback_metrics
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Log loss and accuracy; trains nothing."""

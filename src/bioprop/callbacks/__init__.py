@@ -6,6 +6,8 @@ from bioprop.callbacks.divergence import DivergenceError, DivergenceGuard
 from bioprop.callbacks.epoch_seconds import EpochSeconds
 from bioprop.callbacks.feedback_record import FeedbackRecord
 from bioprop.callbacks.predictions import PredictionsFile
+from bioprop.callbacks.run_config import SaveRunConfig
+from bioprop.callbacks.run_report import RunReport
 from bioprop.callbacks.stop_signals import RunStopped
 from bioprop.callbacks.wandb_runs import WandbSummary
 
@@ -17,6 +19,8 @@ __all__ = [
     "FeedbackRecord",
     "PredictionsFile",
     "RunCheckpoints",
+    "RunReport",
     "RunStopped",
+    "SaveRunConfig",
     "WandbSummary",
 ]

@@ -10,20 +10,21 @@ from typing import Any, Literal
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.trainer.states import TrainerFn
 from torch.nn.utils import get_total_norm
 
+from bioprop.algorithms.evaluation import Evaluated
+from bioprop.callbacks.checkpoint_folder import CheckpointFolder
 from bioprop.callbacks.divergence import DivergenceError
 from bioprop.callbacks.stop_signals import RunStopped, StopSignals
 from bioprop.checkpoint_files import CheckpointFiles
 from bioprop.errors import UserError
-from bioprop.files import WriteError, replacing
+from bioprop.files import WriteError
 
 logger = logging.getLogger(__name__)
 
 
-class RunCheckpoints(ModelCheckpoint):
+class RunCheckpoints(CheckpointFolder):
     """Keep ``last.ckpt``, from which a run goes on, and ``best.ckpt``, that of the best metric, in ``checkpoints/``.
 
     ``last.ckpt`` is written at the end of every epoch, every so many batches, and when the run is told to stop:
@@ -41,12 +42,13 @@ class RunCheckpoints(ModelCheckpoint):
             of each epoch alone.
         monitor: the logged metric that decides which checkpoint is the best, as it stands at the end of an epoch.
         mode: whether the best is the highest ("max") or the lowest ("min").
-        save_top_k: how many of the best are kept; -1 keeps one of every epoch.
-        filename: of the best, without ``.ckpt``; may hold names of metrics, ``{epoch}`` and ``{step}`` in braces.
-        dirpath: where the files go; by default ``checkpoints/`` in the run's folder.
+        save_top_k: how many of the best are kept; -1 keeps one of every epoch that brings the metric.
+        filename: of the best, without ``.ckpt`` and folders; may hold names of metrics, ``{epoch}`` and ``{step}`` in
+            braces, with ``_`` for their ``/``.
+        dirpath: where the files go, those of one run alone; by default ``checkpoints/`` in the run's folder.
 
     Raises:
-        UserError: if ``every_n_batches`` is below 0.
+        UserError: if ``every_n_batches`` is below 0, or ``filename`` is no name for the best checkpoint.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class RunCheckpoints(ModelCheckpoint):
             enable_version_counter=save_top_k != 1,
         )
         self.every_n_batches = every_n_batches
+        self.saves = True  # or only listens to signals: `enable_checkpointing` of a trainer that has this callback
         self.signals = StopSignals()
         self._due = False
         self._stopping = 0
@@ -80,21 +83,22 @@ class RunCheckpoints(ModelCheckpoint):
     # -- when ----------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write files whole or not at all, and refuse a folder that cannot be written.
-
-        Raises:
-            UserError: if it cannot.
-        """
+        """Write files whole or not at all."""
         with warnings.catch_warnings():  # a run that goes on has files in its folder
             warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
             super().setup(trainer, pl_module, stage)
         self.signals.remember()
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = CheckpointFiles()
-        if stage == "fit" and not _only_tries(trainer):
-            refusal = trainer.strategy.broadcast(self._refusal() if trainer.is_global_zero else None)
-            if refusal:
-                raise UserError(f"no checkpoint can be written in {self.dirpath} ({refusal}): choose another folder")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Claim the folder, now that the checkpoint to go on from is accepted.
+
+        Raises:
+            UserError: if it cannot be written, or is another run's.
+        """
+        if self._saves(trainer):
+            self.claim(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen to signals from here on: there is something to be saved."""
@@ -136,7 +140,10 @@ class RunCheckpoints(ModelCheckpoint):
         stopping, requeue = self.signals.told(trainer)
         self._stopping, self._requeue, self._due = self._stopping or stopping, self._requeue or requeue, True
         candidates = self._monitor_candidates(trainer)
-        if _saves(trainer) and (self.monitor in candidates or trainer.fit_loop.epoch_loop.val_loop._has_run):
+        # an earlier epoch's metric is not that of these weights; one that is logged nowhere is Lightning's to report
+        known = self.monitor in candidates
+        stale = known and isinstance(pl_module, Evaluated) and not pl_module.logged_this_epoch(str(self.monitor))
+        if self._saves(trainer) and not stale and (known or trainer.fit_loop.epoch_loop.val_loop._has_run):
             self._attempt(trainer, lambda: self._save_topk_checkpoint(trainer, candidates))
         self._save_what_is_due(trainer)
 
@@ -146,7 +153,7 @@ class RunCheckpoints(ModelCheckpoint):
         Raises:
             UserError: if that fails too: the trained weights would be lost without a word.
         """
-        if self._failure and _saves(trainer):
+        if self._failure and self._saves(trainer):
             self._save_last(trainer)
         if self._failure:
             raise UserError(
@@ -171,27 +178,6 @@ class RunCheckpoints(ModelCheckpoint):
         """Let SIGTERM end the process."""
         self.signals.let_through()
 
-    # -- what it remembers ---------------------------------------------------------------------------------------
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Know the best checkpoint again where the run's folder was moved, or is named from another place."""
-        state = checkpoint.get("callbacks", {}).get(self.state_key)
-        if not state or not trainer.ckpt_path or not self.dirpath:
-            return
-        folder = Path(self.dirpath)
-        if Path(trainer.ckpt_path).resolve().parent != folder.resolve():
-            return
-        for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
-            state[name] = _moved(state[name], folder)
-        state["best_k_models"] = {_moved(path, folder): score for path, score in state["best_k_models"].items()}
-        state["dirpath"] = self.dirpath
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the state of a checkpoint, with the score that Lightning leaves out."""
-        super().load_state_dict(state_dict)
-        if self.dirpath == state_dict["dirpath"]:
-            self.current_score = state_dict["current_score"]
-
     # -- saving --------------------------------------------------------------------------------------------------
 
     def _save_what_is_due(self, trainer: Trainer) -> None:
@@ -203,7 +189,7 @@ class RunCheckpoints(ModelCheckpoint):
             requeue()
 
     def _save_last(self, trainer: Trainer) -> None:
-        if not _saves(trainer):
+        if not self._saves(trainer):
             return
         path = self.format_checkpoint_name({}, self.CHECKPOINT_NAME_LAST)
 
@@ -256,30 +242,22 @@ class RunCheckpoints(ModelCheckpoint):
         if refused is not None:
             raise refused
 
-    def _refusal(self) -> str | None:
-        """Why no file can be written in the folder."""
-        try:
-            with replacing(Path(str(self.dirpath), "writable")) as file:
-                file.write(b"")
-            Path(str(self.dirpath), "writable").unlink()
-        except OSError as error:
-            return error.strerror
-        return None
-
     def _kept(self) -> str:
         path = self.last_model_path
         return f"the last good checkpoint is {path}" if path and Path(path).is_file() else "there is no checkpoint yet"
 
+    def _saves(self, trainer: Trainer) -> bool:
+        fits = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        return self.saves and fits and not _only_tries(trainer)
+
     def _way_on(self, trainer: Trainer) -> str:
         if _only_tries(trainer):
             return "fast_dev_run saves nothing"
+        if not self.saves:
+            return "enable_checkpointing is off, so nothing was saved"
         if self._failure:
             return f"its state could not be saved ({self._failure}); {self._kept()}"
         return f"--ckpt_path last, or {self.last_model_path}, goes on from here"
-
-
-def _saves(trainer: Trainer) -> bool:
-    return not _only_tries(trainer) and not trainer.sanity_checking and trainer.state.fn == TrainerFn.FITTING
 
 
 def _only_tries(trainer: Trainer) -> bool:
@@ -296,7 +274,3 @@ def _ends_epoch(trainer: Trainer) -> bool:
     """Whether the batch that just ended is the epoch's last."""
     stops = trainer.should_stop and trainer.fit_loop._can_stop_early
     return bool(trainer.is_last_batch or stops or 0 <= trainer.max_steps <= trainer.global_step)
-
-
-def _moved(path: str, folder: Path) -> str:
-    return str(folder / Path(path).name) if path else path

@@ -108,13 +108,14 @@ class FeedbackRecord(Callback):
             self._size, self._waiting, self._warned = self._size + len(rows), "", False
 
     def state_dict(self) -> dict[str, Any]:
-        """How long the file is, and what waits to be written to it."""
-        return {"size": self._size, "waiting": self._waiting}
+        """How long the file is, what waits to be written to it, and how far its charts are."""
+        return {"size": self._size, "waiting": self._waiting, "charted": self._charted}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the length that the file had, and what waited."""
+        """Take over the length that the file had, what waited, and where its charts go on."""
         self._size = self._resumed_size = state_dict["size"]
         self._waiting = state_dict["waiting"]
+        self._charted = state_dict.get("charted", 0)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop observing when a batch was cut short."""

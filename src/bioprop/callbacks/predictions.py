@@ -42,7 +42,8 @@ class PredictionsFile(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         confidence, label = self._all_probabilities().max(dim=1)
         self._probabilities.clear()
-        if not trainer.is_global_zero:
+        tries_only = trainer.fast_dev_run  # type: ignore[attr-defined]  # and has no folder of its own
+        if tries_only or not trainer.is_global_zero:
             return
         path = run_folder(trainer) / "predictions.csv"
         with replacing(path, "w", newline="", encoding="utf-8") as file:

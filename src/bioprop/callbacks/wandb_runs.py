@@ -59,7 +59,13 @@ def describe_run(trainer: Trainer, settings: Mapping[str, Any]) -> None:
     if run.sweep_id:  # a sweep's own parameters are there already, under the same names, and locked
         entries = {name: value for name, value in entries.items() if name not in run.config}
     run.config.update(entries, allow_val_change=True)  # type: ignore[no-untyped-call]
-    # the same hyperparameters once more, under names that lack their owner's
+    leave_hyperparameters(trainer)
+
+
+def leave_hyperparameters(trainer: Trainer) -> None:
+    """Keep a W&B run free of the same hyperparameters once more, under names that lack their owner's."""
+    if wandb_run(trainer) is None:
+        return
     trainer.lightning_module._log_hyperparams = False
     if trainer.datamodule is not None:  # type: ignore[attr-defined]
         trainer.datamodule._log_hyperparams = False  # type: ignore[attr-defined]
@@ -105,6 +111,14 @@ class WandbSummary(Callback):
         if run is not None and accuracy is not None:
             self._best = max(self._best, float(accuracy))
             run.summary["val/accuracy"] = self._best
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best so far, for a run that goes on."""
+        return {"best": self._best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the best of a checkpoint."""
+        self._best = state_dict["best"]
 
 
 def chart_feedback(run: "Run", course: Sequence[FeedbackIteration], start: int) -> int:

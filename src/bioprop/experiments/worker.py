@@ -8,6 +8,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -23,6 +24,7 @@ from pytorch_lightning.cli import ArgsType
 from torch import Tensor
 
 from bioprop.callbacks import AlignmentToBackprop, DivergenceError
+from bioprop.callbacks.run_folder import LAST, RUN_FILES
 from bioprop.checkpoint_files import read_checkpoint
 from bioprop.cli import BiopropCLI, main
 from bioprop.commands import STREAMS, secure_output, unbreakable
@@ -242,15 +244,16 @@ def _write_output_to(path: Path) -> None:
 
 def _resume(folder: Path) -> list[str]:
     """Arguments that go on from the last checkpoint; where there is none that can be read, the run starts afresh."""
-    last = folder / "checkpoints" / "last.ckpt"
-    if not last.is_file():
-        return []
-    try:
-        read_checkpoint(last)
-    except UserError:
-        shutil.rmtree(last.parent)
-        return []
-    return [f"--ckpt_path={last}"]
+    last = folder / "checkpoints" / LAST
+    with suppress(UserError):
+        if last.is_file():
+            read_checkpoint(last)
+            return [f"--ckpt_path={last}"]
+    # what an attempt has left that went no further, which a new run would refuse to replace
+    shutil.rmtree(last.parent, ignore_errors=True)
+    for name in RUN_FILES:
+        (folder / name).unlink(missing_ok=True)
+    return []
 
 
 def _sentence(error: BaseException, folder: Path) -> str:

@@ -1,0 +1,197 @@
+"""Earlier runs: which checkpoint ``last`` and ``best`` mean, and going on in the folder of the run that wrote it."""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pytorch_lightning import Trainer
+from pytorch_lightning.loggers import Logger, WandbLogger
+
+from bioprop.callbacks.run_folder import CONFIG_FILE, LAST, experiment_folder, run_labels
+from bioprop.checkpoint_files import read_checkpoint
+from bioprop.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def newest_checkpoint(kind: str, trainer: Trainer, dirpath: str | None, settings: Any) -> Path | None:
+    """Find the checkpoint ``last`` or ``best`` that was written last among the runs of what a command names.
+
+    Runs of another algorithm, network or data in the same folder are passed over, and so are trials: runs on fewer
+    images or batches than the command's own settings say.
+
+    Args:
+        kind: ``last`` or ``best``; ``auto`` for the last, if there is one.
+        trainer: of the command; its first logger says where its runs are.
+        dirpath: where the command's run keeps its checkpoints; None for ``checkpoints/`` in each run's folder.
+        settings: of the command, parsed.
+
+    Returns:
+        The file; None where there is none and that is ``auto``.
+
+    Raises:
+        UserError: if there is none, or there are several of which none is known to be the best.
+    """
+    trials = []
+    for folder, files in _newest_first(kind, trainer, dirpath):
+        config = run_settings(folder)
+        if config is not None and run_labels(config) != run_labels(settings):
+            continue
+        if trial := _why_a_trial(config, settings):
+            trials.append(f"{files[0]}, a trial with {trial}")
+            continue
+        newest = _best(folder, files) if kind == "best" else files[0]
+        logger.info("using checkpoint %s%s", newest, _passed_over(trials))
+        return newest
+    if kind == "auto":
+        logger.info("there is no run to go on with: this one starts afresh%s", _passed_over(trials))
+        return None
+    where = Path(dirpath) if dirpath else experiment_folder(trainer)
+    raise UserError(
+        f"--ckpt_path {kind}: no run in {where} has written {kind}.ckpt yet{_passed_over(trials)}; give a file's path"
+    )
+
+
+def _passed_over(trials: list[str]) -> str:
+    return f" (passed over {'; '.join(trials)})" if trials else ""
+
+
+def _newest_first(kind: str, trainer: Trainer, dirpath: str | None) -> Iterator[tuple[Path, list[Path]]]:
+    """Yield folders of checkpoints with those of a kind in them, the newest first."""
+    runs = experiment_folder(trainer)
+    folders = [*runs.glob("*/checkpoints"), runs / "checkpoints"]
+    given = _given_version(trainer.logger)
+    if given is not None and (kind != "best" or (runs / given).is_dir()):
+        folders = [runs / given / "checkpoints"]
+    found = {}
+    for folder in [Path(dirpath)] if dirpath else folders:
+        files = [path for path in folder.glob("*.ckpt") if (path.name == LAST) == (kind != "best")]
+        if files:
+            found[folder] = sorted(files, key=_age)
+    yield from sorted(found.items(), key=lambda item: _age(item[1][0]))
+
+
+def _given_version(run_logger: Logger | None) -> str | None:
+    """The folder's name that was given with a logger; None where the logger is to choose."""
+    if isinstance(run_logger, WandbLogger):  # a sweep's agent says by the variable which run a process is
+        return run_logger._id or os.environ.get("WANDB_RUN_ID")
+    version = getattr(run_logger, "_version", None)
+    return f"version_{version}" if isinstance(version, int) else version
+
+
+def _age(path: Path) -> float:
+    return -path.stat().st_mtime
+
+
+def _best(folder: Path, files: list[Path]) -> Path:
+    """Which of a run's checkpoints is the best: under any other name than the usual one, ``last.ckpt`` knows."""
+    usual = folder / "best.ckpt"
+    if files == [usual]:
+        return usual
+    named = folder / Path(str(_remembered(folder).get("best_model_path"))).name
+    if named in files or usual in files:
+        return named if named in files else usual
+    if len(files) == 1:
+        return files[0]
+    names = ", ".join(sorted(path.name for path in files))
+    raise UserError(f"--ckpt_path best: {folder} holds {names}, and no {LAST} that says which: give a file's path")
+
+
+def _remembered(folder: Path) -> Mapping[str, Any]:
+    """What the last checkpoint in a folder says of the run's checkpoints and folders."""
+    try:
+        return checkpoints_state(read_checkpoint(folder / LAST)) if (folder / LAST).is_file() else {}
+    except UserError:
+        return {}
+
+
+def checkpoints_state(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a checkpoint that `bioprop.callbacks.RunCheckpoints` wrote."""
+    states: dict[str, dict[str, Any]] = checkpoint.get("callbacks", {})
+    return next((state for key, state in states.items() if key.startswith("RunCheckpoints")), {})
+
+
+def run_settings(folder: Path) -> Any | None:
+    """Read the configuration of the run whose checkpoints lie in a folder; None where it is not to be found."""
+    run = folder.resolve().parent
+    if folder.resolve().name != "checkpoints":
+        (run, *_) = (*map(Path, _remembered(folder).get("folders", ())), None)
+    if run is None:
+        return None
+    path = run / CONFIG_FILE
+    try:
+        settings = yaml.safe_load(path.read_text())
+        run_labels(settings)
+    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError):
+        return None
+    return settings
+
+
+# -- trials ----------------------------------------------------------------------------------------------------------
+
+
+def _why_a_trial(run: Any | None, now: Any) -> str | None:
+    """Name the setting by which a run saw fewer images or batches than a command's run would."""
+    if run is None:
+        return None
+    limits = _limits(now)
+    for name, limit in _limits(run).items():
+        same_unit = type(limit) is type(limits[name])
+        if limit is not None and (limits[name] is None or (limit < limits[name] if same_unit else True)):
+            return f"{name} {limit}"
+    return None
+
+
+def _limits(settings: Any) -> dict[str, Any]:
+    data = settings["data"].get("init_args") or {}
+    limits = {f"trainer.{name}": settings["trainer"].get(name) for name in ("limit_train_batches", "overfit_batches")}
+    limits["data.limit_train"] = data.get("limit_train")
+    everything = (0, 1.0)  # whole numbers are batches, fractions parts of all
+    return {
+        name: None if limit in everything and (limit == 0 or isinstance(limit, float)) else limit
+        for name, limit in limits.items()
+    }
+
+
+# -- going on --------------------------------------------------------------------------------------------------------
+
+
+def go_on_in_its_folder(trainer: Trainer, path: Path, checkpoint: Mapping[str, Any], dirpath: str | None) -> bool:
+    """Make the loggers go on where the run that wrote a checkpoint left off, if it is that run's end so far.
+
+    Any other checkpoint (``best.ckpt``, a copy) begins a run in a folder of its own: the rest of its run would be lost.
+
+    Args:
+        trainer: nothing of which has been logged yet.
+        path: of the checkpoint.
+        checkpoint: its content.
+        dirpath: where the new run keeps its checkpoints; None for ``checkpoints/`` in its folder.
+
+    Returns:
+        Whether it goes on.
+    """
+    folder = path.resolve().parent
+    names = [Path(each).name for each in checkpoints_state(checkpoint).get("folders", ())]
+    if dirpath is None:
+        own = folder.name == "checkpoints" and folder.parent.parent == experiment_folder(trainer).resolve()
+        names = [folder.parent.name, *names[1:]]
+    else:
+        own = folder == Path(dirpath).resolve()
+    if path.name != LAST or not own:
+        return False
+    for each, name in zip(trainer.loggers, names, strict=False):
+        if isinstance(each, WandbLogger) or (experiment_folder(trainer, each) / name).is_dir():
+            _go_on(each, name)
+    return True
+
+
+def _go_on(run_logger: Logger, version: str) -> None:
+    """Give a logger the version of an earlier run: for Weights & Biases, the id of the run to go on with."""
+    number = version.removeprefix("version_")
+    if isinstance(run_logger, WandbLogger):
+        run_logger._id = run_logger._wandb_init["id"] = version
+    elif hasattr(run_logger, "_version"):  # loggers of files
+        run_logger._version = int(number) if number != version and number.isdecimal() else version
