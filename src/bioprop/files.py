@@ -1,10 +1,15 @@
-"""Writing a file so that a reader, or a crash, sees the old one or the new one and nothing in between."""
+"""Writing a file so that a reader, or a crash, sees the old one or the new one, and the names of files."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+
+def readable(name: str | Path) -> str:
+    """Return a file's name in characters that every output takes: a byte that is not UTF-8 by its number."""
+    return os.fsencode(name).decode("utf-8", errors="backslashreplace")
 
 
 class WriteError(OSError):

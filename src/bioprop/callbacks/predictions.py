@@ -2,7 +2,6 @@
 
 import csv
 import logging
-import os
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from bioprop.callbacks.run_folder import run_folder
 from bioprop.distributed import gather_rows
-from bioprop.files import replacing
+from bioprop.files import readable, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +50,7 @@ class PredictionsFile(Callback):
             writer.writerow(("image", "prediction", "probability"))
             # limited runs predict the first images only
             for name, index, value in zip(data.prediction_names(), label.tolist(), confidence.tolist(), strict=False):
-                writer.writerow((_as_utf8(name), _as_utf8(data.classes[index]), f"{value:.4f}"))
+                writer.writerow((readable(name), readable(data.classes[index]), f"{value:.4f}"))
         logger.info("wrote %d predictions to %s", len(label), path)
 
     def _all_probabilities(self) -> Tensor:
@@ -60,8 +59,3 @@ class PredictionsFile(Callback):
         for _ in range(int(gather_rows(counts).max()) - len(self._probabilities)):
             self._probabilities.append(self._probabilities[0][:0])
         return torch.cat([gather_rows(batch) for batch in self._probabilities]).cpu()
-
-
-def _as_utf8(name: str) -> str:
-    """Returns the name of a file in readable characters, whatever its bytes are."""
-    return os.fsencode(name).decode("utf-8", errors="backslashreplace")

@@ -23,6 +23,7 @@ from bioprop.datamodules.image_splits import OPTIONAL_SPLITS, list_splits, unkno
 from bioprop.datamodules.normalization import Normalization
 from bioprop.datamodules.tally import Tally
 from bioprop.errors import UserError
+from bioprop.files import readable
 
 logger = logging.getLogger(__name__)
 
@@ -193,8 +194,8 @@ class ImageFolder(ImageDataModule):
             "stay on one side of the split",
             sum(len(group) - 1 for group in groups),
             len(labels),
-            first,
-            second,
+            readable(first),
+            readable(second),
         )
         sides = gather_copies(groups, labels, len(train.labels))
         if not len(sides.val):
@@ -203,7 +204,10 @@ class ImageFolder(ImageDataModule):
                 f"as '{second}' is of '{first}': remove copies, or put images into '{self._root / 'val'}'."
             )
         for label in sorted(set(val.labels.tolist()) - set(labels[sides.val].tolist())):
-            _warn("no image of class '%s' is validated on: too many are copies of each other", self.classes[label])
+            _warn(
+                "no image of class '%s' is validated on: too many are copies of each other",
+                readable(self.classes[label]),
+            )
         if torch.equal(sides.train, torch.arange(len(train.labels))):
             return  # nothing straddled the split
         self.resident["train"] = take(sides.train[: self.limits["train"]], train, val)

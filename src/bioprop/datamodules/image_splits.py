@@ -14,6 +14,7 @@ from bioprop.datamodules.base import Split
 from bioprop.datamodules.image_listing import BROKEN_LINK, HIDDEN, Found, list_split, may_hold_images
 from bioprop.datamodules.tally import Tally
 from bioprop.errors import UserError
+from bioprop.files import readable
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def _say(
     root: Path, classes: Sequence[str], splits: Mapping[Split, SplitFiles], passed_over: Mapping[Split, Tally]
 ) -> None:
     counts = "; ".join(f"{split} {_count(each.labels, classes)}" for split, each in splits.items())
-    logger.info("images in '%s': %s", root, counts)
+    logger.info("images in '%s': %s", root, readable(counts))
     for split, tally in passed_over.items():
         if tally:
             level = logging.INFO if tally.kinds() == {HIDDEN} else logging.WARNING

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from bioprop.files import readable
+
 
 class Tally:
     """How many files there are of each kind, with the name of the first: ``3 hidden ('a/.x'), 1 turned ('b/y')``."""
@@ -27,4 +29,4 @@ class Tally:
         return bool(self._found)
 
     def __str__(self) -> str:
-        return ", ".join(f"{count} {kind} ('{name}')" for kind, (count, name) in self._found.items())
+        return ", ".join(f"{count} {kind} ('{readable(name)}')" for kind, (count, name) in self._found.items())
