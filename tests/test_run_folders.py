@@ -221,7 +221,7 @@ def test_going_on_without_some_of_the_images_is_refused() -> None:
         for label in "ab":
             Path("images", split, label).mkdir(parents=True)
             for number in range(10):
-                Image.new("L", (16, 16), 20 * number + ord(label)).save(f"images/{split}/{label}/{number}.png")
+                Image.new("L", (16, 16), 10 * number + ord(label)).save(f"images/{split}/{label}/{number}.png")
     images = ["--data=ImageFolder", "--data.data_dir=images"]
     model = [word for word in TINY if not word.startswith("--data")]
     main(["fit", *model, *images, "--trainer.max_epochs=1"])

@@ -206,7 +206,7 @@ def test_a_test_set_with_classes_passes_over_images_beside_them(folder, said):
 def test_python_users_see_what_was_passed_over_but_not_of_hidden_files(folder, caplog):
     (folder / "train" / "cat" / ".DS_Store").write_bytes(b"")
     ImageFolder(str(folder))
-    assert [record.levelno for record in caplog.records] == []
+    assert all(record.levelno < logging.WARNING for record in caplog.records)
     (folder / "train" / "cat" / "x.heic").write_bytes(b"")
     ImageFolder(str(folder))
-    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert [record.levelno for record in caplog.records if record.levelno >= logging.WARNING] == [logging.WARNING]
