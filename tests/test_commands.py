@@ -1,5 +1,6 @@
 """What every command of the package does around its work, in processes that import nothing heavy."""
 
+import io
 import os
 import subprocess
 import sys
@@ -110,3 +111,12 @@ def test_ctrl_c_waits_until_a_process_can_answer_it() -> None:
     with ctrl_c_withheld():
         done = subprocess.run(words, capture_output=True, check=False, env=os.environ | {"PYTHONPATH": str(SOURCE)})
     assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
+def test_a_stream_that_was_unbuffered_stays_so(tmp_path: Path) -> None:
+    """As under `python -u`: what a process says before it ends without cleaning up is there."""
+    with (tmp_path / "output").open("wb", buffering=0) as file:
+        like = io.TextIOWrapper(file, write_through=True)
+        unbreakable(file.fileno(), like).write("no end of line")
+        assert (tmp_path / "output").read_text() == "no end of line"
+        like.detach()

@@ -179,6 +179,7 @@ def test_a_command_trains_in_two_processes(tmp_path: Path) -> None:
     assert "sync_dist" not in done.stderr
     (folder,) = (tmp_path / "ldrl_lenet_digits").iterdir()  # not one for each process
     assert sorted(path.name for path in folder.iterdir()) == [
+        ".run.lock",
         "checkpoints",
         "config.yaml",
         "hparams.yaml",

@@ -46,7 +46,7 @@ def conduct(command: Callable[[], int | None]) -> NoReturn:
             sys.exit(INTERRUPTED)
         if not left.code:  # --help, --print_config: what was printed is all there was to do
             sys.stdout.flush()
-            refusal = getattr(getattr(sys.stdout.buffer, "raw", None), "refusal", None)
+            refusal = getattr(getattr(sys.stdout.buffer, "raw", sys.stdout.buffer), "refusal", None)
             sys.exit(2 if refusal is not None and refusal.errno != errno.EPIPE else 0)
         raise
     sys.exit(status)
@@ -92,13 +92,14 @@ def unbreakable(descriptor: int, like: Any = None) -> io.TextIOWrapper:
         descriptor: of the open file, which stays open when the stream is closed.
         like: a text stream whose encoding and buffering are taken over.
     """
-    errors = getattr(like, "errors", "strict")
+    errors, unbuffered = getattr(like, "errors", "strict"), getattr(like, "write_through", False)
+    file = _Unbreakable(descriptor, "wb", closefd=False)
     return io.TextIOWrapper(
-        io.BufferedWriter(_Unbreakable(descriptor, "wb", closefd=False)),
+        file if unbuffered else io.BufferedWriter(file),
         encoding=getattr(like, "encoding", "utf-8"),
         errors="backslashreplace" if errors in ("strict", "surrogateescape") else errors,
         line_buffering=getattr(like, "line_buffering", True),
-        write_through=getattr(like, "write_through", False),
+        write_through=unbuffered,
     )
 
 
