@@ -186,7 +186,8 @@ def test_a_command_trains_in_two_processes(tmp_path: Path) -> None:
         "metrics.csv",
     ]
     # what two processes wrote, one reads
-    one = main(["test", "--config", str(CONFIG), f"--trainer.default_root_dir={tmp_path}", "--ckpt_path=last"])
+    where = [f"--trainer.default_root_dir={tmp_path}", "--data.limit_train=128", "--ckpt_path=last"]
+    one = main(["test", "--config", str(CONFIG), *where])
     assert 0 < float(one.trainer.callback_metrics["test/accuracy"]) < 1
 
 
