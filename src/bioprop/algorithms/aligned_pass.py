@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from bioprop.errors import UserError
-from bioprop.functional.asymmetric import REPLACEMENTS, asymmetric_backward, weight_in
+from bioprop.functional.asymmetric import NODES, REPLACEMENTS, asymmetric_backward, weight_in
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -31,7 +31,7 @@ PRODUCTS = {
     if hasattr(owner, name)
 }
 #: Nodes of autograd's graph behind which there is data: products that are replaced, and rows that were looked up.
-BEHIND_DATA = ("_AsymmetricLinearBackward", "_AsymmetricConvolutionBackward", "EmbeddingBackward0")
+BEHIND_DATA = (*NODES, "EmbeddingBackward0")
 
 
 class AlignedPass(asymmetric_backward):

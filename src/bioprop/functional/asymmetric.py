@@ -186,6 +186,8 @@ class asymmetric_backward(TorchFunctionMode):  # noqa: N801 - used as a context,
         return func(*args, **arguments)
 
 
+#: Names of the nodes that products with another matrix leave in autograd's graph.
+NODES = tuple(f"{function.__name__}Backward" for function in (_AsymmetricLinear, _AsymmetricConvolution))
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.linear: linear,
