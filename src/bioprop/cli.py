@@ -171,7 +171,8 @@ class BiopropCLI(LightningCLI):
         """
         refuse_strangers(self.trainer.world_size)
         refuse_copies(self.trainer)
-        self.model.example_input_array = torch.zeros(1, *self.datamodule.image_shape)  # for FLOPs in the summary
+        precise = torch.float64 if self.trainer.precision == "64-true" else torch.float32
+        self.model.example_input_array = torch.zeros(1, *self.datamodule.image_shape, dtype=precise)  # for FLOPs
         config = self.config_init[self.subcommand]
         checkpoints = self._get(self.config_init, "checkpoint")
         if config.ckpt_path in ("last", "best", "auto") and (config.ckpt_path != "auto" or self.subcommand == "fit"):

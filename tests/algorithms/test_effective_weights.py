@@ -585,3 +585,12 @@ def test_direct_feedback_alignment_leaves_effective_weights_to_autograd() -> Non
         expected = torch.autograd.grad(output, list(parameters.values()), below)
         assert_same({n: found[f"{name}.{n}"] for n in parameters}, dict(zip(parameters, expected, strict=True)))
         state = output
+
+
+def test_the_mirror_and_evaluation_take_whole_numbers() -> None:
+    """As a model of words has them: no input is converted on its way to a table."""
+    model = nn.Sequential(nn.Embedding(7, 8), nn.Flatten(), nn.Linear(24, 8), nn.Tanh(), nn.Linear(8, 10))
+    algorithm, words = FeedbackAlignment(model, rule="weight_mirror"), torch.randint(7, (6, 3))
+    algorithm.train_feedback(words)
+    assert algorithm.forward_gradients(words, torch.randint(10, (6,))).keys() == dict(model.named_parameters()).keys()
+    assert algorithm(words).shape == (6, 10)

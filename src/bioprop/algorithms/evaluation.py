@@ -35,8 +35,7 @@ class Evaluated(Checkpointed):
     @products_in_autocast_type
     def forward(self, images: Tensor) -> Tensor:
         """Compute logits ``[batch, classes]``."""
-        # a summary of the model hands over its example in float32, whatever the weights are
-        logits: Tensor = self.network(images.to(next(self.network.parameters()).dtype))
+        logits: Tensor = self.network(images)
         return logits
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -195,7 +195,8 @@ class FeedbackAlignment(Algorithm):
         """Find out what layers multiply by in this batch, if some multiply by other tensors than their weights."""
         if self._effective is None or self._effective:
             with preserve_state(self.network), self._aligned_pass() as aligned:
-                self.network(images.to(next(self.network.parameters()).dtype))
+                weights = next(self.network.parameters()).dtype
+                self.network(images.to(weights) if images.is_floating_point() else images)
             seen = aligned.effective
             # each process may have drawn a mask of its own
             self._effective = dict(zip(seen, mean_over_processes(list(seen.values())), strict=True))
