@@ -8,8 +8,8 @@ from torch import Tensor
 from bioprop.algorithms.base import Algorithm
 from bioprop.algorithms.ddtp_linear import DDTPLinear
 from bioprop.algorithms.difference_reconstruction import ReconstructionObjective
-from bioprop.functional.feedback_losses import FeedbackGradient
-from bioprop.functional.reconstruction_losses import plain_reconstruction_gradient
+from bioprop.feedback.losses import FeedbackGradient
+from bioprop.feedback.reconstruction_losses import plain_reconstruction_gradient
 from bioprop.networks.direct_feedback import ReadOut
 from bioprop.networks.stages import StagePass
 

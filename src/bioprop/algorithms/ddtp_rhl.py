@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from bioprop.algorithms.direct_difference_targets import DirectDifferenceTargets
-from bioprop.algorithms.settings import count
 from bioprop.functional.activations import ActivationName
+from bioprop.hyperparameters import count
 from bioprop.networks.direct_feedback import RandomHiddenLayer, ReadOut
 from bioprop.networks.network import Network
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from bioprop.algorithms.difference_reconstruction import DifferenceReconstruction, ReconstructionObjective
-from bioprop.functional.feedback_losses import FeedbackGradient
-from bioprop.functional.reconstruction_losses import difference_reconstruction_gradient
+from bioprop.feedback.losses import FeedbackGradient
+from bioprop.feedback.reconstruction_losses import difference_reconstruction_gradient
 from bioprop.networks.direct_feedback import ReadOut
-from bioprop.networks.stages import StagePass
+from bioprop.networks.mirrors import Mirror
+from bioprop.networks.stages import Stage, StagePass
 
 
 class DirectDifferenceTargets(DifferenceReconstruction):
@@ -56,6 +57,10 @@ class DirectDifferenceTargets(DifferenceReconstruction):
         clean = passes[-1].output.detach()
         features, step = self.features(clean), self.feature_step(clean, output)
         return [*(read_out.difference(features, step) for read_out in self.read_outs()), output]
+
+    def mirrored_stages(self) -> list[tuple[str, Stage, Mirror]]:
+        """Return none: no feedback map is the counterpart of a single stage."""
+        return []
 
     def read_outs(self) -> list[ReadOut]:
         """Return the feedback maps, from the input to the output."""

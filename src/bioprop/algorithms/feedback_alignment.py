@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from bioprop.algorithms.aligned_pass import AlignedPass, Layer
 from bioprop.algorithms.base import Algorithm, Gradients
 from bioprop.algorithms.checkpoints import describe_optimization
-from bioprop.algorithms.random_streams import RandomStreams
 from bioprop.algorithms.remedies import Remedies
-from bioprop.algorithms.settings import check_range, number
 from bioprop.distributed import mean_over_processes
 from bioprop.errors import UserError
+from bioprop.feedback.noise import RandomStreams
 from bioprop.functional.angles import angle_degrees
 from bioprop.functional.backward_matrices import (
     draw_like,
@@ -24,6 +23,7 @@ from bioprop.functional.backward_matrices import (
     with_norm_of,
 )
 from bioprop.functional.gradients import backprop_gradients, preserve_buffers, preserve_state
+from bioprop.hyperparameters import check_range, number
 from bioprop.networks.network import Network
 from bioprop.networks.stages import LayerStage
 

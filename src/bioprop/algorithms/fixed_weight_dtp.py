@@ -7,11 +7,11 @@ import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from bioprop.algorithms.mirrored_feedback import MirroredFeedback
-from bioprop.algorithms.settings import check_range, number
+from bioprop.algorithms.target_algorithm import TargetAlgorithm
 from bioprop.errors import UserError
 from bioprop.functional.differences import standardize_difference
 from bioprop.functional.fixed_weights import SCALES, FixedWeightName, draw_fixed_weight
+from bioprop.hyperparameters import check_range, number
 from bioprop.networks.mirrors import Mirror
 from bioprop.networks.network import Network
 from bioprop.networks.outer_mirrors import build_outer_mirror
@@ -19,7 +19,7 @@ from bioprop.networks.stages import StagePass
 from bioprop.networks.standardized import StandardizedStage
 
 
-class FixedWeightDTP(MirroredFeedback):
+class FixedWeightDTP(TargetAlgorithm):
     """Fixed-weight difference target propagation (Shibuya, Inoue, Kawakami & Sato, AAAI 2023).
 
     Targets are DTP's, ``t^{n-1} = s^{n-1} + G^n(t^n) - G^n(s^n)``, through ``G^n(z) = tanh(z B_n^T)`` with ``B_n`` as

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from bioprop.algorithms.settings import check_range, number
 from bioprop.algorithms.target_algorithm import TargetAlgorithm
 from bioprop.errors import UserError
 from bioprop.functional.gait import gait_difference, orthogonality_gradient
 from bioprop.functional.output_losses import OutputLossName, output_loss
+from bioprop.hyperparameters import check_range, number
 from bioprop.networks.invertible_mlp import InvertibleStage
 from bioprop.networks.network import Network
 from bioprop.networks.stages import StagePass

@@ -1,37 +1,27 @@
 """The L-DRL loss of one stage on one batch: which gradient, on which noise, for which kind of stage."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bioprop.algorithms.random_streams import NoiseStream
-from bioprop.functional.closed_forms import clean_pass, ldrl_closed_form
-from bioprop.functional.feedback_losses import (
-    FeedbackGradient,
-    FeedbackObjective,
-    curvature_by_autograd,
+from bioprop.feedback import losses
+from bioprop.feedback.closed_forms import (
+    LayerGradient,
+    curvature_of_taps,
+    curvature_of_units,
     echo_gradient,
     expected_gradient,
-    ldrl_gradient,
+    independent_gradient,
 )
-from bioprop.functional.layered_feedback import (
-    FeedbackLayer,
-    FeedbackLayers,
-    composed_ldrl_gradient,
-    layered_ldrl_gradient,
-    probe_layer,
-    probed_gradient,
-)
+from bioprop.feedback.losses import FeedbackGradient, FeedbackObjective, curvature_by_autograd, curvature_of_samples
+from bioprop.feedback.noise import NoiseStream
+from bioprop.feedback.probing import NOISE_SHARE, Peers, Probing, scale_of
+from bioprop.functional.gradients import preserve_buffers
 from bioprop.functional.precision import float32_products, products_are_reduced
-from bioprop.functional.probing import NOISE_SHARE, Peers, Probing, scale_of
-from bioprop.functional.speed import Speed
-from bioprop.networks.layer_pairs import layer_pair, noise_shape
-from bioprop.networks.mirrors import LayerMirror, Mirror
-from bioprop.networks.residual_mirrors import LayeredMirror
+from bioprop.networks.mirrors import FeedbackLayer, LayerMirror, Mirror
 from bioprop.networks.stages import Stage, StagePass
 
 SecondNoise = Literal["independent", "expected", "echo"]
@@ -48,7 +38,6 @@ class Rule(NamedTuple):
         by_layers: whether stages of several layers are trained layer by layer.
         samples: draws of the noise that the gradient of an iteration is the mean of.
         peers: processes that average their gradients.
-        speed: how gradients are computed.
     """
 
     second_noise: SecondNoise
@@ -58,7 +47,12 @@ class Rule(NamedTuple):
     by_layers: bool
     samples: int
     peers: Peers
-    speed: Speed
+
+    @property
+    def sigma(self) -> float:
+        """The standard deviation of noise that cannot be left to ``auto``."""
+        assert self.noise is not None  # `LDRL` refuses independent noise without it
+        return self.noise
 
     def probing(
         self, inputs: Tensor, weight: Tensor, output: Tensor, overlap: float = 1.0, area: float = 1.0
@@ -69,8 +63,8 @@ class Rule(NamedTuple):
             inputs: of the layer, ``[batch, ...]``.
             weight: its feedback weight, ``[units, ...]``.
             output: of the layer after pooling, ``[batch, units, ...]``.
-            overlap: how many pool windows a position lies in on average.
-            area: how many positions before pooling there are for each window.
+            overlap: the mean number of pool windows that a position lies in.
+            area: the number of positions before pooling for each window.
         """
         echo, fan_in, positions = self.second_noise == "echo", weight[0].numel(), output[0, 0].numel()
         settings = echo, self.noise, self.whole, self.samples, self.peers
@@ -79,11 +73,7 @@ class Rule(NamedTuple):
 
 def has_curvature(mirror: Mirror, by_layers: bool) -> bool:
     """Whether a mirror's loss has a curvature for each of its weights, which the normalized step divides by."""
-    return isinstance(mirror, LayerMirror) or (isinstance(mirror, LayeredMirror) and _by_layers(mirror, by_layers))
-
-
-def _by_layers(mirror: LayeredMirror, by_layers: bool) -> bool:
-    return by_layers or not mirror.is_composed
+    return type(mirror).layers is not Mirror.layers and (by_layers or not mirror.is_composed)
 
 
 def ldrl_objective(rule: Rule, stage: Stage, mirror: Mirror, clean: StagePass, noise: NoiseStream) -> FeedbackObjective:
@@ -99,53 +89,69 @@ def ldrl_objective(rule: Rule, stage: Stage, mirror: Mirror, clean: StagePass, n
     Returns:
         A function from the number of a draw of noise to the gradient.
     """
-    layers = _layers(rule, stage, mirror, clean)
-    if layers is None:
+    found = mirror.layers(stage, clean) if has_curvature(mirror, rule.by_layers) else None
+    if found is None:
         by_autograd = _independent_by_autograd
         if rule.second_noise != "independent":
             by_autograd = _probed_by_autograd if isinstance(mirror, LayerMirror) else _composed_echo
         return by_autograd(rule, stage, mirror, clean, noise)
     if rule.second_noise == "independent":
-        return _independent(rule, mirror, noise, layers)
-    probed = []
-    for layer in layers.layers:
-        output, area = layer.clean.output, layer.clean.affine[0].numel() / layer.clean.output[0].numel()
-        probing = rule.probing(layer.inputs, layer.feedback, output, layer.pair.overlap, area)
-        probed.append(probe_layer(layer, probing, rule.second_noise == "echo"))
-
-    def gradient_at(draw: int) -> FeedbackGradient:
-        shapes = [each.probing.shape(draw) for each in probed]
-        normals = noise.draw(draw, 1.0, *(shape for shape in shapes if shape is not None))
-        return probed_gradient(probed, draw, normals)
-
-    return gradient_at
+        return _independent(rule, found.layers, found.noise_shapes, noise)
+    return _probed(rule, found.layers, noise)
 
 
-def _layers(rule: Rule, stage: Stage, mirror: Mirror, clean: StagePass) -> FeedbackLayers | None:
-    """Return the layers of a stage and its mirror where they have closed forms."""
-    if isinstance(mirror, LayeredMirror) and _by_layers(mirror, rule.by_layers):
-        return mirror.layers(stage, clean, rule.speed.bfloat16)
-    pair = layer_pair(stage, mirror, rule.speed)
-    if pair is None or clean.affine is None or not isinstance(mirror, LayerMirror):
-        return None
-    kept = clean_pass(pair, clean.affine, clean.output, clean.switches, rule.clean_switches)
-    inputs, prepared = pair.products.shape_inputs(clean.inputs), pair.products.prepare(pair.weight)
-    layer = FeedbackLayer("weight", pair, inputs, prepared, kept, mirror.weight, None, 1.0, 0, 1)
-    return FeedbackLayers([layer], [noise_shape(stage, clean.inputs), tuple(clean.output.shape)])
-
-
-def _independent(rule: Rule, mirror: Mirror, noise: NoiseStream, layers: FeedbackLayers) -> FeedbackObjective:
+def _independent(
+    rule: Rule, layers: Sequence[FeedbackLayer], shapes: Sequence[tuple[int, ...]], noise: NoiseStream
+) -> FeedbackObjective:
     """The published rule in closed form."""
-    sigma = _number(rule.noise)
 
     def gradient_at(draw: int) -> FeedbackGradient:
-        drawn = noise.draw(draw, sigma, *layers.noise_shapes)
-        if isinstance(mirror, LayeredMirror):
-            return layered_ldrl_gradient(layers.layers, drawn, sigma)
-        (layer,), (eps, eta) = layers.layers, drawn
-        return ldrl_closed_form(layer.pair, layer.prepared, layer.clean, layer.feedback, eps, eta, sigma)
+        drawn = noise.draw(rule.sigma, *shapes)
+        noises = [(drawn[layer.input_noise], drawn[layer.output_noise]) for layer in layers]
+        return _summed(
+            layers,
+            [
+                independent_gradient(layer, *each, rule.sigma, rule.clean_switches)
+                for layer, each in zip(layers, noises, strict=True)
+            ],
+        )
 
     return gradient_at
+
+
+def _probed(rule: Rule, layers: Sequence[FeedbackLayer], noise: NoiseStream) -> FeedbackObjective:
+    """An echo, or the second noise integrated out, in closed form."""
+    echo = rule.second_noise == "echo"
+    curvature_of = curvature_of_units if echo else curvature_of_taps
+    probes = []
+    for layer in layers:
+        probing = rule.probing(layer.inputs, layer.weight, layer.output, layer.mirror.overlap, layer.area)
+        part = layer.block(slice(0, probing.images))
+        probes.append((part, probing, curvature_of(part, probing.sigma**2)))
+
+    def gradient_at(draw: int) -> FeedbackGradient:
+        shapes = [probing.shape(draw) for _, probing, _ in probes]
+        normals = iter(noise.draw(1.0, *(shape for shape in shapes if shape is not None)))
+        found = []
+        for (part, probing, curvature), shape in zip(probes, shapes, strict=True):
+            eps = probing.noise(None if shape is None else next(normals))
+            gradient, loss = echo_gradient(part, eps) if echo else expected_gradient(part, eps, curvature)
+            found.append(LayerGradient(gradient, loss, probing.damped(curvature, draw)))
+        return _summed(layers, found)
+
+    return gradient_at
+
+
+def _summed(layers: Sequence[FeedbackLayer], gradients: Sequence[LayerGradient]) -> FeedbackGradient:
+    """The gradient of the sum of the layers' losses, out of those in effective weights."""
+    return FeedbackGradient(
+        {layer.name: layer.scaled(layer.share * found.weight) for layer, found in zip(layers, gradients, strict=True)},
+        torch.stack([layer.share * found.loss for layer, found in zip(layers, gradients, strict=True)]).sum(),
+        {
+            layer.name: layer.scaled(layer.scaled(layer.share * found.curvature))
+            for layer, found in zip(layers, gradients, strict=True)
+        },
+    )
 
 
 def _independent_by_autograd(
@@ -153,15 +159,17 @@ def _independent_by_autograd(
 ) -> FeedbackObjective:
     """The published rule for any kind of stage."""
     exact, values = _exact_pass(stage, clean)
-    sigma, shapes = _number(rule.noise), (noise_shape(stage, clean.inputs), clean.output.shape)
+    shapes = stage.noise_shape(clean.inputs), clean.output.shape
 
     def gradient_at(draw: int) -> FeedbackGradient:
-        eps, eta = noise.draw(draw, sigma, *shapes)
-        noises = eps.view(clean.inputs.shape), eta
+        eps, eta = noise.draw(rule.sigma, *shapes)
         with exact():
+            noises = eps.view(clean.inputs.shape), eta
+            found = losses.ldrl_gradient(stage, mirror, *values, *noises, rule.clean_switches)
             if isinstance(mirror, LayerMirror):
-                return ldrl_gradient(stage, mirror, *values, *noises, sigma, rule.clean_switches)
-            return composed_ldrl_gradient(stage, mirror, *values, *noises, rule.clean_switches)
+                curvature = curvature_of_samples(mirror, values[1], eta, rule.sigma)
+                return found._replace(curvature={"weight": curvature})
+            return found
 
     return gradient_at
 
@@ -176,7 +184,7 @@ def _probed_by_autograd(
     assert isinstance(mirror, LayerMirror)
     exact, values = _exact_pass(stage, clean)
     inputs, output, switches = values
-    rows = inputs.reshape(noise_shape(stage, inputs))
+    rows = inputs.reshape(stage.noise_shape(inputs))
     probing = rule.probing(rows, mirror.weight, output, mirror.overlap, mirror.area)
     by_taps, variance, images = rule.second_noise == "expected", probing.sigma**2, probing.images
     curvature = curvature_by_autograd(mirror, output, switches, variance, images, by_taps)
@@ -184,16 +192,16 @@ def _probed_by_autograd(
     def gradient_at(draw: int) -> FeedbackGradient:
         shape = probing.shape(draw)
         eps = torch.zeros_like(rows)
-        eps[:images] = probing.noise(None if shape is None else noise.draw(draw, 1.0, shape)[0])
+        eps[:images] = probing.noise(None if shape is None else noise.draw(1.0, shape)[0])
         eps = eps.view(inputs.shape)
         with exact():
             if by_taps:
-                found = expected_gradient(stage, mirror, *values, eps, variance)
+                found = losses.expected_gradient(stage, mirror, *values, eps, variance)
             else:
-                found = echo_gradient(stage, mirror, *values, eps)
+                found = losses.echo_gradient(stage, mirror, *values, eps)
         share = len(inputs) / images
         gradients = {name: share * gradient for name, gradient in found.parameters.items()}
-        return FeedbackGradient(gradients, share * found.loss, probing.damped(curvature, draw))
+        return FeedbackGradient(gradients, share * found.loss, {"weight": probing.damped(curvature, draw)})
 
     return gradient_at
 
@@ -204,9 +212,9 @@ def _composed_echo(rule: Rule, stage: Stage, mirror: Mirror, clean: StagePass, n
     sigma = NOISE_SHARE * scale_of(clean.inputs, rule.peers) if rule.noise is None else rule.noise
 
     def gradient_at(draw: int) -> FeedbackGradient:
-        (eps,) = noise.draw(draw, 1.0, clean.inputs.shape)
+        (eps,) = noise.draw(1.0, clean.inputs.shape)
         with exact():
-            return echo_gradient(stage, mirror, *values, eps.mul_(sigma))
+            return losses.echo_gradient(stage, mirror, *values, eps.mul_(sigma))
 
     return gradient_at
 
@@ -217,16 +225,16 @@ def _exact_pass(
     """Return the context that autograd's gradients are formed in, with the clean pass's input, output and switches.
 
     They subtract whole passes, clean from noisy, where closed forms send only the noise through the products: both are
-    in float32 whatever the precision, or most of a small difference would be rounding.
+    in float32 whatever the precision, or most of a small difference would be rounding. Noisy passes move no statistics.
     """
-    exact = partial(float32_products, clean.inputs.device)
+
+    @contextmanager
+    def exact() -> Iterator[None]:
+        with float32_products(clean.inputs.device), preserve_buffers(stage):
+            yield
+
     output, switches = clean.output, clean.switches
     if products_are_reduced():
         with exact():
             output, switches = stage.run(clean.inputs)
     return exact, (clean.inputs, output.detach(), switches)
-
-
-def _number(noise: float | None) -> float:
-    assert noise is not None  # `LDRL` refuses independent noise without it
-    return noise

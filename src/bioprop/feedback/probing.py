@@ -1,6 +1,6 @@
 """Where the noise of a feedback iteration points, on how many samples, and how large a step may follow.
 
-Feedback training with an echo, or with the second noise integrated out (`bioprop.functional.feedback_losses`), is
+Feedback training with an echo, or with the second noise integrated out (`bioprop.feedback.losses`), is
 linear regression: the unknown is the forward weight, its inputs are patches of noise. All that follows is known of
 that, from the sizes alone. A layer's ``r = fan_in / (batch x positions)`` compares the directions that a unit's weight
 has with the samples that one batch of noise is for it (every pool window is one).

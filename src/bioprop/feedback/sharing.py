@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bioprop.distributed import from_process, mean_over_processes, process_count
-from bioprop.functional.feedback_losses import FeedbackGradient
+from bioprop.feedback.losses import FeedbackGradient
 from bioprop.networks.stages import StagePass
 
 
@@ -23,9 +23,7 @@ def average_gradients(gradients: Mapping[str, FeedbackGradient]) -> dict[str, Fe
 
 
 def _tensors(gradient: FeedbackGradient) -> list[Tensor]:
-    curvature = gradient.curvature
-    curvatures = [curvature] if isinstance(curvature, Tensor) else list((curvature or {}).values())
-    return [gradient.loss, *gradient.parameters.values(), *curvatures]
+    return [gradient.loss, *gradient.parameters.values(), *(gradient.curvature or {}).values()]
 
 
 def _rebuild(gradient: FeedbackGradient, values: Iterable[Tensor]) -> FeedbackGradient:
@@ -33,11 +31,8 @@ def _rebuild(gradient: FeedbackGradient, values: Iterable[Tensor]) -> FeedbackGr
     values = iter(values)
     loss = next(values)
     parameters = {name: next(values) for name in gradient.parameters}
-    curvature = gradient.curvature
-    if isinstance(curvature, Tensor):
-        return FeedbackGradient(parameters, loss, next(values))
-    named = None if curvature is None else {name: next(values) for name in curvature}
-    return FeedbackGradient(parameters, loss, named)
+    curvature = None if gradient.curvature is None else {name: next(values) for name in gradient.curvature}
+    return FeedbackGradient(parameters, loss, curvature)
 
 
 def share_stages(

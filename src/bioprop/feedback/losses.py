@@ -1,6 +1,6 @@
 """Losses that train feedback weights, and their gradients by autograd, for stages of any kind.
 
-The closed forms of `bioprop.functional.closed_forms` are held against these.
+The closed forms of `bioprop.feedback.closed_forms` are held against these.
 
 **The second noise of L-DRL.** Its loss (Ernoult et al., 2022) has one noise ``eps`` at the stage's input and another,
 ``eta``, at its output. Only the first term needs to see ``F``; the second is there to give the feedback weights the
@@ -20,6 +20,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from bioprop.feedback.closed_forms import unit_square_sums
 
 
 class RunsStage(Protocol):
@@ -91,57 +93,37 @@ class Reconstructs(Protocol):
         """Compute ``G^n``."""
 
 
-#: One value for each output unit of the only weight, or of each weight by its name.
-Curvature = Tensor | Mapping[str, Tensor]
-
-
 class FeedbackGradient(NamedTuple):
     """Gradient of a feedback loss with respect to the parameters of ``G^n``, the loss, and a scale for the step.
 
     Attributes:
         parameters: gradient by name of the parameter, in its shape; those whose gradient is exactly zero are left out.
         loss: the loss, a scalar.
-        curvature: ``D_o >= 0``, one value for each unit or channel of the stage's output (``[units]``): the
-            curvature of the loss along the weights that leave it. By name of the parameter where a mirror has several
-            weights. None where the loss offers no cheap estimate.
+        curvature: ``D_o >= 0`` by name of the weight, one value for each unit or channel that the weight leaves
+            (``[units]``) or for each of its taps: the curvature of the loss along it. None where the loss offers no
+            cheap estimate.
     """
 
     parameters: dict[str, Tensor]
     loss: Tensor
-    curvature: Curvature | None
-
-    @property
-    def weight(self) -> Tensor:
-        """Gradient of the feedback weight ``V`` of a mirror that has one."""
-        return self.parameters["weight"]
-
-    @property
-    def bias(self) -> Tensor | None:
-        """Gradient of its bias; None where it is exactly zero."""
-        return self.parameters.get("bias")
+    curvature: Mapping[str, Tensor] | None
 
 
 #: From the number of an iteration to the gradient of a stage's feedback loss on fresh noise.
 FeedbackObjective = Callable[[int], FeedbackGradient]
 
 
-def unit_square_sums(values: Tensor) -> Tensor:
-    """Mean over the batch of the sum over positions of the squares: ``[batch, units, ...] -> [units]``."""
-    return values.flatten(2).square().sum(2).mean(0) if values.dim() > 2 else values.square().mean(0)
-
-
 def ldrl_gradient(
     stage: RunsStage,
-    mirror: MapsBack,
+    mirror: MapsDifferenceBack,
     inputs: Tensor,
     output: Tensor,
-    switches: Tensor | None,
+    switches: Any,
     input_noise: Tensor,
     output_noise: Tensor,
-    sigma: float,
     clean_switches: bool = False,
 ) -> FeedbackGradient:
-    """Gradient of the layer-wise difference reconstruction loss (Ernoult et al., 2022).
+    """Gradient of the layer-wise difference reconstruction loss (Ernoult et al., 2022), for any stage.
 
     ``L = mean_batch[ -2 <eps, G(F(s + eps)) - G(F(s))> + |G(F(s) + eta) - G(F(s))|^2 ]``, through every ``G`` in it.
     To first order in the noise this is ``sigma^2 (|J_G - J_F^T|^2 - |J_F|^2)``: its minimiser is ``J_G = J_F^T``.
@@ -152,30 +134,46 @@ def ldrl_gradient(
         mirror: ``G^n``.
         inputs: ``s^{n-1}``, ``[batch, *input_shape]``.
         output: ``s^n = F^n(s^{n-1})``, ``[batch, *output_shape]``.
-        switches: those of the pass that made ``output``.
+        switches: what the pass that made ``output`` handed out.
         input_noise: ``eps ~ N(0, sigma^2)``, like ``inputs``.
         output_noise: ``eta ~ N(0, sigma^2)``, like ``output``.
-        sigma: standard deviation of both.
-        clean_switches: unpool the noisy output by ``switches`` too, instead of by those of the noisy pass.
+        clean_switches: give the clean pass's to ``G(F(s + eps))`` too, instead of those of the noisy pass.
 
     Returns:
-        The gradient; its curvature is that of the second term, ``2 mean_batch sum_positions
-        (phi(s^n + eta) - phi(s^n))_o^2``, read off the same samples (``2 sigma^2`` a position where ``phi`` is the
-        identity).
+        The gradient and the loss, without a curvature: of an operator of several layers, one for each weight would not
+        add up to that of a step along all of them. For one of a single layer there is `curvature_of_samples`.
     """
     with torch.no_grad():
         noisy_output, noisy_switches = stage.run(inputs + input_noise)
-        if mirror.is_linear:
-            curvature = output.new_full((output.shape[1],), 2.0 * sigma**2 * output[0, 0].numel())
-        else:
-            curvature = 2.0 * unit_square_sums(mirror.phi(output + output_noise) - mirror.phi(output))
+    parameters = mirror.difference_parameters()
     with torch.enable_grad():
-        clean = mirror(output, switches)
-        first = input_noise * (mirror(noisy_output, switches if clean_switches else noisy_switches) - clean)
-        second = (mirror(output + output_noise, switches) - clean).square()
+        if clean_switches:
+            change = mirror.difference(output, noisy_output - output, switches)
+        else:
+            change = mirror(noisy_output, noisy_switches) - mirror(output, switches)
+        first = input_noise * change
+        second = mirror.difference(output, output_noise, switches).square()
         loss = (second - 2.0 * first).flatten(1).sum(1).mean()
-    (weight,) = torch.autograd.grad(loss, (mirror.weight,))
-    return FeedbackGradient({"weight": weight}, loss.detach(), curvature)
+    gradients = torch.autograd.grad(loss, list(parameters.values()))
+    return FeedbackGradient(dict(zip(parameters, gradients, strict=True)), loss.detach(), None)
+
+
+@torch.no_grad()
+def curvature_of_samples(mirror: MapsBack, output: Tensor, output_noise: Tensor, sigma: float) -> Tensor:
+    """``2 mean_batch sum_positions (phi(s^n + eta) - phi(s^n))_o^2``: of the second term, from its noise.
+
+    Args:
+        mirror: ``G^n``, of one layer.
+        output: ``s^n``, ``[batch, *output_shape]``.
+        output_noise: ``eta ~ N(0, sigma^2)``, like ``output``.
+        sigma: standard deviation; ``2 sigma^2`` a position is the curvature where ``phi`` is the identity.
+
+    Returns:
+        ``[units]``.
+    """
+    if mirror.is_linear:
+        return output.new_full((output.shape[1],), 2.0 * sigma**2 * output[0, 0].numel())
+    return 2.0 * unit_square_sums(mirror.phi(output + output_noise) - mirror.phi(output))
 
 
 def echo_gradient(
@@ -209,7 +207,7 @@ def echo_gradient(
         inputs: ``s^{n-1}``, ``[batch, *input_shape]``.
         output: ``s^n = F^n(s^{n-1})``, ``[batch, *output_shape]``.
         switches: what the pass that made ``output`` handed out.
-        input_noise: ``eps``, like ``inputs``; of any distribution, see `bioprop.functional.probing`.
+        input_noise: ``eps``, like ``inputs``; of any distribution, see `bioprop.feedback.probing`.
 
     Returns:
         The gradient and the loss, without a curvature. The loss is an estimate of ``sigma^2 (|J_G|^2 - 2 tr(J_G

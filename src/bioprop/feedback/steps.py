@@ -6,7 +6,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from bioprop.functional.feedback_losses import Curvature, FeedbackGradient, FeedbackObjective
+from bioprop.feedback.losses import FeedbackGradient, FeedbackObjective
 
 #: Share of the mean curvature that is added to every unit's, so that a silent unit takes no giant step.
 CURVATURE_FLOOR = 0.03
@@ -20,16 +20,13 @@ def mean_gradient(gradient_at: FeedbackObjective, draws: Sequence[int]) -> Feedb
         draws: those numbers, at least one, in order.
     """
     gradients = [gradient_at(draw) for draw in draws]
-    curvatures = [gradient.curvature for gradient in gradients]
-    curvature: Curvature | None = None
-    if isinstance(curvatures[0], Tensor):
-        curvature = _mean([each for each in curvatures if isinstance(each, Tensor)])
-    elif curvatures[0] is not None:
-        curvature = _mean_by_name([each for each in curvatures if isinstance(each, Mapping)])
+    if len(gradients) == 1:
+        return gradients[0]
+    curvatures = [gradient.curvature for gradient in gradients if gradient.curvature is not None]
     return FeedbackGradient(
         _mean_by_name([gradient.parameters for gradient in gradients]),
         _mean([gradient.loss for gradient in gradients]),
-        curvature,
+        _mean_by_name(curvatures) if curvatures else None,
     )
 
 
@@ -42,55 +39,34 @@ def _mean_by_name(values: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def normalized_step(weight: Tensor, gradient: FeedbackGradient, eta: float | None) -> None:
+def normalized_step(weights: Mapping[str, Tensor], gradient: FeedbackGradient, eta: float | None) -> None:
     """``V_o <- V_o - eta gradient_o / (D_o + 0.03 mean(D))``, in place, for the weights that leave each unit ``o``.
 
     Ours: a diagonal Newton step with the curvature ``D`` of the feedback loss, so that the same ``eta`` in (0, 1] fits
     every stage, noise and batch. There is no momentum.
 
-    How large ``eta`` may be depends on the batch all the same: noise on ``units`` units has a sample covariance whose
+    The largest stable ``eta`` depends on the batch all the same: noise on ``units`` units has a sample covariance whose
     largest eigenvalue is about ``(1 + sqrt(units / batch))^2`` times its mean, so the step is stable while ``eta``
     times that is below 2; and around the minimiser the noise in ``V`` is about ``sqrt(fan_in / batch * eta / 2)`` of
     ``V`` on a linear stage. Wide linear stages therefore want a small ``eta`` (0.03 on LeNet's 4096 -> 512 units and
     128 images) or a large batch.
 
     Args:
-        weight: ``V``, ``[units, ...]``.
-        gradient: of the feedback loss, with its curvature.
+        weights: ``V`` by name, ``[units, ...]`` each.
+        gradient: of the feedback loss, for all or some of the names, with a curvature for each.
         eta: fraction of the Newton step; None for a curvature that is damped already (`Probing.damped`), with neither
             fraction nor floor.
 
     Raises:
-        ValueError: if the gradient carries no curvature.
-    """
-    if not isinstance(gradient.curvature, Tensor):
-        raise ValueError("the normalized step needs a feedback loss that estimates its curvature")
-    _step(weight, gradient.weight, gradient.curvature, eta)
-
-
-@torch.no_grad()
-def normalized_steps(weights: Mapping[str, Tensor], gradient: FeedbackGradient, eta: float | None) -> None:
-    """`normalized_step` for each of several weights, in place, by the curvature of its own.
-
-    Args:
-        weights: by name.
-        gradient: of the feedback loss, for all or some of the names, with a curvature for each.
-        eta: fraction of the Newton step, or None, likewise.
-
-    Raises:
         ValueError: if the gradient carries no curvatures.
     """
-    if not isinstance(gradient.curvature, Mapping):
-        normalized_step(weights["weight"], gradient, eta)
-        return
+    if gradient.curvature is None:
+        raise ValueError("the normalized step needs a feedback loss that estimates its curvature")
     for name, curvature in gradient.curvature.items():
-        _step(weights[name], gradient.parameters[name], curvature, eta)
-
-
-def _step(weight: Tensor, gradient: Tensor, curvature: Tensor, eta: float | None) -> None:
-    if curvature.dim() == 1:  # one for each unit, not for each of its taps
-        curvature = curvature.view(-1, *[1] * (weight.dim() - 1))
-    if eta is None:
-        weight -= gradient / curvature
-    else:
-        weight -= eta * gradient / (curvature + CURVATURE_FLOOR * curvature.mean())
+        weight, found = weights[name], gradient.parameters[name]
+        if curvature.dim() == 1:  # one for each unit, not for each of its taps
+            curvature = curvature.view(-1, *[1] * (weight.dim() - 1))
+        if eta is None:
+            weight -= found / curvature
+        else:
+            weight -= eta * found / (curvature + CURVATURE_FLOOR * curvature.mean())

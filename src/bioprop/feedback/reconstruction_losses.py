@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from bioprop.functional.feedback_losses import FeedbackGradient
+from bioprop.feedback.losses import FeedbackGradient
 
 
 def difference_reconstruction_gradient(
