@@ -12,9 +12,9 @@ from benchmarks.learners import algorithm_learner
 from benchmarks.plain_ldrl import Draw, PlainLDRL, PlainStage
 from benchmarks.settings import Setting
 from bioprop.algorithms import LDRL
-from bioprop.algorithms.random_streams import NoiseStream
+from bioprop.feedback.noise import NoiseStream
 from bioprop.errors import UserError
-from bioprop.functional.speed import Speed
+from bioprop.feedback.speed import Speed
 from bioprop.networks.mirrors import Mirror
 from bioprop.networks.stages import ConvStage, LinearStage, Stage
 

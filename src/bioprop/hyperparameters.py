@@ -1,7 +1,7 @@
 """Checks of hyperparameters: numbers, ranges, one value a stage."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bioprop.errors import UserError
@@ -10,14 +10,9 @@ from bioprop.errors import UserError
 AUTO = "auto"
 
 
-def as_given(values: Sequence[Any]) -> Any:
-    """Return what `per_stage` made of a hyperparameter in a form that it takes again."""
-    return AUTO if None in values else values
-
-
 def per_stage(
     name: str, value: float | str | Sequence[float], stages: Sequence[str], whole: bool = False, auto: bool = False
-) -> tuple[Any, ...]:
+) -> dict[str, Any]:
     """Spread a single value over all stages, or take exactly one value a stage.
 
     Args:
@@ -28,7 +23,7 @@ def per_stage(
         auto: whether the value may be `AUTO`.
 
     Returns:
-        A plain int or float for each stage; None for each where the value is `AUTO`.
+        A plain int or float by name of stage; None for each where the value is `AUTO`.
 
     Raises:
         UserError: if a sequence is not exactly as long as there are stages, or an entry is not such a number.
@@ -36,7 +31,7 @@ def per_stage(
     if auto and isinstance(value, str):
         if value != AUTO:
             raise UserError(f"{name} is {value!r}, but it must be {AUTO}, a number, or one number a stage")
-        return (None,) * len(stages)
+        return dict.fromkeys(stages)
     listed = value.tolist() if hasattr(value, "tolist") else value  # numpy's and torch's numbers and vectors
     values = list(listed) if isinstance(listed, Sequence) and not isinstance(listed, str) else [listed] * len(stages)
     if len(values) != len(stages):
@@ -44,7 +39,7 @@ def per_stage(
             f"{name} has {len(values)} values {values}, but {len(stages)} stages need one each "
             f"({', '.join(stages)}): give that many, or a single value for all"
         )
-    return tuple(number(name, item, whole) for item in values)
+    return {stage: number(name, item, whole) for stage, item in zip(stages, values, strict=True)}
 
 
 def number(name: str, value: Any, whole: bool = False) -> float:
@@ -72,7 +67,7 @@ def count(name: str, value: int, low: int = 0) -> int:
     return counted
 
 
-def check_range(name: str, values: Sequence[float], low: float, low_allowed: bool = True) -> None:
+def check_range(name: str, values: Iterable[float], low: float, low_allowed: bool = True) -> None:
     """Refuse numbers below ``low``, or at it unless ``low_allowed``.
 
     Raises:

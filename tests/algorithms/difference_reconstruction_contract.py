@@ -215,7 +215,7 @@ class DifferenceReconstructionContract(AlgorithmContract):
 
     def test_a_single_value_stands_for_every_stage(self) -> None:
         algorithm = self.make(small_lenet(), noise=0.25, feedback_lr=(0.1, 0.2, 0.3), forward_lr=0.5)
-        assert algorithm.noise == (0.25,) * 3
+        assert list(algorithm.noise.values()) == [0.25] * 3
         assert algorithm.feedback_lr == (0.1, 0.2, 0.3)
         assert algorithm.forward_lr == (0.5,) * 4
 

@@ -10,8 +10,8 @@ from pytorch_lightning import Trainer
 from torch import Tensor
 
 from bioprop.algorithms import Algorithm
-from bioprop.algorithms.random_streams import NoiseStream
 from bioprop.distributed import GradientAveraging, process_count, process_rank
+from bioprop.feedback.noise import NoiseStream, RandomStreams
 from tests.algorithms.contract import AlgorithmContract, Batch, Weights, copy_state, draw_batch
 
 Trained = tuple[Weights, list[Weights]]
@@ -62,17 +62,18 @@ def optimizer_states(algorithm: Algorithm) -> list[Weights]:
 @contextmanager
 def rows_of_the_whole_noise(rank: int, count: int) -> Iterator[None]:
     """Let every process draw its rows of the noise that one process would draw for the whole batch."""
-    draw = NoiseStream.draw
+    draw, noise = NoiseStream.draw, RandomStreams.noise
 
-    def draw_own(stream: NoiseStream, iteration: int, sigma: float, *shapes: Sequence[int]) -> list[Tensor]:
-        seed, batch, place = stream.key
-        whole = NoiseStream((seed, batch, place & 0xFFFFFFFF), stream.device, stream.dtype)
+    def noise_of_all(streams: RandomStreams, place: int, like: Tensor, rank: int = 0) -> NoiseStream:
+        return noise(streams, place, like)
+
+    def draw_own(stream: NoiseStream, sigma: float, *shapes: Sequence[int]) -> list[Tensor]:
         axes = [int(len(shape) == 5) for shape in shapes]  # in the normals of pool windows samples come first
         wholes = [_stretched(shape, axis, count) for shape, axis in zip(shapes, axes, strict=True)]
-        drawn = zip(draw(whole, iteration, sigma, *wholes), axes, strict=True)
-        return [noise[:, rank::count] if axis else noise[rank::count] for noise, axis in drawn]
+        drawn = zip(draw(stream, sigma, *wholes), axes, strict=True)
+        return [each[:, rank::count] if axis else each[rank::count] for each, axis in drawn]
 
-    with patch.object(NoiseStream, "draw", draw_own):
+    with patch.object(NoiseStream, "draw", draw_own), patch.object(RandomStreams, "noise", noise_of_all):
         yield
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bioprop.algorithms import LayerwiseFeedback
+from bioprop.algorithms import TargetAlgorithm
 from bioprop.networks import Network
 from tests.algorithms.contract import (
     AlgorithmContract,
@@ -28,7 +28,7 @@ class TargetPropagationContract(AlgorithmContract):
     phases = ("_train_feedback", "_local_gradients", "_step_forward_weights")
 
     @abstractmethod
-    def make(self, network: Network, **settings: Any) -> LayerwiseFeedback:
+    def make(self, network: Network, **settings: Any) -> TargetAlgorithm:
         """Make the algorithm."""
 
     def test_feedback_angles_are_between_the_weights_of_each_stage(self) -> None:
@@ -85,8 +85,8 @@ class TargetPropagationContract(AlgorithmContract):
         first, second, same = (self.made_from_seed(3) for _ in range(3))
         second.train_feedback(draw_batch(seed=9)[0])
         second.feedback.load_state_dict(first.feedback.state_dict())
-        if second._feedback_optimizer is not None:
-            second._feedback_optimizer.state.clear()
+        if second.feedback_training.optimizer is not None:
+            second.feedback_training.optimizer.state.clear()
         random_state = torch.get_rng_state()
         losses = [algorithm.train_feedback(draw_batch()[0]) for algorithm in (first, second, same)]
         assert torch.equal(torch.get_rng_state(), random_state)
@@ -117,7 +117,7 @@ class TargetPropagationContract(AlgorithmContract):
         algorithm = self.make(small_lenet())
         self.fit(algorithm, tmp_path).save_checkpoint(tmp_path / "one.ckpt")
         states = torch.load(tmp_path / "one.ckpt", weights_only=True)["optimizer_states"]
-        assert len(states) == (1 if algorithm._feedback_optimizer is None else 2)
+        assert len(states) == (1 if algorithm.feedback_training.optimizer is None else 2)
         assert all(state["state"] for state in states)
 
     @pytest.mark.parametrize("name", ["noise", "feedback_lr", "iterations"])
@@ -128,9 +128,9 @@ class TargetPropagationContract(AlgorithmContract):
 
     def test_a_single_value_stands_for_every_stage(self) -> None:
         algorithm = self.make(small_lenet(), noise=0.25, feedback_lr=(0.1, 0.2, 0.3), iterations=2)
-        assert algorithm.noise == (0.25,) * 3
+        assert list(algorithm.feedback_training.noise.values()) == [0.25] * 3
         assert algorithm.feedback_lr == (0.1, 0.2, 0.3)
-        assert algorithm.iterations == (2,) * 3
+        assert list(algorithm.feedback_training.iterations.values()) == [2] * 3
 
     @pytest.mark.parametrize(
         ("name", "value", "shown"),
@@ -159,7 +159,8 @@ class TargetPropagationContract(AlgorithmContract):
     def test_numbers_of_other_libraries_become_plain_ones(self) -> None:
         algorithm = self.make(small_lenet(), noise=torch.tensor(0.5), feedback_lr=[np.float32(0.25)] * 3)
         assert algorithm.hparams["noise"] == [0.5] * 3
-        assert {type(value) for value in algorithm.noise + algorithm.feedback_lr} == {float}
+        training = algorithm.feedback_training
+        assert {type(value) for value in [*training.noise.values(), *training.feedback_lr.values()]} == {float}
 
     @pytest.mark.parametrize(
         ("name", "other", "named"),
@@ -180,7 +181,7 @@ class TargetPropagationContract(AlgorithmContract):
             self.fit(second, tmp_path, epochs=2, ckpt_path=tmp_path / "half.ckpt")
 
 
-def assert_not_aliased(algorithm: LayerwiseFeedback) -> None:
+def assert_not_aliased(algorithm: TargetAlgorithm) -> None:
     """Forward and feedback weights are equal, in other memory, and an optimizer step on one leaves the other."""
     pairs = [pair for _, stage, mirror in algorithm.mirrored_stages() for pair in mirror.pairs(stage)]
     for forward, feedback in pairs:

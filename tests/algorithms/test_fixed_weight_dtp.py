@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bioprop.algorithms import DTP, LDRL, Backprop, FixedWeightDTP
-from bioprop.algorithms.random_streams import RandomStreams
+from bioprop.feedback.noise import RandomStreams
 from bioprop.networks import MLP, LeNet, Network, ResNet
 from tests.algorithms.contract import (
     CLASSES,

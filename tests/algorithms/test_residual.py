@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bioprop.algorithms import DTP, LDRL, LayerwiseFeedback
+from bioprop.algorithms import DTP, LDRL, TargetAlgorithm
 from bioprop.callbacks.alignment import alignment_to_backprop
+from bioprop.feedback.losses import FeedbackGradient
 from bioprop.functional.angles import flatten_all
-from bioprop.functional.feedback_losses import FeedbackGradient
 from bioprop.functional.gradients import backprop_gradients
 from bioprop.networks import BasicBlockStage, Network, PooledLinearStage, ResNet, StagePass, StemStage
 from tests.algorithms import contract, target_propagation_contract
@@ -33,7 +33,7 @@ from tests.algorithms.test_theory import DroppedTargets, FlippedDifference, Flip
 
 pytestmark = WITHOUT_VALIDATION
 
-Make = Callable[..., LayerwiseFeedback]
+Make = Callable[..., TargetAlgorithm]
 AS_PUBLISHED = {"feedback_step": "sgd", "feedback_lr": (3e-4, 1e-3, 1e-3, 10.0), "noise": 0.2}
 INDEPENDENT = {"second_noise": "independent", "noise": 0.1, "feedback_lr": 0.1}
 
@@ -279,7 +279,7 @@ class ResidualContract(TargetPropagationContract):
         for module in (contract, target_propagation_contract):
             monkeypatch.setattr(module, "small_lenet", Residual)
 
-    def made_from_seed(self, seed: int, build: Callable[[], Network] = Residual, **settings: Any) -> LayerwiseFeedback:
+    def made_from_seed(self, seed: int, build: Callable[[], Network] = Residual, **settings: Any) -> TargetAlgorithm:
         return super().made_from_seed(seed, build, **settings)
 
     @on_residual_networks

@@ -100,13 +100,13 @@ class DifferenceReconstruction(TargetAlgorithm):
             count("feedback_pretraining_epochs", feedback_pretraining_epochs),
             count("extra_feedback_epochs", extra_feedback_epochs),
         )
-        check_range("noise", self.noise, 0.0, low_allowed=False)
-        check_range("feedback_lr", self.feedback_lr, 0.0, low_allowed=False)
-        check_range("feedback_decay", self.feedback_decay, 0.0)
+        check_range("noise", self.noise.values(), 0.0, low_allowed=False)
+        check_range("feedback_lr", self.feedback_lr.values(), 0.0, low_allowed=False)
+        check_range("feedback_decay", self.feedback_decay.values(), 0.0)
         names, stages = zip(*network.stages(), strict=True)
         self.forward_lr = None if forward_lr is None else per_stage("forward_lr", forward_lr, names)
         if self.forward_lr is not None:
-            check_range("forward_lr", rates := self.forward_lr, 0.0, low_allowed=False)
+            check_range("forward_lr", rates := self.forward_lr.values(), 0.0, low_allowed=False)
             self._make_optimizer = lambda parameters: optimizer(_groups(stages, rates))
         self.streams = RandomStreams()
         self._make_feedback_optimizer = feedback_optimizer
@@ -149,7 +149,7 @@ class DifferenceReconstruction(TargetAlgorithm):
                 gradients = {}
                 for place, (name, objective, stream) in enumerate(zip(self.feedback, objectives, noises, strict=True)):
                     states = passes[place + 1].inputs
-                    (noise,) = stream.draw(self.noise[place], states.shape)
+                    (noise,) = stream.draw(self.noise[name], states.shape)
                     gradients[name] = objective(self._run_above(place, states + noise), noise)
                 gradients = average_gradients(gradients)
                 self._step_feedback_weights(gradients)
@@ -218,7 +218,7 @@ class DifferenceReconstruction(TargetAlgorithm):
 
     def _build_feedback_optimizer(self) -> torch.optim.Optimizer | None:
         """Build the optimizer of the feedback weights, one parameter group an operator; None without hidden stages."""
-        groups = _groups(self.feedback.values(), self.feedback_lr)
+        groups = _groups(self.feedback.values(), self.feedback_lr.values())
         try:
             return self._make_feedback_optimizer(groups) if groups else None
         except (ValueError, TypeError) as error:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bioprop.algorithms.difference_reconstruction import DifferenceReconstruction, ReconstructionObjective
 from bioprop.feedback.losses import FeedbackGradient
-from bioprop.feedback.reconstruction_losses import difference_reconstruction_gradient
+from bioprop.feedback.reconstruction import difference_reconstruction_gradient
 from bioprop.networks.direct_feedback import ReadOut
 from bioprop.networks.mirrors import Mirror
 from bioprop.networks.stages import Stage, StagePass
@@ -39,12 +39,12 @@ class DirectDifferenceTargets(DifferenceReconstruction):
         """The difference reconstruction loss of every hidden stage."""
         with torch.no_grad():
             clean = self.features(passes[-1].output)
-        return [partial(self._objective, place, clean) for place in range(len(self.feedback))]
+        return [partial(self._objective, name, clean) for name in self.feedback]
 
-    def _objective(self, place: int, clean: Tensor, noisy_output: Tensor, noise: Tensor) -> FeedbackGradient:
-        read_out = self.read_outs()[place]
+    def _objective(self, name: str, clean: Tensor, noisy_output: Tensor, noise: Tensor) -> FeedbackGradient:
+        read_out = cast(ReadOut, self.feedback[name])
         parameters = dict(read_out.named_parameters())
-        noisy, sigma, decay = self.features(noisy_output), self.noise[place], self.feedback_decay[place]
+        noisy, sigma, decay = self.features(noisy_output), self.noise[name], self.feedback_decay[name]
         return difference_reconstruction_gradient(read_out, parameters, noisy, clean, noise, sigma, decay)
 
     def target_differences(self, passes: Sequence[StagePass], output: Tensor) -> list[Tensor]:

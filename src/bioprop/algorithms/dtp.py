@@ -11,9 +11,10 @@ from torch import Tensor
 
 from bioprop.algorithms.target_algorithm import TargetAlgorithm
 from bioprop.errors import UserError
-from bioprop.feedback import closed_forms, losses
+from bioprop.feedback import losses
 from bioprop.feedback.losses import FeedbackGradient, FeedbackObjective
 from bioprop.feedback.noise import NoiseStream, RandomStreams
+from bioprop.feedback.reconstruction import layer_reconstruction_gradient
 from bioprop.feedback.speed import DEFAULT_SPEED, Speed
 from bioprop.feedback.training import FeedbackTraining, StageBatch
 from bioprop.functional.gradients import preserve_buffers
@@ -97,7 +98,7 @@ class DTP(TargetAlgorithm):
 
     def _train_feedback(self, passes: Sequence[StagePass]) -> dict[str, Tensor]:
         """Phase 1: every stage that has feedback descends its reconstruction loss on fresh noise."""
-        stages, iterations = self.mirrored_stages(), self.feedback_training.iterations
+        stages, iterations = self.mirrored_stages(), self.feedback_training.iterations.values()
         return self.feedback_training.train(
             [
                 StageBatch(*each, clean, int(count), partial(self.feedback_objective, *each))
@@ -120,14 +121,14 @@ class DTP(TargetAlgorithm):
         Returns:
             A function from the number of the iteration to the gradient of the loss.
         """
-        sigma = self.feedback_training.setting_of(name, self.feedback_training.noise)
+        sigma = self.feedback_training.noise[name]
         shape = stage.noise_shape(clean.inputs)
         layers = mirror.layers(stage, clean) if isinstance(mirror, LayerMirror) else None
 
         def gradient_at(iteration: int) -> FeedbackGradient:
             (eps,) = noise.draw(sigma, shape)
             if layers is not None and isinstance(mirror, LayerMirror):
-                found = closed_forms.reconstruction_gradient(layers.layers[0], mirror.bias, eps)
+                found = layer_reconstruction_gradient(layers.layers[0], mirror.bias, eps)
                 return FeedbackGradient(*found, None)
             with preserve_buffers(stage):
                 return losses.reconstruction_gradient(stage, mirror, clean.inputs, eps.view(clean.inputs.shape))

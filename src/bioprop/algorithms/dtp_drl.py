@@ -10,7 +10,7 @@ from torch import Tensor
 from bioprop.algorithms.difference_reconstruction import DifferenceReconstruction, ReconstructionObjective
 from bioprop.errors import UserError
 from bioprop.feedback.losses import FeedbackGradient
-from bioprop.feedback.reconstruction_losses import difference_reconstruction_gradient
+from bioprop.feedback.reconstruction import difference_reconstruction_gradient
 from bioprop.networks.outer_mirrors import OuterMirror, activation_of, build_outer_mirror
 from bioprop.networks.stages import StagePass
 
@@ -44,17 +44,17 @@ class DTPDRL(DifferenceReconstruction):
 
     def feedback_objectives(self, passes: Sequence[StagePass]) -> list[ReconstructionObjective]:
         """The difference reconstruction loss of every operator, through all those above it."""
-        return [partial(self._objective, place, passes) for place in range(len(self.feedback))]
+        return [partial(self._objective, place, name, passes) for place, name in enumerate(self.feedback)]
 
     def _objective(
-        self, place: int, passes: Sequence[StagePass], noisy_output: Tensor, noise: Tensor
+        self, place: int, name: str, passes: Sequence[StagePass], noisy_output: Tensor, noise: Tensor
     ) -> FeedbackGradient:
         mirror, clean = self.mirrors()[place], passes[place + 1]
         step = self._send_back(passes, noisy_output - passes[-1].output.detach(), down_to=place + 1)[-1]
         state = clean.output.detach()
         decode = partial(mirror, switches=clean.switches)
         parameters = dict(mirror.named_parameters())
-        sigma, decay = self.noise[place], self.feedback_decay[place]
+        sigma, decay = self.noise[name], self.feedback_decay[name]
         return difference_reconstruction_gradient(decode, parameters, state + step, state, noise, sigma, decay)
 
     def _send_back(self, passes: Sequence[StagePass], output: Tensor, down_to: int = 0) -> list[Tensor]:

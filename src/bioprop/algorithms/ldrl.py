@@ -11,10 +11,9 @@ from torch import Tensor
 from bioprop.algorithms.target_algorithm import TargetAlgorithm
 from bioprop.distributed import gather_rows, mean_over_processes, process_count, process_rank
 from bioprop.errors import UserError
+from bioprop.feedback.ldrl import has_curvature, ldrl_objective
 from bioprop.feedback.losses import FeedbackObjective
-from bioprop.feedback.noise import NoiseStream, RandomStreams
-from bioprop.feedback.objectives import Rule, SecondNoise, has_curvature, ldrl_objective
-from bioprop.feedback.probing import ALONE, Peers, automatic_iterations
+from bioprop.feedback.noise import ALONE, NoiseStream, Peers, RandomStreams, Rule, SecondNoise, automatic_iterations
 from bioprop.feedback.speed import DEFAULT_SPEED, Speed
 from bioprop.feedback.training import FeedbackStep, FeedbackTraining, StageBatch
 from bioprop.functional.activations import MirrorName
@@ -38,7 +37,7 @@ class LDRL(TargetAlgorithm):
     the forward update tends to the BP gradient as ``beta -> 0`` (Gradient Matching Property).
 
     The ``second_noise`` decides what a batch costs; the mean gradient is the same to first order in the noise
-    (`bioprop.feedback.losses` derives all three, `bioprop.feedback.probing` the settings ``auto``):
+    (`bioprop.feedback.losses` derives all three, `bioprop.feedback.noise` the settings ``auto``):
 
     - ``echo`` (ours): what ``G`` itself answers to ``eps``. The gradient's noise then vanishes where ``J_G = J_F^T``,
       and two iterations a batch do what takes hundreds with independent noise. It never reads a forward weight:
@@ -137,7 +136,7 @@ class LDRL(TargetAlgorithm):
             mirror: its feedback operator.
             clean: its clean pass.
         """
-        given = self.feedback_training.setting_of(name, self.feedback_training.iterations)
+        given = self.feedback_training.iterations[name]
         if given is not None:
             return int(given)
         fan_in = max(weight[0].numel() for each, weight in mirror.named_parameters() if each != "bias")
@@ -163,8 +162,8 @@ class LDRL(TargetAlgorithm):
         rule = Rule(
             self.second_noise,
             self._clean_switches,
-            training.setting_of(name, training.noise),
-            training.setting_of(name, training.iterations) is not None,
+            training.noise[name],
+            training.iterations[name] is not None,
             self.noise_at == "layer",
             training.samples,
             self._peers(),
@@ -185,7 +184,7 @@ class LDRL(TargetAlgorithm):
         """
         training = self.feedback_training
         settings = {"noise": training.noise, "feedback_lr": training.feedback_lr, "iterations": training.iterations}
-        left = [name for name, values in settings.items() if None in values]
+        left = [name for name, values in settings.items() if None in values.values()]
         if self.second_noise == "independent" and left:
             raise UserError(
                 f"{', '.join(left)}: auto follows from the sizes for second_noise echo and expected; independent noise "

@@ -4,7 +4,7 @@ import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 
 from bioprop.algorithms.ldrl import LDRL, Auto, SwitchesOf
-from bioprop.feedback.objectives import SecondNoise
+from bioprop.feedback.noise import SecondNoise
 from bioprop.feedback.speed import DEFAULT_SPEED, Speed
 from bioprop.feedback.training import FeedbackStep
 from bioprop.functional.activations import MirrorName

@@ -1,6 +1,6 @@
 """Losses that train feedback weights, and their gradients by autograd, for stages of any kind.
 
-The closed forms of `bioprop.feedback.closed_forms` are held against these.
+The closed forms of `bioprop.feedback.ldrl` are held against these.
 
 **The second noise of L-DRL.** Its loss (Ernoult et al., 2022) has one noise ``eps`` at the stage's input and another,
 ``eta``, at its output. Only the first term needs to see ``F``; the second is there to give the feedback weights the
@@ -20,8 +20,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-
-from bioprop.feedback.closed_forms import unit_square_sums
 
 
 class RunsStage(Protocol):
@@ -111,6 +109,11 @@ class FeedbackGradient(NamedTuple):
 
 #: From the number of an iteration to the gradient of a stage's feedback loss on fresh noise.
 FeedbackObjective = Callable[[int], FeedbackGradient]
+
+
+def unit_square_sums(values: Tensor) -> Tensor:
+    """Mean over the batch of the sum over positions of the squares: ``[batch, units, ...] -> [units]``."""
+    return values.flatten(2).square().sum(2).mean(0) if values.dim() > 2 else values.square().mean(0)
 
 
 def ldrl_gradient(
@@ -207,7 +210,7 @@ def echo_gradient(
         inputs: ``s^{n-1}``, ``[batch, *input_shape]``.
         output: ``s^n = F^n(s^{n-1})``, ``[batch, *output_shape]``.
         switches: what the pass that made ``output`` handed out.
-        input_noise: ``eps``, like ``inputs``; of any distribution, see `bioprop.feedback.probing`.
+        input_noise: ``eps``, like ``inputs``; of any distribution, see `bioprop.feedback.noise`.
 
     Returns:
         The gradient and the loss, without a curvature. The loss is an estimate of ``sigma^2 (|J_G|^2 - 2 tr(J_G

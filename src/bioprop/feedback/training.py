@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -16,7 +16,6 @@ from bioprop.feedback.noise import NoiseStream, RandomStreams
 from bioprop.feedback.recorded import Recorded
 from bioprop.feedback.sharing import average_gradients, average_weights, hand_out_stages, share_stages
 from bioprop.feedback.speed import Sharing, Speed
-from bioprop.feedback.steps import mean_gradient, normalized_step
 from bioprop.functional.angles import angle_degrees, flatten_all
 from bioprop.functional.precision import bfloat16_products
 from bioprop.hyperparameters import check_range, number, per_stage
@@ -24,6 +23,8 @@ from bioprop.networks.mirrors import Mirror
 from bioprop.networks.stages import Stage, StagePass
 
 FeedbackStep = Literal["sgd", "normalized"]
+#: Share of the mean curvature that is added to every unit's, so that a silent unit takes no giant step.
+CURVATURE_FLOOR = 0.03
 
 
 class FeedbackIteration(NamedTuple):
@@ -69,7 +70,7 @@ class FeedbackTraining:
     """The settings of feedback training, and the loop over the iterations of a batch.
 
     Settings are one value for all stages or exactly one for each that has feedback; ``auto`` where ``finds_settings``
-    says that the algorithm finds them, which is None in the tuples.
+    says that the algorithm finds them, which is None in the attributes, by name of stage.
 
     Args:
         feedback: the operators by name of stage.
@@ -127,10 +128,6 @@ class FeedbackTraining:
         self.optimizer = self._make_optimizer()
         self._recorded = defaultdict[str, Recorded](Recorded)
 
-    def setting_of(self, name: str, values: Sequence[Any]) -> Any:
-        """Return a stage's own value of one of the settings, None where it is ``auto``."""
-        return values[list(self.feedback).index(name)]
-
     # -- one batch -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -169,7 +166,7 @@ class FeedbackTraining:
         course = []
         for iteration in range(each.iterations):
             draws = range(iteration * self.samples, (iteration + 1) * self.samples)
-            gradient = mean_gradient(gradient_at, draws)
+            gradient = gradient_at(iteration) if self.samples == 1 else mean_gradient(gradient_at, draws)
             if sharing == "gradients":
                 gradient = average_gradients({each.name: gradient})[each.name]
             self._step(each, gradient)
@@ -182,7 +179,7 @@ class FeedbackTraining:
     def _step(self, each: StageBatch, gradient: FeedbackGradient) -> None:
         weights = dict(each.mirror.named_parameters())
         if self.optimizer is None:
-            normalized_step(weights, gradient, self.setting_of(each.name, self.feedback_lr))
+            normalized_step(weights, gradient, self.feedback_lr[each.name])
             return
         for name, parameter in weights.items():
             found = gradient.parameters.get(name)
@@ -239,11 +236,69 @@ class FeedbackTraining:
             return None
         groups = [
             {"params": list(mirror.parameters()), "lr": lr}
-            for mirror, lr in zip(self.feedback.values(), self.feedback_lr, strict=True)
+            for mirror, lr in zip(self.feedback.values(), self.feedback_lr.values(), strict=True)
         ]
         # one pass over the weights instead of three
         return torch.optim.SGD(groups, momentum=self.feedback_momentum, fused=True)
 
 
-def _numbers(values: Sequence[Any]) -> list[float]:
-    return [value for value in values if value is not None]
+def _numbers(values: Mapping[str, Any]) -> list[float]:
+    return [value for value in values.values() if value is not None]
+
+
+def mean_gradient(gradient_at: FeedbackObjective, draws: Sequence[int]) -> FeedbackGradient:
+    """Average a feedback gradient over draws of its noise; its loss and curvature too.
+
+    Args:
+        gradient_at: the gradient on fresh noise, by the number of the draw.
+        draws: those numbers, at least one, in order.
+    """
+    gradients = [gradient_at(draw) for draw in draws]
+    curvatures = [gradient.curvature for gradient in gradients if gradient.curvature is not None]
+    return FeedbackGradient(
+        _mean_by_name([gradient.parameters for gradient in gradients]),
+        _mean([gradient.loss for gradient in gradients]),
+        _mean_by_name(curvatures) if curvatures else None,
+    )
+
+
+def _mean(values: Sequence[Tensor]) -> Tensor:
+    return reduce(torch.add, values) / len(values)
+
+
+def _mean_by_name(values: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: _mean([each[name] for each in values]) for name in values[0]}
+
+
+@torch.no_grad()
+def normalized_step(weights: Mapping[str, Tensor], gradient: FeedbackGradient, eta: float | None) -> None:
+    """``V_o <- V_o - eta gradient_o / (D_o + 0.03 mean(D))``, in place, for the weights that leave each unit ``o``.
+
+    Ours: a diagonal Newton step with the curvature ``D`` of the feedback loss, so that the same ``eta`` in (0, 1] fits
+    every stage, noise and batch. There is no momentum.
+
+    The largest stable ``eta`` depends on the batch all the same: noise on ``units`` units has a sample covariance whose
+    largest eigenvalue is about ``(1 + sqrt(units / batch))^2`` times its mean, so the step is stable while ``eta``
+    times that is below 2; and around the minimiser the noise in ``V`` is about ``sqrt(fan_in / batch * eta / 2)`` of
+    ``V`` on a linear stage. Wide linear stages therefore want a small ``eta`` (0.03 on LeNet's 4096 -> 512 units and
+    128 images) or a large batch.
+
+    Args:
+        weights: ``V`` by name, ``[units, ...]`` each.
+        gradient: of the feedback loss, for all or some of the names, with a curvature for each.
+        eta: fraction of the Newton step; None for a curvature that is damped already (`Probing.damped`), with neither
+            fraction nor floor.
+
+    Raises:
+        ValueError: if the gradient carries no curvatures.
+    """
+    if gradient.curvature is None:
+        raise ValueError("the normalized step needs a feedback loss that estimates its curvature")
+    for name, curvature in gradient.curvature.items():
+        weight, found = weights[name], gradient.parameters[name]
+        if curvature.dim() == 1:  # one for each unit, not for each of its taps
+            curvature = curvature.view(-1, *[1] * (weight.dim() - 1))
+        if eta is None:
+            weight -= found / curvature
+        else:
+            weight -= eta * found / (curvature + CURVATURE_FLOOR * curvature.mean())

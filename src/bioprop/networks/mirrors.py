@@ -67,7 +67,7 @@ class FeedbackLayer(NamedTuple):
         stage: what follows the forward layer's products.
         mirror: what precedes the feedback layer's.
         layer: the forward layer, which knows the products.
-        inputs: of the forward layer, ``[batch, ...]``.
+        inputs: of the forward layer, in the shape of the noise that is added to them, ``[batch, ...]``.
         affine: what ``stage`` activates, ``W x + b``.
         output: what it makes of that, ``y``.
         places: where pooled values go back to in the pass that made ``y``.
@@ -222,13 +222,12 @@ class LayerMirror(Mirror):
             stage: that of the mirror.
             clean: its pass of the batch.
         """
-        if type(self) not in (LinearMirror, ConvMirror) or not isinstance(stage, LayerStage):
+        inputs, affine, output, switches = clean
+        if affine is None or type(self) not in (LinearMirror, ConvMirror) or not isinstance(stage, LayerStage):
             return None
-        layer, (inputs, affine, output, switches) = stage.products, clean
-        if layer is None or affine is None:
-            return None
-        weights = stage.weight.detach(), self.weight
-        places = self.locate(switches)
+        layer = cast(LinearLayer | ConvLayer, stage.layer)
+        weights = layer.weight.detach(), self.weight
+        inputs, places = inputs.reshape(stage.noise_shape(inputs)), self.locate(switches)
         layers = FeedbackLayer("weight", stage, self, layer, inputs, affine, output, places, self.phi(output), *weights)
         return FeedbackLayers([layers], [stage.noise_shape(inputs), tuple(output.shape)])
 

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -147,9 +147,9 @@ class LayerStage(Stage):
     @torch.no_grad()
     def local_gradients(self, clean: StagePass, error: Tensor) -> dict[str, Tensor]:
         """``wgrad(x, P^T(rho'(a) error))`` with the slope read off the output, by the name of weight and bias."""
-        layer = self.products
-        if layer is None or clean.affine is None:
+        if clean.affine is None:
             return super().local_gradients(clean, error)
+        layer = cast(LinearLayer | ConvLayer, self.layer)
         axes = [axis for axis in range(error.dim()) if axis != 1]
         gradients: dict[str, Tensor] = {}
         # maps before pooling are made for a block of samples at a time, which stays in a processor's cache

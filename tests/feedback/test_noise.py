@@ -1,6 +1,5 @@
-"""Noise: a function of its key alone, normally distributed, and independent between keys."""
+"""Noise: a function of seed, batch and place alone, normally distributed, and independent between them."""
 
-from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,57 +11,45 @@ from scipy import stats
 from torch import Tensor
 
 from bioprop.algorithms import LDRL
-from bioprop.algorithms.random_streams import CHUNK, NoiseStream, RandomStreams, keyed_generator
+from bioprop.feedback.noise import NoiseStream, RandomStreams
 from tests.algorithms.contract import draw_batch, small_lenet
 
 CPU = torch.device("cpu")
 KEY = (2**30 + 5, 17, 3)
 
 
-def draw(key: tuple[int, int, int] = KEY, iteration: int = 0, count: int = 16, sigma: float = 1.0) -> Tensor:
-    return NoiseStream(key, CPU, torch.float32).draw(iteration, sigma, (count,))[0].clone()
+def stream(key: tuple[int, int, int] = KEY, dtype: torch.dtype = torch.float32, rank: int = 0) -> NoiseStream:
+    streams = RandomStreams()
+    streams.seed.fill_(key[0])
+    streams.batches.fill_(key[1])
+    return streams.noise(key[2], torch.zeros(1, dtype=dtype), rank)
 
 
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-def test_the_number_of_threads_does_not_matter(threads: Callable[[int], None]) -> None:
-    shapes = (2 * CHUNK + 5,), (3, CHUNK // 3)
-    ends = []
-    for number in (1, 2, 3):
-        threads(number)
-        ends.append([each.clone() for each in NoiseStream(KEY, CPU, torch.float32).draw(4, 0.5, *shapes)])
-    for other in ends[1:]:
-        assert all(torch.equal(found, wanted) for found, wanted in zip(other, ends[0], strict=True))
-
-
-def test_the_order_of_iterations_does_not_matter() -> None:
-    stream = NoiseStream(KEY, CPU, torch.float32)
-    found = {number: stream.draw(number, 1.0, (64,))[0].clone() for number in (3, 0, 2, 3, 1)}
-    for number, values in found.items():
-        assert torch.equal(values, draw(iteration=number, count=64))
+def draw(key: tuple[int, int, int] = KEY, skipped: int = 0, count: int = 16, sigma: float = 1.0) -> Tensor:
+    """After so many draws before it."""
+    made = stream(key)
+    for _ in range(skipped):
+        made.draw(sigma, (count,))
+    return made.draw(sigma, (count,))[0]
 
 
 def test_no_two_of_many_streams_are_the_same() -> None:
-    """Keys that differ in one part by one, keys with parts swapped, keys of one bit."""
+    """Keys that differ in one part by one, keys with parts swapped, keys of one bit; ranks."""
     bits = [1 << place for place in range(31)]
     keys = {*product((0, 1, 2), repeat=3), *((bit, 0, 0) for bit in bits), *((0, bit, 0) for bit in bits)}
     keys |= {(5, batch, place) for batch in range(400) for place in range(4)}
-    seen = {tuple(draw(key, iteration, 16).tolist()) for key in keys for iteration in (0, 1, 2)}
-    assert len(seen) == 3 * len(keys)
+    seen = {tuple(draw(key, skipped).tolist()) for key in keys for skipped in (0, 1, 2)}
+    seen |= {tuple(stream(rank=rank).draw(1.0, (16,))[0].tolist()) for rank in (1, 2, 3)}
+    assert len(seen) == 3 * len(keys) + 3
 
 
-def test_a_generators_state_is_its_keys() -> None:
-    """2^19 937 states, where `manual_seed` knows 2^32: consecutive keys share no word of theirs."""
-    states = [keyed_generator((1, batch, 0), 0, chunk).get_state() for batch in range(50) for chunk in range(2)]
-    words = torch.stack([state[24 : 24 + 8 * 624].view(torch.int64) for state in states])
-    assert words.min() >= 0
-    assert words.max() < 2**32
-    assert len(words.unique()) > words.numel() - 5  # of 62,400 numbers of 32 bits, 0.5 pairs are the same by chance
+def test_a_place_keeps_its_generator_from_batch_to_batch() -> None:
+    """A recorded CUDA graph goes on drawing from the generator it was recorded with."""
+    streams, like = RandomStreams(), torch.zeros(1)
+    first = streams.noise(2, like).generator
+    streams.next_batch()
+    assert streams.noise(2, like).generator is first
+    assert streams.noise(1, like).generator is not first
 
 
 @pytest.mark.parametrize("key", [KEY, (0, 0, 0), (1, 2**31, 7)])
@@ -99,8 +86,7 @@ def test_nothing_is_correlated() -> None:
 
 
 def test_images_come_channels_last_and_in_their_shape() -> None:
-    stream = NoiseStream(KEY, CPU, torch.float64)
-    images, rows = stream.draw(0, 1.0, (4, 3, 5, 6), (7, 2))
+    images, rows = stream(dtype=torch.float64).draw(1.0, (4, 3, 5, 6), (7, 2))
     assert images.shape == (4, 3, 5, 6)
     assert images.is_contiguous(memory_format=torch.channels_last)
     assert rows.shape == (7, 2)
@@ -126,7 +112,7 @@ def test_counters_stay_on_the_cpu_and_as_they_are(tmp_path: Path) -> None:
     assert int(other.seed) != int(streams.seed)
     other.load_state_dict(torch.load(tmp_path / "streams.pt"))
     like = torch.zeros(1)
-    drawn = [each.noise(2, like).draw(1, 1.0, (20,))[0] for each in (streams, other)]
+    drawn = [each.noise(2, like).draw(1.0, (20,))[0] for each in (streams, other)]
     assert torch.equal(*drawn)
 
 
@@ -145,8 +131,8 @@ def test_every_batch_stage_and_iteration_draws_its_own(
     drawn: list[Tensor] = []
     original = NoiseStream.draw
 
-    def record(self: NoiseStream, iteration: int, sigma: float, *shapes: tuple[int, ...]) -> list[Tensor]:
-        values = original(self, iteration, sigma, *shapes)
+    def record(self: NoiseStream, sigma: float, *shapes: tuple[int, ...]) -> list[Tensor]:
+        values = original(self, sigma, *shapes)
         drawn.extend(each.flatten()[:8] / sigma for each in values)
         return values
 
@@ -160,5 +146,5 @@ def test_every_batch_stage_and_iteration_draws_its_own(
 
 
 def test_both_noises_of_an_iteration_are_independent() -> None:
-    first, second = NoiseStream(KEY, CPU, torch.float32).draw(0, 1.0, (100_000,), (100_000,))
+    first, second = stream().draw(1.0, (100_000,), (100_000,))
     assert abs(correlation(first, second)) < 5.0

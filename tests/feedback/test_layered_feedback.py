@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bioprop.functional.feedback_losses import FeedbackGradient
-from bioprop.functional.layered_feedback import composed_ldrl_gradient, layered_ldrl_gradient
+from bioprop.feedback.ldrl import ldrl_objective
+from bioprop.feedback.losses import FeedbackGradient, ldrl_gradient
 from bioprop.networks import BasicBlockStage, BlockMirror, PooledLinearStage, Stage, StagePass, StemStage, build_mirror
+from tests.feedback.given_noise import GivenNoise, rule_of
 
 SIGMA = 0.3
 
@@ -32,13 +33,13 @@ def make_case(stage: Stage, form: str = "exact") -> Case:
     mirror = build_mirror(stage, form)
     inputs = torch.randn(4, *stage.input_shape, dtype=torch.float64)
     clean = StagePass(inputs, None, *stage.run(inputs))
-    shapes = mirror.layers(stage, clean, False).noise_shapes
+    shapes = mirror.layers(stage, clean).noise_shapes
     return Case(stage, mirror, clean, [SIGMA * torch.randn(shape, dtype=torch.float64) for shape in shapes])
 
 
 def layered(case: Case) -> FeedbackGradient:
-    layers = case.mirror.layers(case.stage, case.clean, False).layers
-    return layered_ldrl_gradient(layers, case.noise, SIGMA)
+    noise = GivenNoise(each / SIGMA for each in case.noise)
+    return ldrl_objective(rule_of("independent", SIGMA), case.stage, case.mirror, case.clean, noise)(0)
 
 
 def assert_gradient(found: FeedbackGradient, loss: Tensor, parameters: dict[str, Tensor]) -> None:
@@ -165,7 +166,7 @@ def test_the_block_as_a_whole(clean_switches: bool, form: str) -> None:
     noisy, switches = stage.run(clean.inputs + eps)
     back = mirror(noisy.detach(), clean.switches if clean_switches else switches)
     loss = loss - 2 * per_sample(eps * (back - before))
-    found = composed_ldrl_gradient(stage, mirror, clean.inputs, output, clean.switches, eps, eta, clean_switches)
+    found = ldrl_gradient(stage, mirror, clean.inputs, output, clean.switches, eps, eta, clean_switches)
     names = ("conv1_weight", "conv2_weight", "shortcut_weight")
     assert_gradient(found, loss, {name: getattr(mirror, name) for name in names})
     assert found.curvature is None

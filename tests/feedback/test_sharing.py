@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from bioprop.algorithms import DTP, LDRL, Algorithm, ParallelLDRL
-from bioprop.algorithms.sharing import share_stages
-from bioprop.functional.speed import DEFAULT_SPEED, Sharing
+from bioprop.feedback.sharing import share_stages
+from bioprop.feedback.speed import DEFAULT_SPEED, Sharing
 from bioprop.networks import Network
 from bioprop.networks.stages import StagePass
 from tests.algorithms.contract import (
@@ -143,7 +143,7 @@ def test_running_statistics_are_the_same_everywhere(processes: ProcessPool) -> N
 
 
 def test_stages_are_divided_by_their_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bioprop.algorithms.sharing.process_count", lambda: 2)
+    monkeypatch.setattr("bioprop.feedback.sharing.process_count", lambda: 2)
     maps, units = torch.zeros(1, 2, 5, 5), torch.zeros(1, 9)
     passes = {
         "conv": StagePass(maps, maps, maps, None),  # 25 positions

@@ -1,24 +1,27 @@
-"""Closed forms of the feedback gradients, for layers whose feedback is linear in its weights.
+"""The L-DRL loss of one stage on one batch, by closed forms where there are any.
 
 With ``G(y) = V^T features(y) + bias`` every difference of two ``G`` is ``V^T`` of a difference of features, and
 ``<x, V^T d> = <V, weight_gradient(x, d)>``: weight gradients are all that is needed, no pass through ``G`` for the
 loss, no graph. For L-DRL as published that is four products of the layer's size an iteration, where autograd takes
 seven; for its other two second noises (`bioprop.feedback.losses` derives them) three and two.
-
-Gradients, losses and curvatures here are those of one layer in effective weights.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from bioprop.feedback.by_autograd import objective_by_autograd
+from bioprop.feedback.losses import FeedbackGradient, FeedbackObjective, unit_square_sums
+from bioprop.feedback.noise import NoiseStream, Rule
 from bioprop.networks.layers import blocks
-from bioprop.networks.mirrors import FeedbackLayer
+from bioprop.networks.mirrors import FeedbackLayer, Mirror
+from bioprop.networks.stages import Stage, StagePass
 
 
 class LayerGradient(NamedTuple):
-    """Gradient of one layer's feedback loss.
+    """Gradient of one layer's feedback loss, in effective weights.
 
     Attributes:
         weight: in the shape of ``V``.
@@ -29,6 +32,84 @@ class LayerGradient(NamedTuple):
     weight: Tensor
     loss: Tensor
     curvature: Tensor
+
+
+def has_curvature(mirror: Mirror, by_layers: bool) -> bool:
+    """Whether a mirror's loss has a curvature for each of its weights, which the normalized step divides by."""
+    return type(mirror).layers is not Mirror.layers and (by_layers or not mirror.is_composed)
+
+
+def ldrl_objective(rule: Rule, stage: Stage, mirror: Mirror, clean: StagePass, noise: NoiseStream) -> FeedbackObjective:
+    """Prepare the L-DRL loss of one stage and batch, by closed forms where there are any.
+
+    Args:
+        rule: how the stage is trained.
+        stage: ``F^n``.
+        mirror: ``G^n``.
+        clean: pass of the batch through the stage.
+        noise: where noise is drawn from.
+
+    Returns:
+        A function from the number of a draw of noise to the gradient.
+    """
+    found = mirror.layers(stage, clean) if has_curvature(mirror, rule.by_layers) else None
+    if found is None:
+        return objective_by_autograd(rule, stage, mirror, clean, noise)
+    if rule.second_noise == "independent":
+        return _independent(rule, found.layers, found.noise_shapes, noise)
+    return _probed(rule, found.layers, noise)
+
+
+def _independent(
+    rule: Rule, layers: Sequence[FeedbackLayer], shapes: Sequence[tuple[int, ...]], noise: NoiseStream
+) -> FeedbackObjective:
+    """The published rule in closed form."""
+
+    def gradient_at(draw: int) -> FeedbackGradient:
+        drawn = noise.draw(rule.sigma, *shapes)
+        noises = [(drawn[layer.input_noise], drawn[layer.output_noise]) for layer in layers]
+        return _summed(
+            layers,
+            [
+                independent_gradient(layer, *each, rule.sigma, rule.clean_switches)
+                for layer, each in zip(layers, noises, strict=True)
+            ],
+        )
+
+    return gradient_at
+
+
+def _probed(rule: Rule, layers: Sequence[FeedbackLayer], noise: NoiseStream) -> FeedbackObjective:
+    """An echo, or the second noise integrated out, in closed form."""
+    echo = rule.second_noise == "echo"
+    curvature_of = curvature_of_units if echo else curvature_of_taps
+    probes = []
+    for layer in layers:
+        probing = rule.probing(layer.inputs, layer.weight, layer.output, layer.mirror.overlap, layer.area)
+        part = layer.block(slice(0, probing.images))
+        probes.append((part, probing, curvature_of(part, probing.sigma**2)))
+
+    def gradient_at(draw: int) -> FeedbackGradient:
+        found = []
+        for part, probing, curvature in probes:
+            eps = probing.draw(noise, draw)
+            gradient, loss = echo_gradient(part, eps) if echo else expected_gradient(part, eps, curvature)
+            found.append(LayerGradient(gradient, loss, probing.damped(curvature, draw)))
+        return _summed(layers, found)
+
+    return gradient_at
+
+
+def _summed(layers: Sequence[FeedbackLayer], gradients: Sequence[LayerGradient]) -> FeedbackGradient:
+    """The gradient of the sum of the layers' losses, out of those in effective weights."""
+    weights, curvatures, losses = {}, {}, []
+    for layer, found in zip(layers, gradients, strict=True):
+        weight, loss, curvature = (layer.share * each for each in found)
+        if layer.scale is not None:
+            weight, curvature = layer.scaled(weight), layer.scaled(layer.scaled(curvature))
+        weights[layer.name], curvatures[layer.name] = weight, curvature
+        losses.append(loss)
+    return FeedbackGradient(weights, torch.stack(losses).sum(), curvatures)
 
 
 @torch.no_grad()
@@ -125,35 +206,6 @@ def expected_gradient(layer: FeedbackLayer, input_noise: Tensor, decay: Tensor) 
     return decayed - hebb, _inner(feedback, 0.5 * decayed - hebb)
 
 
-@torch.no_grad()
-def reconstruction_gradient(
-    layer: FeedbackLayer, bias: Tensor | None, input_noise: Tensor
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Gradient of the reconstruction loss (Lee et al., 2015), as `losses.reconstruction_gradient` defines it.
-
-    With the residual ``r = s + eps - G(F(s + eps))`` and ``D = features(F(s + eps))``: ``-2/batch wgrad(r, D)``.
-
-    Args:
-        layer: on a batch.
-        bias: of the mirror, one value a channel or input unit.
-        input_noise: ``eps``, like the layer's inputs.
-
-    Returns:
-        Gradients of ``weight`` and ``bias`` by name, and loss.
-    """
-    products, batch = layer.layer, len(input_noise)
-    output, switches = layer.stage.activate(layer.affine + products.product(input_noise, layer.forward_weight))
-    features = layer.mirror.unpool(layer.mirror.phi(output), layer.mirror.locate(switches))
-    back = products.transposed_product(features, layer.effective, layer.size)
-    missing = layer.inputs.reshape(input_noise.shape) + input_noise - back
-    gradients: dict[str, Tensor] = {}
-    if bias is not None:
-        missing -= bias.view(-1, *[1] * (missing.dim() - 2))
-        gradients["bias"] = missing.sum([axis for axis in range(missing.dim()) if axis != 1]).mul_(-2.0 / batch)
-    gradients["weight"] = products.weight_gradient(missing, features).mul_(-2.0 / batch)
-    return gradients, missing.square().sum() / batch
-
-
 def curvature_of_units(layer: FeedbackLayer, variance: float | Tensor) -> Tensor:
     """``D_o = 2 sigma^2 mean_batch sum_windows phi'(y)^2``: curvature of ``sigma^2 |J_G|^2`` along a unit's weights.
 
@@ -177,11 +229,6 @@ def curvature_of_taps(layer: FeedbackLayer, variance: float | Tensor) -> Tensor:
     """
     squares = layer.mirror.unpool(_kept_slope(layer).square_(), layer.places)
     return layer.layer.tap_sums(squares, layer.size).mul_(2.0 * variance / len(layer.output))
-
-
-def unit_square_sums(values: Tensor) -> Tensor:
-    """Mean over the batch of the sum over positions of the squares: ``[batch, units, ...] -> [units]``."""
-    return values.flatten(2).square().sum(2).mean(0) if values.dim() > 2 else values.square().mean(0)
 
 
 def _kept_slope(layer: FeedbackLayer) -> Tensor:

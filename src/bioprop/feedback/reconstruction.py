@@ -1,4 +1,8 @@
-"""Losses that train feedback to undo all stages above at once (Meulemans et al., NeurIPS 2020), and their gradients."""
+"""Losses that train feedback to reconstruct, and their gradients.
+
+One stage at a time (Lee et al., ECML 2015) in closed form, which `bioprop.feedback.losses` has by autograd; or all
+stages above at once (Meulemans et al., NeurIPS 2020).
+"""
 
 from collections.abc import Callable, Mapping
 
@@ -6,6 +10,36 @@ import torch
 from torch import Tensor
 
 from bioprop.feedback.losses import FeedbackGradient
+from bioprop.networks.mirrors import FeedbackLayer
+
+
+@torch.no_grad()
+def layer_reconstruction_gradient(
+    layer: FeedbackLayer, bias: Tensor | None, input_noise: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Gradient of the reconstruction loss (Lee et al., 2015), as `losses.reconstruction_gradient` defines it.
+
+    With the residual ``r = s + eps - G(F(s + eps))`` and ``D = features(F(s + eps))``: ``-2/batch wgrad(r, D)``.
+
+    Args:
+        layer: on a batch.
+        bias: of the mirror, one value a channel or input unit.
+        input_noise: ``eps``, like the layer's inputs.
+
+    Returns:
+        Gradients of ``weight`` and ``bias`` by name, and loss.
+    """
+    products, batch = layer.layer, len(input_noise)
+    output, switches = layer.stage.activate(layer.affine + products.product(input_noise, layer.forward_weight))
+    features = layer.mirror.unpool(layer.mirror.phi(output), layer.mirror.locate(switches))
+    back = products.transposed_product(features, layer.effective, layer.size)
+    missing = layer.inputs + input_noise - back
+    gradients: dict[str, Tensor] = {}
+    if bias is not None:
+        missing -= bias.view(-1, *[1] * (missing.dim() - 2))
+        gradients["bias"] = missing.sum([axis for axis in range(missing.dim()) if axis != 1]).mul_(-2.0 / batch)
+    gradients["weight"] = products.weight_gradient(missing, features).mul_(-2.0 / batch)
+    return gradients, missing.square().sum() / batch
 
 
 def difference_reconstruction_gradient(

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bioprop.functional.feedback_losses import curvature_by_autograd, echo_gradient
-from bioprop.functional.feedback_steps import normalized_step
+from bioprop.feedback.losses import curvature_by_autograd, echo_gradient
+from bioprop.feedback.noise import ALONE, Peers, Probing, along_activities, scale_of
+from bioprop.feedback.training import normalized_step
 from bioprop.functional.pooling import Pool
-from bioprop.functional.probing import ALONE, Peers, Probing, along_activities, scale_of
 from bioprop.networks import ConvStage, LinearStage, Mirror, Stage, build_mirror
 from tests.geometries import few
 
@@ -148,8 +148,8 @@ def step_of(mirror: Mirror, stage: Stage, inputs: Tensor, asked: Probing, draw: 
     share = len(inputs) / asked.images
     parameters = {name: share * each for name, each in found.parameters.items()}
     curvature = curvature_by_autograd(mirror, output, switches, asked.sigma**2, asked.images, by_taps=False)
-    damped = found._replace(parameters=parameters, curvature=asked.damped(curvature, draw))
-    normalized_step(mirror.weight, damped, None)
+    damped = found._replace(parameters=parameters, curvature={"weight": asked.damped(curvature, draw)})
+    normalized_step(dict(mirror.named_parameters()), damped, None)
 
 
 @pytest.mark.parametrize(("fan_in", "batch"), [(30, 10), (20, 20), (12, 48)])

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from bioprop.algorithms import LDRL
-from bioprop.algorithms.layerwise_feedback import LayerwiseFeedback
-from bioprop.algorithms.random_streams import NoiseStream, RandomStreams
-from bioprop.algorithms.recorded import Recorded, Replay
+from bioprop.feedback.recorded import Recorded, Replay
 from tests.algorithms.contract import changed, copy_state, draw_batch, small_lenet
 
 
@@ -41,17 +39,10 @@ def refuse(function: Callable[[], Tensor], generator: torch.Generator) -> tuple[
 def record_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[LDRL], StandIn]:
     def install(algorithm: LDRL) -> StandIn:
         backend = StandIn()
-        algorithm._recorded = defaultdict(lambda: Recorded(backend))
-        monkeypatch.setattr(LayerwiseFeedback, "_may_record", lambda self, clean: self is algorithm)
+        training = algorithm.feedback_training
+        training._recorded = defaultdict(lambda: Recorded(backend))
+        monkeypatch.setattr(training, "_may_record", lambda *_: True)
         return backend
-
-    generators = [torch.Generator() for _ in range(3)]
-
-    def noise(self: RandomStreams, place: int, like: Tensor, *_: object) -> NoiseStream:
-        key = int(self.seed), int(self.batches), place
-        return NoiseStream(key, like.device, like.dtype, generator=generators[place])
-
-    monkeypatch.setattr(RandomStreams, "noise", noise)  # as on a GPU
 
     return install
 

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bioprop.algorithms import DTP, LDRL, LayerwiseFeedback
+from bioprop.algorithms import DTP, LDRL, TargetAlgorithm
 from bioprop.cli import main
+from bioprop.feedback.speed import Speed
 from bioprop.functional.pooling import Pool
-from bioprop.functional.speed import Speed
 from bioprop.networks import ConvStage, LinearStage, Network
 from tests.algorithms.contract import draw_batch, small_lenet
 from tests.test_cli import LDRL_TINY
 
 INDEPENDENT = {"second_noise": "independent", "noise": 0.1, "feedback_lr": 0.05}
-RULES: dict[str, tuple[Callable[..., LayerwiseFeedback], int, int]] = {
+RULES: dict[str, tuple[Callable[..., TargetAlgorithm], int, int]] = {
     "independent": (partial(LDRL, **INDEPENDENT), 2, 2),  # W and V^T; two weight gradients
     "echo": (LDRL, 2, 1),  # W and V
     "expected": (partial(LDRL, second_noise="expected"), 1, 1),
@@ -47,7 +47,7 @@ def two_conv_stages() -> Network:
     return Network({"below": below, "middle": middle, "top": LinearStage(middle.output_shape, 3, "identity")}, {})
 
 
-def operations(algorithm: Callable[..., LayerwiseFeedback], iterations: int) -> dict[str, int]:
+def operations(algorithm: Callable[..., TargetAlgorithm], iterations: int) -> dict[str, int]:
     made = algorithm(two_conv_stages(), iterations=(iterations, 0))
     images = torch.randn(6, 1, 8, 8)
     made.train_feedback(images)  # what is done once only
@@ -58,7 +58,7 @@ def operations(algorithm: Callable[..., LayerwiseFeedback], iterations: int) -> 
 
 @EVERY
 def test_an_iteration_is_a_few_products_and_waits_for_nothing(
-    algorithm: Callable[..., LayerwiseFeedback], forward: int, gradients: int
+    algorithm: Callable[..., TargetAlgorithm], forward: int, gradients: int
 ) -> None:
     few, many = operations(algorithm, 2), operations(algorithm, 7)
     extra = {name: (count - few.get(name, 0)) / 5 for name, count in many.items()}
@@ -69,7 +69,7 @@ def test_an_iteration_is_a_few_products_and_waits_for_nothing(
 
 
 @EVERY_ONE
-def test_closed_forms_keep_no_graph(algorithm: Callable[..., LayerwiseFeedback]) -> None:
+def test_closed_forms_keep_no_graph(algorithm: Callable[..., TargetAlgorithm]) -> None:
     made, saved = algorithm(small_lenet(), iterations=2), []
     images, labels = draw_batch()
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.shape), lambda shape: shape):
@@ -82,7 +82,7 @@ def test_closed_forms_keep_no_graph(algorithm: Callable[..., LayerwiseFeedback])
 
 @EVERY_ONE
 @pytest.mark.filterwarnings("error")
-def test_feedback_trains_where_gradients_are_off(algorithm: Callable[..., LayerwiseFeedback]) -> None:
+def test_feedback_trains_where_gradients_are_off(algorithm: Callable[..., TargetAlgorithm]) -> None:
     ends = []
     for around in (torch.enable_grad(), torch.no_grad(), torch.inference_mode(False)):
         torch.manual_seed(1)
@@ -95,7 +95,7 @@ def test_feedback_trains_where_gradients_are_off(algorithm: Callable[..., Layerw
 
 
 @EVERY_ONE
-def test_bfloat16_is_close_and_leaves_float32(algorithm: Callable[..., LayerwiseFeedback]) -> None:
+def test_bfloat16_is_close_and_leaves_float32(algorithm: Callable[..., TargetAlgorithm]) -> None:
     ends: list[tuple[list[Tensor], Tensor]] = []
     for reduced in (False, True):
         torch.manual_seed(1)
@@ -104,7 +104,7 @@ def test_bfloat16_is_close_and_leaves_float32(algorithm: Callable[..., Layerwise
         before = [mirror.weight.detach().clone() for mirror in made.feedback.values()]
         losses = made.train_feedback(draw_batch(32)[0])
         weights = [mirror.weight.detach() for mirror in made.feedback.values()]
-        momenta = [state["momentum_buffer"] for state in made._feedback_optimizer.state.values()]
+        momenta = [state["momentum_buffer"] for state in made.feedback_training.optimizer.state.values()]
         assert {each.dtype for each in [*weights, *momenta, *losses.values()]} == {torch.float32}
         changes = [after - start for after, start in zip(weights, before, strict=True)]
         ends.append((changes, torch.stack(list(losses.values()))))

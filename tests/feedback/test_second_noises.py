@@ -10,26 +10,19 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd.functional import jacobian
 
-from bioprop.functional import closed_forms
-from bioprop.functional.feedback_losses import (
+from bioprop.feedback import ldrl
+from bioprop.feedback.ldrl import curvature_of_taps, curvature_of_units, ldrl_objective
+from bioprop.feedback.losses import (
     FeedbackGradient,
     curvature_by_autograd,
     echo_gradient,
     expected_gradient,
     ldrl_gradient,
 )
-from bioprop.functional.layered_feedback import (
-    FeedbackLayer,
-    ProbedLayer,
-    layered_ldrl_gradient,
-    probe_layer,
-    probed_gradient,
-)
 from bioprop.functional.pooling import Pool
-from bioprop.functional.probing import Probing
-from bioprop.functional.speed import Speed
 from bioprop.networks import BasicBlockStage, ConvStage, LinearStage, Mirror, Stage, StagePass, build_mirror
-from bioprop.networks.layer_pairs import layer_pair
+from bioprop.networks.mirrors import FeedbackLayer
+from tests.feedback.given_noise import GivenNoise, rule_of
 from tests.geometries import few, stages
 
 SIGMA = 1e-3
@@ -86,7 +79,7 @@ def draw_like(values: Tensor, sigma: float = SIGMA) -> Tensor:
 def gradient(case: Case, second_noise: str, eps: Tensor, sigma: float = SIGMA) -> FeedbackGradient:
     """By autograd, on noise that is given."""
     if second_noise == "independent":
-        return ldrl_gradient(*case, eps, draw_like(case.output, sigma), sigma, clean_switches=True)
+        return ldrl_gradient(*case, eps, draw_like(case.output, sigma), clean_switches=True)
     if second_noise == "expected":
         return expected_gradient(*case, eps, sigma**2)
     return echo_gradient(*case, eps)
@@ -123,7 +116,9 @@ def assert_mean_is(samples: Tensor, expected: Tensor) -> None:
 def samples_of(case: Case, second_noise: str, sigma: float) -> Tensor:
     """In units of those with `SIGMA`."""
     many = copied(case, COPIES)
-    drawn = [gradient(many, second_noise, draw_like(many.inputs, sigma), sigma).weight for _ in range(CALLS)]
+    drawn = [
+        gradient(many, second_noise, draw_like(many.inputs, sigma), sigma).parameters["weight"] for _ in range(CALLS)
+    ]
     return torch.stack(drawn) * (SIGMA / sigma) ** 2
 
 
@@ -246,22 +241,10 @@ def distances_of_the_layers(block: BasicBlockStage, mirror: Mirror, inputs: Tens
     return found
 
 
-def layer_gradient(layers: list[FeedbackLayer], shapes: list[Any], second_noise: str) -> FeedbackGradient:
-    if second_noise == "independent":
-        noise = [SIGMA * torch.randn(shape, dtype=torch.float64) for shape in shapes]
-        return layered_ldrl_gradient(layers, noise, SIGMA)
-    probed = probed_layers(layers, second_noise == "echo")
-    normals = [torch.randn(each.probing.shape(0), dtype=torch.float64) for each in probed]
-    return probed_gradient(probed, 0, normals)
-
-
-def probed_layers(layers: list[FeedbackLayer], echo: bool) -> list[ProbedLayer]:
-    sizes = [(layer.feedback[0].numel(), layer.clean.output[0, 0].numel()) for layer in layers]
-    probings = [
-        Probing(layer.inputs, *size, echo=echo, noise=SIGMA, whole=True)
-        for layer, size in zip(layers, sizes, strict=True)
-    ]
-    return [probe_layer(layer, probing, echo) for layer, probing in zip(layers, probings, strict=True)]
+def normals_of(layers: list[FeedbackLayer], shapes: list[Any], second_noise: str) -> list[Tensor]:
+    """One for each shared noise of the published rule; else one for each layer."""
+    shapes = shapes if second_noise == "independent" else [layer.inputs.shape for layer in layers]
+    return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
 
 
 @every_second_noise
@@ -270,8 +253,11 @@ def test_so_it_is_for_each_layer_of_a_block(batch_norm: bool, second_noise: str)
     block, mirror, inputs = make_block(batch_norm)
     many = inputs.repeat(COPIES, 1, 1, 1)
     with torch.no_grad():
-        layers, shapes = mirror.layers(block, StagePass(many, None, *block.run(many)), False)
-    samples = [layer_gradient(layers, shapes, second_noise).parameters for _ in range(CALLS)]
+        clean = StagePass(many, None, *block.run(many))
+        parts = mirror.layers(block, clean)
+    noise = GivenNoise(normal for _ in range(CALLS) for normal in normals_of(*parts, second_noise))
+    gradient_at = ldrl_objective(rule_of(second_noise, SIGMA), block, mirror, clean, noise)
+    samples = [gradient_at(draw).parameters for draw in range(CALLS)]
     expected = distances_of_the_layers(block, mirror, inputs)
     assert list(expected) == list(samples[0])
     for name, wanted in expected.items():
@@ -283,13 +269,17 @@ def test_so_it_is_for_each_layer_of_a_block(batch_norm: bool, second_noise: str)
 def test_on_given_noise_a_layers_gradient_is_autograds(batch_norm: bool, second_noise: str) -> None:
     """The damping of each unit is scaled as its curvature is: by the square of what batch norm multiplies it by."""
     block, mirror, inputs = make_block(batch_norm)
+    rule, curvature_of = (
+        rule_of(second_noise, SIGMA),
+        curvature_of_units if second_noise == "echo" else curvature_of_taps,
+    )
     with torch.no_grad():
-        layers, _ = mirror.layers(block, StagePass(inputs, None, *block.run(inputs)), False)
-    probed = probed_layers(layers, second_noise == "echo")
-    normals = [torch.randn(each.probing.shape(0), dtype=torch.float64) for each in probed]
-    found = probed_gradient(probed, 0, [each.clone() for each in normals])
+        clean = StagePass(inputs, None, *block.run(inputs))
+        parts = mirror.layers(block, clean)
+    normals = normals_of(*parts, second_noise)
+    found = ldrl_objective(rule, block, mirror, clean, GivenNoise(normals))(0)
     explicit = explicit_layers(block, mirror, inputs)
-    for (name, (forward, back, at, above)), normal, each in zip(explicit.items(), normals, probed, strict=True):
+    for (name, (forward, back, at, above)), normal, layer in zip(explicit.items(), normals, parts.layers, strict=True):
         eps = SIGMA * normal
         noisy = back(forward(at + eps).detach())
         if second_noise == "echo":
@@ -303,25 +293,26 @@ def test_on_given_noise_a_layers_gradient_is_autograds(batch_norm: bool, second_
             loss = (SIGMA**2 * sum(pairs) - 2 * (eps * (noisy - back(above))).sum()) / len(eps)
         (wanted,) = torch.autograd.grad(loss, getattr(mirror, name))
         assert (found.parameters[name] - wanted).norm() < 1e-9 * wanted.norm()
-        units = each.layer.units.square().view(-1, *[1] * (each.curvature.dim() - 1))
-        torch.testing.assert_close(found.curvature[name], units * (each.curvature + each.probing.damping(0)))
+        damped = curvature_of(layer, SIGMA**2) + rule.probing(layer.inputs, layer.weight, layer.output).damping(0)
+        units = 1.0 if layer.scale is None else layer.scale.square().view(-1, *[1] * (damped.dim() - 1))
+        torch.testing.assert_close(found.curvature[name], units * damped)
 
 
 # -- what is left of the noise where the Jacobians match ---------------------------------------------------------------
 
 
+def layer_of(case: Case) -> FeedbackLayer:
+    clean = case.stage.clean_pass(case.inputs)
+    return case.mirror.layers(case.stage, clean).layers[0]._replace(output=case.output)
+
+
 def closed_form(case: Case, second_noise: str, eps: Tensor, sigma: float) -> FeedbackGradient:
-    pair = layer_pair(case.stage, case.mirror, Speed())
-    assert pair is not None
-    with torch.no_grad():
-        affine = case.stage.affine(case.inputs)
-    kept = closed_forms.clean_pass(pair, affine, case.output, case.switches, clean_switches=True)
-    given = pair, pair.products.prepare(pair.weight), kept, case.mirror.weight, pair.products.shape_inputs(eps)
-    units = closed_forms.curvature_of_units(pair, kept, sigma**2)
+    layer, eps = layer_of(case), eps.reshape(case.stage.noise_shape(eps))
     if second_noise == "echo":
-        return closed_forms.echo_closed_form(*given, units)
-    taps = closed_forms.curvature_of_taps(pair, kept, sigma**2)
-    return closed_forms.expected_closed_form(*given, taps, taps)
+        weight, loss = ldrl.echo_gradient(layer, eps)
+    else:
+        weight, loss = ldrl.expected_gradient(layer, eps, curvature_of_taps(layer, sigma**2))
+    return FeedbackGradient({"weight": weight}, loss, None)
 
 
 def symmetric(case: Case) -> Case:
@@ -337,27 +328,30 @@ def symmetric(case: Case) -> Case:
 )
 def test_with_the_transpose_an_echo_has_no_noise_on_a_linear_stage(build: Callable[[], Stage]) -> None:
     random = make_case(build(), batch=4)
-    size = gradient(random, "echo", draw_like(random.inputs)).weight.norm()
+    size = gradient(random, "echo", draw_like(random.inputs)).parameters["weight"].norm()
     case = symmetric(random)
     for _ in range(20):
         eps = draw_like(case.inputs)
-        found = gradient(case, "echo", eps).weight
+        found = gradient(case, "echo", eps).parameters["weight"]
         if case.switches is None:
-            assert torch.equal(closed_form(case, "echo", eps, SIGMA).weight, torch.zeros_like(found))
+            assert torch.equal(closed_form(case, "echo", eps, SIGMA).parameters["weight"], torch.zeros_like(found))
             assert found.norm() < 1e-12 * size  # two whole passes are subtracted
-        assert closed_form(case, "echo", eps, SIGMA).weight.norm() < (1e-12 if case.switches is None else 1e-2) * size
-        assert gradient(case, "independent", eps).weight.norm() > 0.1 * size
+        assert (
+            closed_form(case, "echo", eps, SIGMA).parameters["weight"].norm()
+            < (1e-12 if case.switches is None else 1e-2) * size
+        )
+        assert gradient(case, "independent", eps).parameters["weight"].norm() > 0.1 * size
 
 
 @every_stage
 def test_with_the_transpose_next_to_none_elsewhere(build: Callable[[], Stage]) -> None:
     random = make_case(build(), batch=4)
-    size = gradient(random, "echo", draw_like(random.inputs)).weight.norm()
+    size = gradient(random, "echo", draw_like(random.inputs)).parameters["weight"].norm()
     case = symmetric(random)
     sizes: dict[str, list[Tensor]] = {name: [] for name in SECOND_NOISES}
     for _ in range(20):
         for name, found in sizes.items():
-            found.append(gradient(case, name, draw_like(case.inputs)).weight.norm())
+            found.append(gradient(case, name, draw_like(case.inputs)).parameters["weight"].norm())
     assert max(sizes["echo"]) < 1e-2 * size
     assert min(sizes["independent"]) > 0.1 * size
     assert min(sizes["expected"]) > 0.1 * size
@@ -381,7 +375,7 @@ def test_closed_forms_equal_autograd(stage: Stage, form: str, second_noise: str)
     case = make_case(stage, form, batch=5)
     eps = draw_like(case.inputs, 0.3)
     found, wanted = closed_form(case, second_noise, eps, 0.3), gradient(case, second_noise, eps, 0.3)
-    assert_close(found.weight, wanted.weight)
+    assert_close(found.parameters["weight"], wanted.parameters["weight"])
     assert_close(found.loss, wanted.loss)
     assert set(found.parameters) == set(wanted.parameters) == {"weight"}
 
@@ -392,14 +386,10 @@ def test_curvatures_equal_autograds(stage: Stage, form: str, images: int) -> Non
     """Of the first images: those that there is noise on."""
     torch.manual_seed(1)
     case = make_case(stage, form, batch=5)
-    pair = layer_pair(case.stage, case.mirror, Speed())
-    assert pair is not None
-    with torch.no_grad():
-        affine = case.stage.affine(case.inputs)
-    kept = closed_forms.clean_pass(pair, affine, case.output, case.switches, True).block(slice(0, images))
+    layer = layer_of(case).block(slice(0, images))
     given = case.mirror, case.output, case.switches, 0.09, images
-    assert_close(closed_forms.curvature_of_units(pair, kept, 0.09), curvature_by_autograd(*given, by_taps=False))
-    taps = closed_forms.curvature_of_taps(pair, kept, 0.09)
+    assert_close(curvature_of_units(layer, 0.09), curvature_by_autograd(*given, by_taps=False))
+    taps = curvature_of_taps(layer, 0.09)
     assert_close(taps.expand_as(case.mirror.weight), curvature_by_autograd(*given, by_taps=True))
 
 
@@ -427,6 +417,6 @@ def test_forming_a_gradient_leaves_no_trace(second_noise: str) -> None:
     after = [value for part in parts for value in part.state_dict().values()]
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
     assert all(parameter.grad is None for part in parts for parameter in part.parameters())
-    assert not found.weight.requires_grad
+    assert not found.parameters["weight"].requires_grad
     assert not found.loss.requires_grad
     assert not case.output.requires_grad

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bioprop.functional.feedback_losses import FeedbackGradient
-from bioprop.functional.reconstruction_losses import difference_reconstruction_gradient, plain_reconstruction_gradient
+from bioprop.feedback.losses import FeedbackGradient
+from bioprop.feedback.reconstruction import difference_reconstruction_gradient, plain_reconstruction_gradient
 
 BATCH, FEATURES, UNITS, SIGMA, DECAY = 7, 5, 4, 0.3, 0.2
 Array = np.ndarray
@@ -78,8 +78,8 @@ def matches(found: FeedbackGradient, expected: tuple[float, Array, Array]) -> bo
     loss, weight, bias = expected
     return (
         np.isclose(found.loss.item(), loss, rtol=1e-12)
-        and np.allclose(found.weight.numpy(), weight, rtol=1e-10, atol=1e-11)
-        and np.allclose(found.bias.numpy(), bias, rtol=1e-10, atol=1e-11)
+        and np.allclose(found.parameters["weight"].numpy(), weight, rtol=1e-10, atol=1e-11)
+        and np.allclose(found.parameters["bias"].numpy(), bias, rtol=1e-10, atol=1e-11)
     )
 
 
@@ -111,7 +111,7 @@ def test_another_loss_is_noticed(
 
 def test_a_linear_maps_bias_cancels(rng: np.random.Generator) -> None:
     drawn = Drawn(rng)
-    assert drawn.gradient("linear", difference_loss(drawn)).bias.abs().max() == 0
+    assert drawn.gradient("linear", difference_loss(drawn)).parameters["bias"].abs().max() == 0
 
 
 def plain_loss(drawn: Drawn) -> Callable[..., FeedbackGradient]:
@@ -150,7 +150,7 @@ def test_units_in_maps_are_summed_too(rng: np.random.Generator) -> None:
         SIGMA,
         DECAY,
     )
-    torch.testing.assert_close(maps.weight, flat.weight)
+    torch.testing.assert_close(maps.parameters["weight"], flat.parameters["weight"])
     torch.testing.assert_close(maps.loss, flat.loss)
 
 
@@ -169,8 +169,8 @@ def test_only_weights_decay(rng: np.random.Generator) -> None:
         )
         for decay in (0.0, 1.5)
     ]
-    torch.testing.assert_close(grads[1].weight - grads[0].weight, torch.tensor(3 * drawn.Q))
-    assert torch.equal(grads[1].bias, grads[0].bias)
+    torch.testing.assert_close(grads[1].parameters["weight"] - grads[0].parameters["weight"], torch.tensor(3 * drawn.Q))
+    assert torch.equal(grads[1].parameters["bias"], grads[0].parameters["bias"])
 
 
 def test_the_minimiser_is_the_damped_pseudo_inverse(rng: np.random.Generator) -> None:
@@ -189,4 +189,4 @@ def test_the_minimiser_is_the_damped_pseudo_inverse(rng: np.random.Generator) ->
             SIGMA,
             DECAY,
         )
-        assert (found.weight.abs().max().item() < 1e-12) == expected
+        assert (found.parameters["weight"].abs().max().item() < 1e-12) == expected
