@@ -113,16 +113,6 @@ class DifferenceReconstruction(TargetAlgorithm):
         self._observers: list[Callable[[FeedbackIteration], None]] = []
         self._make_feedback_optimizer = feedback_optimizer
         self._feedback_optimizer = self._build_feedback_optimizer()
-        self.remember(
-            beta=self.beta,
-            noise=self.noise,
-            feedback_lr=self.feedback_lr,
-            feedback_decay=self.feedback_decay,
-            iterations=self.iterations,
-            feedback_pretraining_epochs=self.schedule.pretraining_epochs,
-            extra_feedback_epochs=self.schedule.extra_epochs,
-            forward_lr=self.forward_lr,
-        )
 
     @abstractmethod
     def make_feedback(self) -> Mapping[str, nn.Module]:

@@ -89,7 +89,6 @@ class DTP(LayerwiseFeedback):
             scheduler=scheduler,
             speed=speed,
             gradient_stages=1 if penultimate_target == "gradient" else 0,
-            penultimate_target=penultimate_target,
         )
 
     def _build_mirror(self, below: Stage, stage: Stage, form: str) -> Mirror:

@@ -117,16 +117,6 @@ class FeedbackAlignment(Algorithm):
             self._shapes[name] = weight.shape
             scale = root_mean_square(weight) if feedback_scale == "initialisation" else torch.tensor(1.0)
             self.backward_weights[_key(name)] = nn.Parameter(self._initial(weight, scale), requires_grad=False)
-        self.remember(
-            rule=rule,
-            feedback_scale=feedback_scale,
-            normalize_feedback=normalize_feedback,
-            constrain_norm=constrain_norm,
-            batch_manhattan=batch_manhattan,
-            decay=self.decay,
-            mirror_rate=self.mirror_rate,
-            mirror_samples=self.mirror_samples,
-        )
 
     def _initial(self, weight: Tensor, scale: Tensor) -> Tensor:
         """What is stored for a layer: ``B``, the magnitudes ``M``, or ``usf``'s one magnitude ``s``."""

@@ -71,7 +71,6 @@ class FixedWeightDTP(MirroredFeedback):
             self.feedback[name] = mirror.requires_grad_(False)
             if isinstance(below, StandardizedStage):
                 self._standardized.add(name)
-        self.remember(beta=self.beta, feedback_init=feedback_init, feedback_scale=scale, sparsity=self.sparsity)
 
     def difference_below(self, name: str, clean: StagePass, difference: Tensor) -> Tensor:
         """Return ``t^{n-1} - s^{n-1}``, standardised where the stage below is."""

@@ -63,7 +63,6 @@ class GAITProp(TargetAlgorithm):
                     f"GAIT-prop needs stages with an inverse, and {name} is a {type(stage).__name__}: choose the "
                     "network InvertibleMLP"
                 )
-        self.remember(gamma=self.gamma, orthogonality=self.orthogonality, loss=loss)
 
     def _stages(self) -> list[tuple[str, InvertibleStage]]:
         return cast(list[tuple[str, InvertibleStage]], self.network.stages())

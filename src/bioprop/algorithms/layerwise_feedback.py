@@ -16,7 +16,7 @@ from bioprop.algorithms.base import Gradients
 from bioprop.algorithms.mirrored_feedback import MirroredFeedback
 from bioprop.algorithms.random_streams import NoiseStream, RandomStreams
 from bioprop.algorithms.recorded import Recorded
-from bioprop.algorithms.settings import as_given, check_range, number, per_stage
+from bioprop.algorithms.settings import check_range, number, per_stage
 from bioprop.algorithms.sharing import average_gradients, average_weights, hand_out_stages, share_stages
 from bioprop.distributed import gather_rows, process_count, process_rank
 from bioprop.errors import UserError
@@ -73,7 +73,6 @@ class LayerwiseFeedback(MirroredFeedback):
         scheduler: LRSchedulerCallable | None,
         speed: Speed,
         gradient_stages: int = 0,
-        **settings: Any,
     ) -> None:
         super().__init__(network, beta, optimizer, scheduler)
         self.speed = speed
@@ -107,16 +106,6 @@ class LayerwiseFeedback(MirroredFeedback):
         self._recorded = defaultdict[str, Recorded](Recorded)
         self._observers: list[Callable[[FeedbackIteration], None]] = []
         self._feedback_optimizer = self._make_feedback_optimizer()
-        self.remember(
-            beta=self.beta,
-            noise=as_given(self.noise),
-            feedback_lr=as_given(self.feedback_lr),
-            iterations=as_given(self.iterations),
-            mirror=mirror,
-            feedback_step=feedback_step,
-            feedback_momentum=self.feedback_momentum,
-            **settings,
-        )
 
     def _build_mirror(self, below: Stage, stage: Stage, form: str) -> Mirror:
         """Build ``G^n`` of a stage, given the one below it too, in the form of mirror asked for."""

@@ -108,9 +108,6 @@ class LDRL(LayerwiseFeedback):
             optimizer=optimizer,
             scheduler=scheduler,
             speed=speed,
-            second_noise=second_noise,
-            switches=switches,
-            noise_at=noise_at,
         )
         for option, value, known in (
             ("second_noise", second_noise, get_args(SecondNoise)),

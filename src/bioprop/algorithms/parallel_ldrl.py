@@ -84,7 +84,6 @@ class ParallelLDRL(LDRL):
         )
         self.samples = int(number("samples", samples, whole=True))
         check_range("samples", [self.samples], 1)
-        self.remember(samples=self.samples)
 
     def _train_feedback(self, passes: Sequence[StagePass]) -> dict[str, Tensor]:
         stages = self.mirrored_stages()

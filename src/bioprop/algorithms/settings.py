@@ -10,11 +10,6 @@ from bioprop.errors import UserError
 AUTO = "auto"
 
 
-def as_given(values: Sequence[Any]) -> Any:
-    """Return what `per_stage` made of a hyperparameter in a form that it takes again."""
-    return AUTO if None in values else values
-
-
 def per_stage(
     name: str, value: float | str | Sequence[float], stages: Sequence[str], whole: bool = False, auto: bool = False
 ) -> tuple[Any, ...]:
