@@ -12,8 +12,8 @@ from benchmarks.learners import algorithm_learner
 from benchmarks.plain_ldrl import Draw, PlainLDRL, PlainStage
 from benchmarks.settings import Setting
 from bioprop.algorithms import LDRL
-from bioprop.feedback.noise import NoiseStream
 from bioprop.errors import UserError
+from bioprop.feedback.noise import NoiseStream
 from bioprop.feedback.speed import Speed
 from bioprop.networks.mirrors import Mirror
 from bioprop.networks.stages import ConvStage, LinearStage, Stage

@@ -242,11 +242,11 @@ class DifferenceReconstructionContract(AlgorithmContract):
     @pytest.mark.parametrize(
         ("name", "other", "named"),
         [
-            ("noise", 0.2, "noise was [0.1, 0.1, 0.1] and is now [0.2, 0.2, 0.2]"),
-            ("feedback_decay", 0.5, "feedback_decay was [0.1, 0.1, 0.1] and is now [0.5, 0.5, 0.5]"),
+            ("noise", 0.2, "noise was 0.1 and is now 0.2"),
+            ("feedback_decay", 0.5, "feedback_decay was 0.1 and is now 0.5"),
             ("iterations", 2, "iterations was 1 and is now 2"),
             ("extra_feedback_epochs", 1, "extra_feedback_epochs was 0 and is now 1"),
-            ("forward_lr", 0.1, "forward_lr was None and is now [0.1, 0.1, 0.1, 0.1]"),
+            ("forward_lr", 0.1, "forward_lr was None and is now 0.1"),
         ],
     )
     def test_resuming_with_another_hyperparameter_is_refused(

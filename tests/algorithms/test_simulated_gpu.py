@@ -22,8 +22,8 @@ from bioprop.feedback.losses import FeedbackGradient
 from bioprop.feedback.noise import RandomStreams
 from bioprop.feedback.recorded import Recorded
 from bioprop.feedback.speed import Speed
-from bioprop.functional import pooling
 from bioprop.feedback.training import FeedbackTraining, StageBatch
+from bioprop.functional import pooling
 from bioprop.networks.network import Network
 from tests.algorithms.contract import NETWORKS, SHAPE, on_every_network
 from tests.feedback.test_recorded import StandIn

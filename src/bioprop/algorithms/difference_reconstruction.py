@@ -19,9 +19,9 @@ from bioprop.feedback.losses import FeedbackGradient
 from bioprop.feedback.noise import RandomStreams
 from bioprop.feedback.sharing import average_gradients
 from bioprop.feedback.training import FeedbackIteration
-from bioprop.hyperparameters import check_range, count, per_stage
 from bioprop.networks.network import Network
 from bioprop.networks.stages import StagePass
+from bioprop.ranges import check_range, count, per_stage
 
 #: From the output for noisy activations, and the noise, to the gradient of one feedback operator's loss.
 ReconstructionObjective = Callable[[Tensor, Tensor], FeedbackGradient]
@@ -111,16 +111,6 @@ class DifferenceReconstruction(TargetAlgorithm):
         self.streams = RandomStreams()
         self._make_feedback_optimizer = feedback_optimizer
         self._feedback_optimizer = self._build_feedback_optimizer()
-        self.remember(
-            beta=self.beta,
-            noise=self.noise,
-            feedback_lr=self.feedback_lr,
-            feedback_decay=self.feedback_decay,
-            iterations=self.iterations,
-            feedback_pretraining_epochs=self.schedule.pretraining_epochs,
-            extra_feedback_epochs=self.schedule.extra_epochs,
-            forward_lr=self.forward_lr,
-        )
 
     @abstractmethod
     def make_feedback(self) -> Mapping[str, nn.Module]:

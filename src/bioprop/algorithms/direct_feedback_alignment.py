@@ -52,7 +52,6 @@ class DirectFeedbackAlignment(Algorithm):
             # entries of size 1/sqrt(units): the error of every stage is as long as the output's, whatever its size
             matrix = torch.randn(output.output_shape[0], units) * units**-0.5
             self.backward_weights[name] = nn.Parameter(matrix, requires_grad=False)
-        self.remember(constrain_norm=constrain_norm, batch_manhattan=batch_manhattan)
 
     def _gradients(self, images: Tensor, labels: Tensor) -> Gradients:
         outputs, inputs = [], images

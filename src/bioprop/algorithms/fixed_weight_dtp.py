@@ -11,12 +11,12 @@ from bioprop.algorithms.target_algorithm import TargetAlgorithm
 from bioprop.errors import UserError
 from bioprop.functional.differences import standardize_difference
 from bioprop.functional.fixed_weights import SCALES, FixedWeightName, draw_fixed_weight
-from bioprop.hyperparameters import check_range, number
 from bioprop.networks.mirrors import Mirror
 from bioprop.networks.network import Network
 from bioprop.networks.outer_mirrors import build_outer_mirror
 from bioprop.networks.stages import StagePass
 from bioprop.networks.standardized import StandardizedStage
+from bioprop.ranges import check_range, number
 
 
 class FixedWeightDTP(TargetAlgorithm):
@@ -71,7 +71,6 @@ class FixedWeightDTP(TargetAlgorithm):
             self.feedback[name] = mirror.requires_grad_(False)
             if isinstance(below, StandardizedStage):
                 self._standardized.add(name)
-        self.remember(beta=self.beta, feedback_init=feedback_init, feedback_scale=scale, sparsity=self.sparsity)
 
     def difference_below(self, name: str, clean: StagePass, difference: Tensor) -> Tensor:
         """Return ``t^{n-1} - s^{n-1}``, standardised where the stage below is."""

@@ -8,8 +8,8 @@ from bioprop.feedback.noise import SecondNoise
 from bioprop.feedback.speed import DEFAULT_SPEED, Speed
 from bioprop.feedback.training import FeedbackStep
 from bioprop.functional.activations import MirrorName
-from bioprop.hyperparameters import count
 from bioprop.networks.network import Network
+from bioprop.ranges import count
 from bioprop.removed import refuses_removed
 
 

@@ -16,10 +16,10 @@ from bioprop.errors import UserError
 from bioprop.feedback.training import FeedbackIteration, FeedbackTraining, Observers
 from bioprop.functional.angles import angle_degrees, flatten_all
 from bioprop.functional.gradients import input_gradient
-from bioprop.hyperparameters import check_range, number
 from bioprop.networks.mirrors import Mirror
 from bioprop.networks.network import Network
 from bioprop.networks.stages import Stage, StagePass
+from bioprop.ranges import check_range, number
 
 
 class TargetAlgorithm(Algorithm):

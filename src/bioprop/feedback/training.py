@@ -18,9 +18,9 @@ from bioprop.feedback.sharing import average_gradients, average_weights, hand_ou
 from bioprop.feedback.speed import Sharing, Speed
 from bioprop.functional.angles import angle_degrees, flatten_all
 from bioprop.functional.precision import bfloat16_products
-from bioprop.hyperparameters import check_range, number, per_stage
 from bioprop.networks.mirrors import Mirror
 from bioprop.networks.stages import Stage, StagePass
+from bioprop.ranges import check_range, number, per_stage
 
 FeedbackStep = Literal["sgd", "normalized"]
 #: Share of the mean curvature that is added to every unit's, so that a silent unit takes no giant step.
