@@ -13,7 +13,7 @@ from bioprop.algorithms import LDRL
 from bioprop.algorithms.layerwise_feedback import LayerwiseFeedback
 from bioprop.algorithms.random_streams import NoiseStream, RandomStreams
 from bioprop.algorithms.recorded import Recorded, Replay
-from tests.algorithms.contract import changed, copy_state, draw_batch, small_lenet
+from bioprop.testing.helpers import changed, copy_state, draw_batch, small_lenet
 
 
 class StandIn:

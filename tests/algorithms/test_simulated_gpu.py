@@ -25,7 +25,7 @@ from bioprop.functional.feedback_losses import FeedbackGradient
 from bioprop.functional.speed import Speed
 from bioprop.networks.mirrors import Mirror
 from bioprop.networks.network import Network
-from tests.algorithms.contract import NETWORKS, SHAPE, on_every_network
+from bioprop.testing.helpers import NETWORKS, SHAPE, on_every_network
 from tests.algorithms.test_recorded import StandIn
 
 BATCH = 8

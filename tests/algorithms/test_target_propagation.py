@@ -13,8 +13,8 @@ from bioprop.algorithms import DTP, TargetPropagation
 from bioprop.functional.targets import output_difference
 from bioprop.networks import MLP, Network
 from bioprop.networks.local_gradients import run_stages
-from tests.algorithms.contract import CLASSES, WITHOUT_VALIDATION
-from tests.algorithms.target_propagation_contract import TargetPropagationContract
+from bioprop.testing import TargetPropagationContract
+from bioprop.testing.helpers import CLASSES
 from tests.algorithms.test_whole_steps import (
     METHODS,
     NETWORKS,
@@ -25,7 +25,6 @@ from tests.algorithms.test_whole_steps import (
     train_both,
 )
 
-pytestmark = WITHOUT_VALIDATION
 __all__ = ["recorded_noise"]  # the fixture
 LEAK = 0.01
 
