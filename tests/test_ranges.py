@@ -11,18 +11,7 @@ from pytorch_lightning.cli import ReduceLROnPlateau
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR, SequentialLR
 
 from bioprop.algorithms import DTP, LDRL, Backprop
-from tests.algorithms.contract import (
-    WITHOUT_VALIDATION,
-    copy_state,
-    draw_batch,
-    make_loader,
-    make_trainer,
-    refused,
-    sgd,
-    small_lenet,
-)
-
-pytestmark = WITHOUT_VALIDATION
+from bioprop.testing.helpers import copy_state, draw_batch, make_loader, make_trainer, refused, sgd, small_lenet
 
 
 def sequential(t_max: int) -> Callable[..., Any]:

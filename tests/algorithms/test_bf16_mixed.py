@@ -35,11 +35,10 @@ from bioprop.feedback.speed import Speed
 from bioprop.functional.angles import angle_degrees, flatten_all
 from bioprop.networks import MLP, InvertibleMLP, Network, ResNet
 from bioprop.networks.mirrors import LayerMirror
-from tests.algorithms.contract import (
+from bioprop.testing.helpers import (
     CLASSES,
     NETWORKS,
     SHAPE,
-    WITHOUT_VALIDATION,
     Weights,
     changed,
     copy_state,
@@ -50,7 +49,6 @@ from tests.algorithms.contract import (
     small_lenet,
 )
 
-pytestmark = WITHOUT_VALIDATION
 AUTOGRAD = Speed(closed_form=False)
 INDEPENDENT = {"second_noise": "independent", "noise": 0.1, "feedback_lr": 0.03}
 

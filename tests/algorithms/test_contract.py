@@ -11,10 +11,8 @@ from torch import Tensor
 from bioprop.algorithms import LDRL
 from bioprop.feedback.noise import NoiseStream
 from bioprop.networks import Network, StagePass
-from tests.algorithms.contract import NETWORKS, WITHOUT_VALIDATION
-from tests.algorithms.target_propagation_contract import TargetPropagationContract
-
-pytestmark = WITHOUT_VALIDATION
+from bioprop.testing import TargetPropagationContract
+from bioprop.testing.helpers import NETWORKS
 
 
 class MovesWeights(LDRL):

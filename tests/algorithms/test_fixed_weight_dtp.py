@@ -12,11 +12,10 @@ from torch import Tensor
 from bioprop.algorithms import DTP, LDRL, Backprop, FixedWeightDTP
 from bioprop.feedback.noise import RandomStreams
 from bioprop.networks import MLP, LeNet, Network, ResNet
-from tests.algorithms.contract import (
+from bioprop.testing import AlgorithmContract
+from bioprop.testing.helpers import (
     CLASSES,
     SHAPE,
-    WITHOUT_VALIDATION,
-    AlgorithmContract,
     changed,
     copy_state,
     draw_batch,
@@ -30,7 +29,6 @@ from tests.algorithms.contract import (
 from tests.algorithms.plain import SGD, unpool
 from tests.published_steps import in_units_of_backprop
 
-pytestmark = WITHOUT_VALIDATION
 Rule = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 

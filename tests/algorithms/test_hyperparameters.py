@@ -16,7 +16,7 @@ from bioprop.algorithms import DDTPRHL, DTP, LDRL, Backprop, ParallelLDRL
 from bioprop.algorithms.hyperparameters import plain
 from bioprop.cli import main
 from bioprop.errors import UserError
-from tests.algorithms.contract import (
+from bioprop.testing.helpers import (
     WITHOUT_VALIDATION,
     KilledError,
     changed,
@@ -27,7 +27,7 @@ from tests.algorithms.contract import (
     sgd,
     small_lenet,
 )
-from tests.resuming import differences
+from bioprop.testing.resuming import differences
 
 pytestmark = WITHOUT_VALIDATION
 
@@ -96,7 +96,7 @@ def test_a_strangers_algorithm_trains_is_tested_and_resumes_bit_for_bit() -> Non
         fit(
             "--model.shrink=0.3",
             "--checkpoint.every_n_batches=1",
-            "--trainer.callbacks+=tests.algorithms.contract.KillAfter",
+            "--trainer.callbacks+=bioprop.testing.helpers.KillAfter",
             "--trainer.callbacks.batches=6",
         )
     fit("--model.shrink=0.3", "--checkpoint.every_n_batches=1", "--ckpt_path=last")

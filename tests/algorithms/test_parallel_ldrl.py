@@ -9,18 +9,10 @@ from torch import Tensor
 
 from bioprop.algorithms import LDRL, ParallelLDRL
 from bioprop.networks import MLP, Network
-from tests.algorithms.contract import (
-    WITHOUT_VALIDATION,
-    changed,
-    copy_state,
-    draw_batch,
-    refused,
-    small_lenet,
-)
-from tests.algorithms.target_propagation_contract import TargetPropagationContract
+from bioprop.testing import TargetPropagationContract
+from bioprop.testing.helpers import changed, copy_state, draw_batch, refused, small_lenet
 from tests.algorithms.test_whole_steps import recorded_noise
 
-pytestmark = WITHOUT_VALIDATION
 INDEPENDENT: dict[str, Any] = {"second_noise": "independent", "noise": 0.1, "iterations": 2}
 __all__ = ["recorded_noise"]  # the fixture
 

@@ -12,11 +12,9 @@ from torch import Tensor
 from bioprop.algorithms import DDTPRHL, DTPDRL, DDTPControl, DDTPLinear, DifferenceReconstruction
 from bioprop.feedback.noise import NoiseStream
 from bioprop.networks import MLP, LeNet, Network
-from tests.algorithms.contract import CLASSES, SHAPE, WITHOUT_VALIDATION, make_loader, make_trainer
+from bioprop.testing.helpers import CLASSES, SHAPE, make_loader, make_trainer
 from tests.algorithms.plain_reconstruction import PlainReconstruction, Settings
 from tests.published_steps import in_units_of_backprop
-
-pytestmark = WITHOUT_VALIDATION
 
 BATCHES = 3
 METHODS: dict[str, Callable[..., DifferenceReconstruction]] = {

@@ -24,7 +24,7 @@ from bioprop.networks import (
     StageOutput,
     build_mirror,
 )
-from tests.algorithms.contract import CLASSES, NETWORKS, SHAPE, Batch, copy_state, draw_batch, refused, small_lenet
+from bioprop.testing.helpers import CLASSES, NETWORKS, SHAPE, Batch, copy_state, draw_batch, refused, small_lenet
 
 INDEPENDENT: dict[str, Any] = {"second_noise": "independent", "noise": 0.1, "feedback_lr": 0.05, "iterations": 2}
 RULES: dict[str, dict[str, Any]] = {

@@ -25,7 +25,7 @@ from bioprop.feedback.speed import Speed
 from bioprop.feedback.training import FeedbackTraining, StageBatch
 from bioprop.functional import pooling
 from bioprop.networks.network import Network
-from tests.algorithms.contract import NETWORKS, SHAPE, on_every_network
+from bioprop.testing.helpers import NETWORKS, SHAPE, on_every_network
 from tests.feedback.test_recorded import StandIn
 
 BATCH = 8

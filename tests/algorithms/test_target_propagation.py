@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bioprop.algorithms import DTP, TargetPropagation
 from bioprop.networks import MLP, Network
-from tests.algorithms.contract import CLASSES, WITHOUT_VALIDATION
-from tests.algorithms.target_propagation_contract import TargetPropagationContract
+from bioprop.testing import TargetPropagationContract
+from bioprop.testing.helpers import CLASSES
 from tests.algorithms.test_whole_steps import (
     METHODS,
     NETWORKS,
@@ -24,7 +24,6 @@ from tests.algorithms.test_whole_steps import (
     train_both,
 )
 
-pytestmark = WITHOUT_VALIDATION
 __all__ = ["recorded_noise"]  # the fixture
 LEAK = 0.01
 

@@ -11,8 +11,8 @@ from bioprop.feedback.losses import FeedbackGradient
 from bioprop.functional.angles import angle_degrees, flatten_all
 from bioprop.functional.gradients import backprop_gradients
 from bioprop.networks import MLP, LeNet, Network, SimpleVGG, StagePass
-from tests.algorithms.contract import Batch, small_lenet
-from tests.algorithms.target_propagation_contract import assert_not_aliased
+from bioprop.testing.helpers import Batch, small_lenet
+from bioprop.testing.target_propagation import assert_not_aliased
 
 SMALL, CLASSES = (1, 16, 16), 10
 NETWORKS: dict[str, Callable[..., Network]] = {

@@ -11,11 +11,9 @@ from torch import Tensor
 from bioprop.algorithms import DTP, LDRL, TargetAlgorithm
 from bioprop.feedback.noise import NoiseStream
 from bioprop.networks import MLP, LeNet, Network
-from tests.algorithms.contract import CLASSES, SHAPE, WITHOUT_VALIDATION, make_loader, make_trainer, sgd
+from bioprop.testing.helpers import CLASSES, SHAPE, make_loader, make_trainer, sgd
 from tests.algorithms.plain import SGD, PlainLearner, PlainStage, TargetRule, difference_target
 from tests.published_steps import in_units_of_backprop
-
-pytestmark = WITHOUT_VALIDATION
 
 BETA, BATCHES = 0.7, 3
 NETWORKS: dict[str, Callable[[], Network]] = {

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bioprop.algorithms import LDRL
 from bioprop.feedback.noise import NoiseStream, RandomStreams
-from tests.algorithms.contract import draw_batch, small_lenet
+from bioprop.testing.helpers import draw_batch, small_lenet
 
 CPU = torch.device("cpu")
 KEY = (2**30 + 5, 17, 3)

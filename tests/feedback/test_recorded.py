@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bioprop.algorithms import LDRL
 from bioprop.feedback.recorded import Recorded, Replay
-from tests.algorithms.contract import changed, copy_state, draw_batch, small_lenet
+from bioprop.testing.helpers import changed, copy_state, draw_batch, small_lenet
 
 
 class StandIn:

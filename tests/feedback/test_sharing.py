@@ -11,20 +11,11 @@ from bioprop.feedback.sharing import share_stages
 from bioprop.feedback.speed import DEFAULT_SPEED, Sharing
 from bioprop.networks import Network
 from bioprop.networks.stages import StagePass
-from tests.algorithms.contract import (
-    WITHOUT_VALIDATION,
-    AlgorithmContract,
-    Weights,
-    changed,
-    refused,
-    sgd,
-    small_lenet,
-)
+from bioprop.testing import AlgorithmContract
+from bioprop.testing.helpers import Weights, changed, refused, sgd, small_lenet
+from bioprop.testing.processes import ProcessPool
+from bioprop.testing.shared_training import Trained, train
 from tests.algorithms.plain_models import RESNETS
-from tests.algorithms.shared_training import Trained, train
-from tests.processes import ProcessPool
-
-pytestmark = WITHOUT_VALIDATION
 
 
 class _Suite(AlgorithmContract):

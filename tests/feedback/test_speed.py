@@ -14,7 +14,7 @@ from bioprop.cli import main
 from bioprop.feedback.speed import Speed
 from bioprop.functional.pooling import Pool
 from bioprop.networks import ConvStage, LinearStage, Network
-from tests.algorithms.contract import draw_batch, small_lenet
+from bioprop.testing.helpers import draw_batch, small_lenet
 from tests.test_cli import LDRL_TINY
 
 INDEPENDENT = {"second_noise": "independent", "noise": 0.1, "feedback_lr": 0.05}

@@ -2,12 +2,12 @@
 
 import os
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -47,6 +47,7 @@ class ProcessPool:
         return results
 
     def close(self) -> None:
+        """End the processes."""
         for connection, process in zip(self._connections, self._processes, strict=True):
             connection.close()
             process.join(10)
@@ -70,11 +71,14 @@ def _work(rank: int, meeting: str, connection: Connection) -> None:
             connection.send((False, traceback.format_exc()))
 
 
-@contextmanager
-def process_pool(folder: Path) -> Iterator[ProcessPool]:
-    """Start the pool, and end it."""
-    pool = ProcessPool(folder)
-    try:
-        yield pool
-    finally:
-        pool.close()
+_POOL = pytest.StashKey[ProcessPool]()
+
+
+def shared_pool(request: pytest.FixtureRequest) -> ProcessPool:
+    """Return the pool of this test run, which is started once and ends with the run."""
+    stash = request.config.stash
+    if _POOL not in stash:
+        folders: pytest.TempPathFactory = request.getfixturevalue("tmp_path_factory")
+        stash[_POOL] = ProcessPool(folders.mktemp("processes"))
+        request.config.add_cleanup(stash[_POOL].close)
+    return stash[_POOL]

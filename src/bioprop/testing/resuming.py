@@ -26,6 +26,7 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 def read_metrics(folder: Path) -> list[dict[str, str]]:
+    """Read the metrics of a run, but for those of the clock."""
     with (folder / "metrics.csv").open(newline="") as file:
         return [{name: value for name, value in row.items() if WALL_CLOCK not in name} for row in csv.DictReader(file)]
 

@@ -1,168 +1,67 @@
-"""What every algorithm promises, as a test suite to inherit: name the algorithm in `make` and its tests are there."""
+"""The promises of every algorithm, as a test suite to inherit."""
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import Trainer
 from pytorch_lightning.plugins.precision import MixedPrecision
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch import Tensor
 
 from bioprop.algorithms import Algorithm
 from bioprop.callbacks import AlignmentToBackprop, DivergenceGuard, RunCheckpoints
 from bioprop.datamodules.loader import ResidentLoader
-from bioprop.errors import UserError
-from bioprop.functional.pooling import Pool
 from bioprop.metrics_file import MetricsFile
-from bioprop.networks import MLP, ConvStage, LeNet, LinearStage, Network, SimpleVGG
-from tests.processes import ProcessPool
-from tests.resuming import differences
-
-Batch = tuple[Tensor, Tensor]
-Weights = dict[str, Tensor]
-SHAPE, CLASSES = (1, 16, 16), 10
-
-# Lightning's reminder that a fit has no validation set; a module that inherits a suite takes it as its `pytestmark`
-WITHOUT_VALIDATION = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
-
-
-class Strided(Network):
-    """A user's own chain: a strided conv stage without pooling, a pooled one, and the output."""
-
-    def __init__(self) -> None:
-        stem = ConvStage(SHAPE, 3, 3, stride=2, padding=1, activation="tanh")
-        body = ConvStage(stem.output_shape, 4, 3, padding=1, activation="leaky_relu", pool=Pool(2, 2))
-        super().__init__({"stem": stem, "body": body, "out": LinearStage(body.output_shape, CLASSES, "identity")}, {})
-
-
-NETWORKS: dict[str, Callable[[], Network]] = {
-    "mlp": lambda: MLP(SHAPE, CLASSES, hidden=(12, 9)),
-    "mlp of one stage": lambda: MLP(SHAPE, CLASSES, hidden=()),
-    "mlp without bias": lambda: MLP(SHAPE, CLASSES, hidden=(12,), activation="relu", bias=False),
-    "lenet": lambda: LeNet(SHAPE, CLASSES, channels=(3, 4), hidden=12),
-    "vgg": lambda: SimpleVGG(SHAPE, CLASSES, channels=(3, 4, 5)),
-    "strided": Strided,
-}
-on_every_network = pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
-
-
-def small_lenet() -> Network:
-    return NETWORKS["lenet"]()
-
-
-def draw_batch(count: int = 8, seed: int = 0) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(count, *SHAPE, generator=generator)
-    return images, torch.randint(CLASSES, (count,), generator=generator)
-
-
-def make_loader(batches: int = 3, size: int = 8) -> DataLoader[Any]:
-    """Give 8 images a batch, or batches of another size out of as many images, in the same order every epoch."""
-    return DataLoader(TensorDataset(*draw_batch(8 * batches)), batch_size=size, shuffle=False)
-
-
-def make_trainer(folder: Path, **settings: Any) -> Trainer:
-    quiet: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "default_root_dir": folder,
-    }
-    return Trainer(**(quiet | settings))
-
-
-def copy_state(module: nn.Module) -> Weights:
-    return {name: value.detach().clone() for name, value in module.state_dict().items()}
-
-
-def changed(before: Weights, after: Weights) -> set[str]:
-    """Names of the tensors that are not bit for bit the same."""
-    assert before.keys() == after.keys()
-    return {name for name in before if not torch.equal(before[name], after[name])}
-
-
-@contextmanager
-def refused(*named: str) -> Iterator[None]:
-    """Expect a UserError of one sentence that contains all of ``named``."""
-    with pytest.raises(UserError) as caught:
-        yield
-    message = str(caught.value)
-    assert "\n" not in message
-    assert [part for part in named if part not in message] == [], message
-
-
-def sgd(lr: float = 0.05, momentum: float = 0.9, weight_decay: float = 1e-4) -> Callable[..., torch.optim.Optimizer]:
-    return partial(torch.optim.SGD, lr=lr, momentum=momentum, weight_decay=weight_decay)
-
-
-def cosine(epochs: int) -> Callable[..., torch.optim.lr_scheduler.LRScheduler]:
-    return partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=epochs)
-
-
-class KilledError(Exception):
-    """Ends a run where nothing was prepared for it."""
-
-
-class KillAfter(Callback):
-    """Ends a run in the step after so many batches."""
-
-    def __init__(self, batches: int | None) -> None:
-        self.batches = batches
-
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        if trainer.global_step == self.batches:
-            raise KilledError
-
-
-class Handed(Callback):
-    """Keeps the gradients that the forward optimizer was handed for its first step."""
-
-    def __init__(self) -> None:
-        self.gradients: Weights = {}
-
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        for name, parameter in pl_module.network.named_parameters():
-            self.gradients.setdefault(name, parameter.grad.clone())
-
-
-class Phases(Callback):
-    """Records the names of the tensors that each phase of a step changed."""
-
-    def __init__(self, algorithm: Algorithm, phases: tuple[str, str, str]) -> None:
-        self.course: list[tuple[str, set[str]]] = []
-        for phase in phases:
-            setattr(algorithm, phase, self.recorded(algorithm, phase))
-
-    def recorded(self, algorithm: Algorithm, phase: str) -> Callable[..., Any]:
-        run = getattr(algorithm, phase)
-
-        def wrapped(*args: Any) -> Any:
-            before = copy_state(algorithm)
-            result = run(*args)
-            self.course.append((phase, changed(before, copy_state(algorithm))))
-            return result
-
-        return wrapped
+from bioprop.networks import LeNet, Network
+from bioprop.testing.helpers import (
+    CLASSES,
+    SHAPE,
+    WITHOUT_REMINDERS,
+    Handed,
+    KillAfter,
+    KilledError,
+    Phases,
+    Weights,
+    changed,
+    copy_state,
+    cosine,
+    draw_batch,
+    from_one_seed,
+    make_loader,
+    make_trainer,
+    on_every_network,
+    refused,
+    sgd,
+    small_lenet,
+)
+from bioprop.testing.processes import ProcessPool, shared_pool
+from bioprop.testing.resuming import differences
 
 
 class AlgorithmContract(ABC):
-    """Promises of every algorithm. Override `make`; ``loss_falls_to`` is the share left of one batch's loss."""
+    """Promises of every algorithm: a test class inherits them all and overrides `make`.
 
-    #: The methods that train feedback weights, form the forward gradients, and step the forward weights.
+    Attributes:
+        phases: the methods that train feedback weights, form the forward gradients, and step the forward weights.
+        loss_falls_to: share of the loss of one batch that may be left after training on it.
+        one_batch_epochs: number of steps on that batch.
+        one_batch_settings: constructor arguments of the algorithm that trains on it.
+        bf16_mixed_differs_by: how far the fall of the loss may be from that in float32, as a share of it.
+    """
+
+    pytestmark = WITHOUT_REMINDERS
     phases = ("train_feedback", "_gradients", "_step_forward_weights")
     loss_falls_to = 0.75
-    #: How far the fall of the loss may be from that in float32, as a share of it.
+    one_batch_epochs = 30
+    one_batch_settings: Mapping[str, Any] = {"optimizer": partial(torch.optim.Adam, lr=0.005)}
     bf16_mixed_differs_by = 0.1
 
     @abstractmethod
@@ -170,17 +69,33 @@ class AlgorithmContract(ABC):
         """Make the algorithm; ``settings`` go to its constructor and win over those of the suite."""
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The loss that the algorithm descends and logs."""
+        """Compute the loss that the algorithm descends and logs."""
         return F.cross_entropy(logits, labels)
 
     def fit(self, algorithm: Algorithm, folder: Path, epochs: int = 1, **settings: Any) -> Trainer:
+        """Train on three batches an epoch; ``settings`` go to ``Trainer.fit``."""
         trainer = make_trainer(folder, max_epochs=epochs)
         trainer.fit(algorithm, make_loader(), **settings)
         return trainer
 
-    def made_from_seed(self, seed: int, build: Callable[[], Network] = small_lenet, **settings: Any) -> Algorithm:
+    def small_network(self) -> Network:
+        """Make the network of the tests that need only one."""
+        return small_lenet()
+
+    def made_from_seed(self, seed: int, **settings: Any) -> Any:
+        """Make network and algorithm, whose weights follow from the seed."""
         torch.manual_seed(seed)
-        return self.make(build(), **settings)
+        return self.make(self.small_network(), **settings)
+
+    @pytest.fixture(autouse=True)
+    def _from_one_seed(self) -> Iterator[None]:
+        with from_one_seed():
+            yield
+
+    @pytest.fixture
+    def processes(self, request: pytest.FixtureRequest) -> ProcessPool:
+        """Two processes that train together."""
+        return shared_pool(request)
 
     # -- the two phases ----------------------------------------------------------------------------------------------
 
@@ -210,7 +125,7 @@ class AlgorithmContract(ABC):
         assert changed(gradients, again) == set()
 
     def test_phase_1_leaves_forward_weights_and_phase_2_feedback_weights(self, tmp_path: Path) -> None:
-        algorithm = self.make(small_lenet())
+        algorithm = self.make(self.small_network())
         phases = Phases(algorithm, self.phases)
         self.fit(algorithm, tmp_path)
         assert [phase for phase, _ in phases.course] == [*self.phases] * 3
@@ -224,7 +139,7 @@ class AlgorithmContract(ABC):
 
     def test_the_forward_optimizer_is_handed_the_forward_gradients(self, tmp_path: Path) -> None:
         """As they are; and one step of plain SGD: ``W <- W - lr * forward_gradients``."""
-        algorithm = self.make(small_lenet(), optimizer=sgd(lr=0.5, momentum=0.0, weight_decay=0.0))
+        algorithm = self.make(self.small_network(), optimizer=sgd(lr=0.5, momentum=0.0, weight_decay=0.0))
         before, expected, handed = copy_state(algorithm.network), {}, Handed()
         run = algorithm._step_forward_weights
 
@@ -232,21 +147,26 @@ class AlgorithmContract(ABC):
             expected.update(algorithm.forward_gradients(*draw_batch(8)))
             run(gradients)
 
-        algorithm._step_forward_weights = recorded
-        make_trainer(tmp_path, max_epochs=1, callbacks=[handed]).fit(algorithm, make_loader(1))
+        with patch.object(algorithm, "_step_forward_weights", recorded):
+            make_trainer(tmp_path, max_epochs=1, callbacks=[handed]).fit(algorithm, make_loader(1))
         assert changed(expected, handed.gradients) == set()
         for name, weight in algorithm.network.state_dict().items():
             torch.testing.assert_close(weight, before[name] - 0.5 * expected[name], rtol=1e-5, atol=1e-7)
 
     def test_the_loss_of_one_batch_falls(self, tmp_path: Path) -> None:
-        algorithm = self.made_from_seed(0, optimizer=partial(torch.optim.Adam, lr=0.005))
+        algorithm = self.made_from_seed(0, **self.one_batch_settings)
         images, labels = draw_batch(8)
-        before = self.loss(algorithm(images), labels)
-        make_trainer(tmp_path, max_epochs=30).fit(algorithm, make_loader(1))
-        assert self.loss(algorithm(images), labels) < self.loss_falls_to * before
+        before = self.loss(algorithm(images), labels).item()
+        make_trainer(tmp_path, max_epochs=self.one_batch_epochs).fit(algorithm, make_loader(1))
+        after = self.loss(algorithm(images), labels).item()
+        assert after < self.loss_falls_to * before, (
+            f"{self.one_batch_epochs} steps took the loss of one batch from {before:.4g} to {after:.4g}, not below "
+            f"{self.loss_falls_to * before:.4g}: give the suite other one_batch_settings, one_batch_epochs or "
+            "loss_falls_to"
+        )
 
     def test_the_loss_of_training_is_logged(self, tmp_path: Path) -> None:
-        algorithm, trainer = self.make(small_lenet()), make_trainer(tmp_path, max_epochs=1)
+        algorithm, trainer = self.make(self.small_network()), make_trainer(tmp_path, max_epochs=1)
         images, labels = draw_batch(8)
         before = self.loss(algorithm(images), labels).item()
         trainer.fit(algorithm, make_loader(1))
@@ -264,10 +184,10 @@ class AlgorithmContract(ABC):
         assert {name for name in first if "weight" in name} <= changed(first, other)
 
     def test_global_step_counts_batches(self, tmp_path: Path) -> None:
-        assert self.fit(self.make(small_lenet()), tmp_path, epochs=2).global_step == 6
+        assert self.fit(self.make(self.small_network()), tmp_path, epochs=2).global_step == 6
 
     def test_a_resumed_run_equals_the_uninterrupted_one(self, tmp_path: Path) -> None:
-        settings = {"scheduler": cosine(2)}
+        settings: dict[str, Any] = {"scheduler": cosine(2)}
         whole, half = self.made_from_seed(1, **settings), self.made_from_seed(1, **settings)
         self.fit(whole, tmp_path, epochs=2)
         self.fit(half, tmp_path, epochs=1).save_checkpoint(tmp_path / "half.ckpt")
@@ -314,14 +234,17 @@ class AlgorithmContract(ABC):
         self, settings: dict[str, Any], named: str, tmp_path: Path
     ) -> None:
         first = {"optimizer": sgd(), "scheduler": cosine(2)}
-        self.fit(self.make(small_lenet(), **first), tmp_path).save_checkpoint(tmp_path / "half.ckpt")
+        self.fit(self.make(self.small_network(), **first), tmp_path).save_checkpoint(tmp_path / "half.ckpt")
         with refused(named):
             self.fit(
-                self.make(small_lenet(), **(first | settings)), tmp_path, epochs=2, ckpt_path=tmp_path / "half.ckpt"
+                self.make(self.small_network(), **(first | settings)),
+                tmp_path,
+                epochs=2,
+                ckpt_path=tmp_path / "half.ckpt",
             )
 
     def test_resuming_with_another_network_is_refused(self, tmp_path: Path) -> None:
-        self.fit(self.make(small_lenet()), tmp_path).save_checkpoint(tmp_path / "half.ckpt")
+        self.fit(self.make(self.small_network()), tmp_path).save_checkpoint(tmp_path / "half.ckpt")
         other = self.make(LeNet(SHAPE, CLASSES, channels=(3, 4), hidden=13))
         with refused("network.init_args.hidden was 12 and is now 13"):
             self.fit(other, tmp_path, epochs=2, ckpt_path=tmp_path / "half.ckpt")
@@ -330,7 +253,7 @@ class AlgorithmContract(ABC):
 
     def test_two_processes_train_as_one(self, processes: ProcessPool) -> None:
         """Half of every batch each, with the same noise for the same rows."""
-        from tests.algorithms.shared_training import train
+        from bioprop.testing.shared_training import train
 
         # by SGD, since Adam's first steps are signs of gradients, which rounding decides where they are zero
         settings = {"optimizer": sgd()}
@@ -360,19 +283,19 @@ class AlgorithmContract(ABC):
         assert changed(gradients, loaded.forward_gradients(images, labels)) == set()
 
     def test_a_checkpoint_loads_into_a_network_of_ones_own(self, tmp_path: Path) -> None:
-        algorithm, network = self.make(small_lenet()), small_lenet()
+        algorithm, network = self.make(self.small_network()), self.small_network()
         self.fit(algorithm, tmp_path).save_checkpoint(tmp_path / "one.ckpt")
         loaded = type(algorithm).load_from_checkpoint(tmp_path / "one.ckpt", network=network)
         assert loaded.network is network
         assert changed(copy_state(algorithm), copy_state(loaded)) == set()
 
     def test_evaluation_trains_nothing(self, tmp_path: Path) -> None:
-        algorithm, trainer = self.make(small_lenet()), make_trainer(tmp_path)
+        algorithm, trainer = self.make(self.small_network()), make_trainer(tmp_path)
         before = copy_state(algorithm)
         # the last batch is smaller than the others
         (validated,) = trainer.validate(algorithm, make_loader(size=7), verbose=False)
         (tested,) = trainer.test(algorithm, make_loader(size=5), verbose=False)
-        probabilities = torch.cat(trainer.predict(algorithm, make_loader()))
+        probabilities = torch.cat(cast(list[Tensor], trainer.predict(algorithm, make_loader())))
         assert changed(before, copy_state(algorithm)) == set()
         images, labels = draw_batch(24)
         logits = algorithm(images)
@@ -386,7 +309,7 @@ class AlgorithmContract(ABC):
 
     def test_a_checkpoint_evaluates_as_it_did(self, tmp_path: Path) -> None:
         """Evaluation needs the weights alone: other settings of training do not stand in its way."""
-        algorithm, other = self.make(small_lenet()), self.make(small_lenet(), optimizer=sgd(lr=0.3))
+        algorithm, other = self.make(self.small_network()), self.make(self.small_network(), optimizer=sgd(lr=0.3))
         self.fit(algorithm, tmp_path).save_checkpoint(tmp_path / "one.ckpt")
         (expected,) = make_trainer(tmp_path).test(algorithm, make_loader(), verbose=False)
         (found,) = make_trainer(tmp_path).test(
@@ -395,7 +318,7 @@ class AlgorithmContract(ABC):
         assert found == expected
 
     def test_double_precision_works_throughout(self, tmp_path: Path) -> None:
-        algorithm = self.make(small_lenet()).double()
+        algorithm = self.make(self.small_network()).double()
         algorithm.train_feedback(draw_batch()[0].double())
         make_trainer(tmp_path, max_epochs=1, precision="64-true").fit(algorithm, make_loader())
         floating = [value for value in algorithm.state_dict().values() if value.is_floating_point()]
@@ -404,7 +327,7 @@ class AlgorithmContract(ABC):
         assert all(value.dtype == torch.float64 for value in gradients.values())
 
     def test_bf16_mixed_trains_like_float32_and_keeps_float32(self, tmp_path: Path) -> None:
-        settings = {"optimizer": partial(torch.optim.Adam, lr=0.005)}
+        settings: dict[str, Any] = {"optimizer": partial(torch.optim.Adam, lr=0.005)}
         reduced, exact = (self.made_from_seed(0, **settings) for _ in range(2))
         if "bf16-mixed" not in exact.precisions:
             with refused("precision bf16-mixed is not supported", "since ", "32-true"):
@@ -436,13 +359,13 @@ class AlgorithmContract(ABC):
         assert changed(copy_state(whole), copy_state(resumed)) == set()
 
     def test_bf16_mixed_evaluates_in_float32_probabilities(self, tmp_path: Path) -> None:
-        algorithm, trainer = self.make(small_lenet()), make_trainer(tmp_path, precision="bf16-mixed")
+        algorithm, trainer = self.make(self.small_network()), make_trainer(tmp_path, precision="bf16-mixed")
         if "bf16-mixed" not in algorithm.precisions:
             return  # the refusal is tested above
         before = copy_state(algorithm)
         (validated,) = trainer.validate(algorithm, make_loader(), verbose=False)
         (tested,) = trainer.test(algorithm, make_loader(), verbose=False)
-        probabilities = torch.cat(trainer.predict(algorithm, make_loader()))
+        probabilities = torch.cat(cast(list[Tensor], trainer.predict(algorithm, make_loader())))
         images, labels = draw_batch(24)
         logits = algorithm(images)
         assert changed(before, copy_state(algorithm)) == set()
@@ -457,4 +380,4 @@ class AlgorithmContract(ABC):
         # as a plugin: on a CPU, Lightning turns the name "16-mixed" into another precision
         plugin = MixedPrecision("16-mixed", "cpu")
         with refused("precision 16-mixed is not supported", "32-true"):
-            make_trainer(tmp_path, max_epochs=1, plugins=[plugin]).fit(self.make(small_lenet()), make_loader())
+            make_trainer(tmp_path, max_epochs=1, plugins=[plugin]).fit(self.make(self.small_network()), make_loader())

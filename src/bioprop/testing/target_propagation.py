@@ -1,4 +1,4 @@
-"""What every method of target propagation promises, beyond what every algorithm does."""
+"""The promises of every method of target propagation, beyond those of every algorithm."""
 
 from abc import abstractmethod
 from collections.abc import Callable
@@ -10,16 +10,21 @@ import pytest
 import torch
 
 from bioprop.algorithms import TargetAlgorithm
+from bioprop.feedback.training import FeedbackTraining
 from bioprop.networks import Network
-from tests.algorithms.contract import (
-    AlgorithmContract,
+from bioprop.testing.algorithms import AlgorithmContract
+from bioprop.testing.helpers import (
     changed,
     copy_state,
     draw_batch,
     on_every_network,
     refused,
-    small_lenet,
 )
+
+
+def training_of(algorithm: TargetAlgorithm) -> FeedbackTraining:
+    assert algorithm.feedback_training is not None
+    return algorithm.feedback_training
 
 
 class TargetPropagationContract(AlgorithmContract):
@@ -32,14 +37,16 @@ class TargetPropagationContract(AlgorithmContract):
         """Make the algorithm."""
 
     def test_feedback_angles_are_between_the_weights_of_each_stage(self) -> None:
-        algorithm = self.make(small_lenet())
+        algorithm = self.make(self.small_network())
         assert list(algorithm.feedback_angles()) == ["conv2", "fc1", "fc2"]
         assert all(45 < angle < 135 for angle in algorithm.feedback_angles().values())
         algorithm.symmetrize_feedback()
         assert all(angle < 1e-5 for angle in algorithm.feedback_angles().values())
 
     def test_there_is_no_feedback_to_the_input(self) -> None:
-        names = {name.split(".")[1] for name in self.make(small_lenet()).state_dict() if name.startswith("feedback.")}
+        names = {
+            name.split(".")[1] for name in self.make(self.small_network()).state_dict() if name.startswith("feedback.")
+        }
         assert names == {"conv2", "fc1", "fc2"}
 
     @on_every_network
@@ -52,7 +59,7 @@ class TargetPropagationContract(AlgorithmContract):
         assert changed(feedback, copy_state(algorithm.feedback)) == set()
 
     def test_phase_1_trains_every_feedback_weight(self) -> None:
-        algorithm = self.make(small_lenet())
+        algorithm = self.make(self.small_network())
         forward, feedback = copy_state(algorithm.network), copy_state(algorithm.feedback)
         losses = algorithm.train_feedback(draw_batch()[0])
         assert list(losses) == ["conv2", "fc1", "fc2"]
@@ -64,7 +71,7 @@ class TargetPropagationContract(AlgorithmContract):
     def test_without_iterations_a_stages_feedback_stays(self, position: int) -> None:
         iterations = [2, 2, 2]
         iterations[position] = 0
-        algorithm = self.make(small_lenet(), iterations=tuple(iterations))
+        algorithm = self.make(self.small_network(), iterations=tuple(iterations))
         before = copy_state(algorithm.feedback)
         for _ in range(2):
             losses = algorithm.train_feedback(draw_batch()[0])
@@ -85,15 +92,16 @@ class TargetPropagationContract(AlgorithmContract):
         first, second, same = (self.made_from_seed(3) for _ in range(3))
         second.train_feedback(draw_batch(seed=9)[0])
         second.feedback.load_state_dict(first.feedback.state_dict())
-        if second.feedback_training.optimizer is not None:
-            second.feedback_training.optimizer.state.clear()
+        if training_of(second).optimizer is not None:
+            training_of(second).optimizer.state.clear()
         random_state = torch.get_rng_state()
         losses = [algorithm.train_feedback(draw_batch()[0]) for algorithm in (first, second, same)]
         assert torch.equal(torch.get_rng_state(), random_state)
         assert all(losses[0][name] == losses[2][name] != losses[1][name] for name in losses[0])
 
     def test_observers_see_every_iteration(self) -> None:
-        algorithm, events = self.make(small_lenet(), iterations=(2, 0, 3)), []
+        events: list[Any] = []
+        algorithm = self.make(self.small_network(), iterations=(2, 0, 3))
         with algorithm.observe_feedback(events.append):
             losses = algorithm.train_feedback(draw_batch()[0])
         algorithm.train_feedback(draw_batch()[0])
@@ -107,30 +115,31 @@ class TargetPropagationContract(AlgorithmContract):
         assert all(0 < event.angle < 180 for event in events)
 
     def test_observed_angles_are_those_after_the_step(self) -> None:
-        algorithm, events = self.make(small_lenet(), iterations=2), []
+        events: list[Any] = []
+        algorithm = self.make(self.small_network(), iterations=2)
         with algorithm.observe_feedback(events.append):
             algorithm.train_feedback(draw_batch()[0])
         last = {event.stage: event.angle.item() for event in events}
         assert last == pytest.approx(algorithm.feedback_angles(), abs=1e-9)
 
     def test_the_feedback_optimizers_momentum_survives_a_checkpoint(self, tmp_path: Path) -> None:
-        algorithm = self.make(small_lenet())
+        algorithm = self.make(self.small_network())
         self.fit(algorithm, tmp_path).save_checkpoint(tmp_path / "one.ckpt")
         states = torch.load(tmp_path / "one.ckpt", weights_only=True)["optimizer_states"]
-        assert len(states) == (1 if algorithm.feedback_training.optimizer is None else 2)
+        assert len(states) == (1 if training_of(algorithm).optimizer is None else 2)
         assert all(state["state"] for state in states)
 
     @pytest.mark.parametrize("name", ["noise", "feedback_lr", "iterations"])
     @pytest.mark.parametrize("length", [0, 1, 2, 4])
     def test_lists_of_the_wrong_length_are_refused(self, name: str, length: int) -> None:
         with refused(f"{name} has {length} values", "3 stages", "conv2, fc1, fc2"):
-            self.make(small_lenet(), **{name: (1,) * length})
+            self.make(self.small_network(), **{name: (1,) * length})
 
     def test_a_single_value_stands_for_every_stage(self) -> None:
-        algorithm = self.make(small_lenet(), noise=0.25, feedback_lr=(0.1, 0.2, 0.3), iterations=2)
-        assert list(algorithm.feedback_training.noise.values()) == [0.25] * 3
-        assert algorithm.feedback_lr == (0.1, 0.2, 0.3)
-        assert list(algorithm.feedback_training.iterations.values()) == [2] * 3
+        algorithm = self.make(self.small_network(), noise=0.25, feedback_lr=(0.1, 0.2, 0.3), iterations=2)
+        assert list(training_of(algorithm).noise.values()) == [0.25] * 3
+        assert list(training_of(algorithm).feedback_lr.values()) == [0.1, 0.2, 0.3]
+        assert list(training_of(algorithm).iterations.values()) == [2] * 3
 
     @pytest.mark.parametrize(
         ("name", "value", "shown"),
@@ -154,12 +163,12 @@ class TargetPropagationContract(AlgorithmContract):
     )
     def test_values_out_of_range_are_refused(self, name: str, value: Any, shown: str) -> None:
         with refused(f"{name} ", f" {shown}"):
-            self.make(small_lenet(), **{name: value})
+            self.make(self.small_network(), **{name: value})
 
     def test_numbers_of_other_libraries_become_plain_ones(self) -> None:
-        algorithm = self.make(small_lenet(), noise=torch.tensor(0.5), feedback_lr=[np.float32(0.25)] * 3)
+        algorithm = self.make(self.small_network(), noise=torch.tensor(0.5), feedback_lr=[np.float32(0.25)] * 3)
         assert algorithm.hparams["noise"] == 0.5
-        training = algorithm.feedback_training
+        training = training_of(algorithm)
         assert {type(value) for value in [*training.noise.values(), *training.feedback_lr.values()]} == {float}
 
     @pytest.mark.parametrize(
@@ -175,9 +184,9 @@ class TargetPropagationContract(AlgorithmContract):
         self, name: str, other: Any, named: str, tmp_path: Path
     ) -> None:
         first = {"beta": 0.3, "noise": 0.1, "iterations": 2, "feedback_lr": 0.01}
-        self.fit(self.make(small_lenet(), **first), tmp_path).save_checkpoint(tmp_path / "half.ckpt")
+        self.fit(self.make(self.small_network(), **first), tmp_path).save_checkpoint(tmp_path / "half.ckpt")
         with refused(named):
-            second = self.make(small_lenet(), **(first | {name: other}))
+            second = self.make(self.small_network(), **(first | {name: other}))
             self.fit(second, tmp_path, epochs=2, ckpt_path=tmp_path / "half.ckpt")
 
 

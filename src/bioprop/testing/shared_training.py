@@ -12,7 +12,8 @@ from torch import Tensor
 from bioprop.algorithms import Algorithm
 from bioprop.distributed import GradientAveraging, process_count, process_rank
 from bioprop.feedback.noise import NoiseStream, RandomStreams
-from tests.algorithms.contract import AlgorithmContract, Batch, Weights, copy_state, draw_batch
+from bioprop.testing.algorithms import AlgorithmContract
+from bioprop.testing.helpers import Batch, Weights, copy_state, draw_batch
 
 Trained = tuple[Weights, list[Weights]]
 BATCHES, ROWS = 3, 8
@@ -48,6 +49,7 @@ def train(
 
 
 def optimizer_states(algorithm: Algorithm) -> list[Weights]:
+    """Copy the tensors of each optimizer's state, by number of the parameter and name."""
     return [
         {
             f"{number}.{key}": value.clone()
