@@ -23,13 +23,14 @@ class Learner(NamedTuple):
 
     def warm_up(self, images: Tensor, labels: Tensor) -> None:
         """Step with one feedback iteration a stage: all that is allocated once, in little time."""
-        iterations = getattr(self.method, "iterations", None)
-        if iterations is None or None in iterations:
+        method = getattr(self.method, "feedback_training", None) or self.method
+        iterations = getattr(method, "iterations", None)
+        if iterations is None or None in (iterations.values() if isinstance(iterations, dict) else iterations):
             self.step(images, labels)
             return
-        self.method.iterations = (1,) * len(iterations)
+        method.iterations = dict.fromkeys(iterations, 1) if isinstance(iterations, dict) else (1,) * len(iterations)
         self.step(images, labels)
-        self.method.iterations = iterations
+        method.iterations = iterations
 
 
 def algorithm_learner(algorithm: Algorithm) -> Learner:

@@ -34,9 +34,9 @@ def stage_runs(
         def train_plain(number: int = place + 1) -> None:
             plain.train_stage(number, states[number], states[number + 1], switches[number])
 
-        def train_ours(place: int = place) -> None:
+        def train_ours(name: str = name) -> None:
             # the other stages stay as they are
-            ours.iterations = tuple(iterations * (other == place) for other in range(len(setting.iterations)))
+            ours.feedback_training.iterations = {other: iterations * (other == name) for other in ours.feedback}
             ours._train_feedback(passes)
 
         runs[name, PLAIN], runs[name, CLOSED] = train_plain, train_ours

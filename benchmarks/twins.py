@@ -43,13 +43,14 @@ def plain_twin(algorithm: LDRL, draw: Draw | None = None, released: bool = False
     stages = [
         _plain_stage(stage, mirror) for (_, stage), mirror in zip(algorithm.network.stages(), mirrors, strict=True)
     ]
+    training = algorithm.feedback_training
     return PlainLDRL(
         stages,
         algorithm.beta,
-        algorithm.noise,
-        algorithm.feedback_lr,
-        algorithm.iterations,
-        algorithm.feedback_momentum,
+        list(training.noise.values()),
+        list(training.feedback_lr.values()),
+        list(training.iterations.values()),
+        training.feedback_momentum,
         lambda parameters: torch.optim.SGD(parameters, lr=0.02, momentum=0.9, weight_decay=1e-4),
         released=released,
         **({} if draw is None else {"draw": draw}),
@@ -95,8 +96,8 @@ def recorded_noise() -> Iterator[list[Tensor]]:
     draws: list[Tensor] = []
     draw = NoiseStream.draw
 
-    def record(self: NoiseStream, iteration: int, sigma: float, *shapes: tuple[int, ...]) -> list[Tensor]:
-        drawn = draw(self, iteration, sigma, *shapes)
+    def record(self: NoiseStream, sigma: float, *shapes: tuple[int, ...]) -> list[Tensor]:
+        drawn = draw(self, sigma, *shapes)
         draws.extend(tensor.clone() for tensor in drawn)
         return drawn
 
