@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -94,8 +95,8 @@ def recorded_noise() -> Iterator[list[Tensor]]:
     draws: list[Tensor] = []
     draw = NoiseStream.draw
 
-    def record(self: NoiseStream, iteration: int, sigma: float, *shapes: tuple[int, ...]) -> list[Tensor]:
-        drawn = draw(self, iteration, sigma, *shapes)
+    def record(self: NoiseStream, *given: Any) -> list[Tensor]:
+        drawn = draw(self, *given)
         draws.extend(tensor.clone() for tensor in drawn)
         return drawn
 

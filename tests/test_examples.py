@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from pytorch_lightning import Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from benchmarks.twins import recorded_noise
@@ -25,9 +25,8 @@ from bioprop.algorithms import (
     TargetPropagation,
 )
 from bioprop.algorithms.feedback_alignment import Rule
-from bioprop.algorithms.mirrored_feedback import MirroredFeedback
 from bioprop.networks import MLP, InvertibleMLP, Network, SimpleVGG
-from examples import ddtp, dfa, dtp, feedback_alignment, fwdtp, gait, ldrl
+from examples import ddtp, dfa, dtp, feedback_alignment, fwdtp, gait, ldrl, trainer
 from examples.common import Method, Result
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
@@ -55,7 +54,7 @@ def pages() -> set[str]:
 
 
 def test_every_page_is_tried() -> None:
-    assert pages() == {*COURSES, "feedback_alignment"}
+    assert pages() == {*COURSES, "feedback_alignment", "trainer"}
 
 
 @pytest.mark.parametrize("page", COURSES)
@@ -74,6 +73,15 @@ def test_feedback_alignment_trains_by_every_rule() -> None:
     for rule, (accuracy, angles) in results.items():
         assert accuracy > 75.0, rule
         assert max(angles) < RULES[rule], rule
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*LeafSpec.* is deprecated:FutureWarning")
+def test_the_package_trains_on_a_users_loaders() -> None:
+    measured = trainer.main(epochs=3)
+
+    assert measured["val/accuracy"] > 0.7
+    assert measured["angle/fc2"] < 0.01
+    assert measured["angle/overall"] < 10.0
 
 
 def batches(rows: int) -> list[tuple[Tensor, Tensor]]:
@@ -148,8 +156,8 @@ def perceptron() -> Network:
     return MLP((1, 8, 8), 10, hidden=WIDTHS[1:-1], activation="tanh", bias=False)
 
 
-def mirrors(algorithm: MirroredFeedback) -> list[Tensor]:
-    return [mirror.weight for mirror in algorithm.feedback.values()]
+def weights_of(feedback: nn.ModuleDict) -> list[Tensor]:
+    return [operator.get_parameter("weight") for operator in feedback.values()]
 
 
 def compare_ldrl(draws: list[Tensor], beta: float) -> None:
@@ -158,7 +166,7 @@ def compare_ldrl(draws: list[Tensor], beta: float) -> None:
     method = ldrl.LDRL(channels=(3, 4), beta=beta, normals=replay(draws))
 
     # fc1 has 16 inputs: with 40 images all of the package's noise is white, as the page's
-    compare(algorithm, method, zip(method.feedback[1:], mirrors(algorithm), strict=True), rows=40)
+    compare(algorithm, method, zip(method.feedback[1:], weights_of(algorithm.feedback), strict=True), rows=40)
     assert not draws
 
 
@@ -177,7 +185,7 @@ def test_dtp_is_the_packages(difference: bool, kind: type[DTP], draws: list[Tens
     algorithm = kind(perceptron(), mirror="outer", penultimate_target="gradient", optimizer=ADAM, **shared)
     method = dtp.DTP(WIDTHS, difference=difference, normals=replay(draws, 0.2), **shared)
 
-    compare(algorithm, method, zip(method.feedback.values(), mirrors(algorithm), strict=True))
+    compare(algorithm, method, zip(method.feedback.values(), weights_of(algorithm.feedback), strict=True))
     assert not draws
 
 
@@ -185,8 +193,7 @@ def test_ddtp_linear_is_the_packages(draws: list[Tensor]) -> None:
     algorithm = DDTPLinear(perceptron(), noise=0.2, feedback_optimizer=torch.optim.Adam, optimizer=ADAM)
     method = ddtp.DDTPLinear(WIDTHS, noise=0.2, normals=replay(draws, 0.2))
 
-    matrices = [read_out.weight for read_out in algorithm.feedback.values()]
-    compare(algorithm, method, zip(method.feedback, matrices, strict=True))
+    compare(algorithm, method, zip(method.feedback, weights_of(algorithm.feedback), strict=True))
     assert not draws
 
 
@@ -224,7 +231,7 @@ def test_fixed_weight_dtp_is_the_packages() -> None:
     algorithm = FixedWeightDTP(perceptron(), feedback_init="orthogonal", optimizer=ADAM)
     method = fwdtp.FWDTP(WIDTHS)
 
-    compare(algorithm, method, zip(method.feedback.values(), mirrors(algorithm), strict=True), learns=False)
+    compare(algorithm, method, zip(method.feedback.values(), weights_of(algorithm.feedback), strict=True), learns=False)
 
 
 def test_gait_prop_is_the_packages() -> None:
