@@ -34,7 +34,7 @@ def plain_twin(algorithm: LDRL, released: bool = False) -> PublishedLDRL:
     """Build the plain implementation of a published L-DRL, with copies of its weights in torch's own layers.
 
     Args:
-        algorithm: with the paper's mirror, noisy switches and SGD.
+        algorithm: L-DRL with the paper's mirror, noisy switches and SGD.
         released: see `PublishedLDRL`.
 
     Raises:
