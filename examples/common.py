@@ -65,7 +65,8 @@ def train(
     digits, dtype = load_digits(), method.weights[0].dtype
     images = torch.tensor(digits.images, dtype=dtype).unsqueeze(1)
     images, labels = (images - images.mean()) / images.std(), torch.tensor(digits.target)
-    held, rest = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).split([359, 1438])
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    held, rest = order[:359], order[359:]
     for _ in range(epochs):
         for rows in rest[torch.randperm(len(rest))].split(batch_size)[: len(rest) // batch_size]:
             method.step(images[rows], labels[rows])

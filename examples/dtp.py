@@ -86,7 +86,7 @@ class DTP:
             states = run_perceptron(images, self.weights)
         stages = zip(states, self.weights, self.targets(states, labels), strict=False)
         losses = [0.5 * (torch.tanh(s @ W.t()) - t).square().sum() / len(images) for s, W, t in stages]
-        hidden = torch.autograd.grad(sum(losses) / self.beta, self.weights[:-1])
+        hidden = [gradient / self.beta for gradient in torch.autograd.grad(losses, self.weights[:-1])]
         return [*hidden, output_error(states[-1], labels).t() @ states[-2] / len(images)]
 
 

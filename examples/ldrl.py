@@ -41,7 +41,7 @@ def mirror(y: Tensor, switches: Tensor | None, V: Tensor, shape: torch.Size) -> 
         return (y @ V).view(shape)
     below = y.clamp(-1, 0)
     phi = y.clamp_min(0) + below + below**2 / 2  # its slope at y = elu(a) is that of ELU at a: 1 + y below zero
-    return F.conv_transpose2d(F.max_unpool2d(phi, switches, 2), V, padding=1)
+    return F.conv_transpose2d(F.max_unpool2d(phi, switches, (2, 2)), V, padding=1)
 
 
 class LDRL:
@@ -115,8 +115,8 @@ class LDRL:
             )
             targets.insert(0, states[n] + at_target - at_output)
         stages = zip(states[:-1], self.weights, targets, strict=True)
-        loss = sum(0.5 * (stage(s, W)[0] - t).square().sum() / len(images) for s, W, t in stages)
-        return [gradient / self.beta for gradient in torch.autograd.grad(loss, self.weights)]
+        losses = [0.5 * (stage(s, W)[0] - t).square().sum() / len(images) for s, W, t in stages]
+        return [gradient / self.beta for gradient in torch.autograd.grad(losses, self.weights)]
 
 
 def main(epochs: int = 10) -> Result:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from examples.common import Result, output_error, step_weights, train
 
 Activation = Callable[[Tensor], Tensor]
-Optimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 
 
 class Stage(nn.Module):
@@ -46,7 +46,8 @@ class Stage(nn.Module):
         assert self.feedback is not None
         if switches is not None:
             outputs = self.unpool(outputs, switches, shape)
-        return self.feedback(self.activation(outputs)).view(shape)
+        back: Tensor = self.feedback(self.activation(outputs)).view(shape)
+        return back
 
     def unpool(self, outputs: Tensor, switches: Tensor, shape: torch.Size) -> Tensor:
         """Put values back to where the switches point; where windows overlap, the last window's stays."""
@@ -91,7 +92,7 @@ class PublishedLDRL:
             for stage, lr in zip(stages[1:], feedback_lr, strict=True)
             if stage.feedback is not None
         ]
-        self.weights = [parameter for stage in stages for parameter in stage.layer.parameters()]
+        self.weights: list[Tensor] = [parameter for stage in stages for parameter in stage.layer.parameters()]
         self.optimizer = optimizer(self.weights)
 
     def logits(self, images: Tensor) -> Tensor:
