@@ -1,4 +1,4 @@
-"""What an angle to the BP gradient costs, by L-DRL's second noise and iterations: trained from random feedback.
+"""Angle to the BP gradient against cost, by L-DRL's second noise and iterations, trained from random feedback.
 
     python -m benchmarks.angle_cost --data_dir data/images
 
@@ -55,8 +55,8 @@ def measure(
 
     Args:
         data_dir: folder with train/<class>/*.
-        network: what to train.
-        seeds: of weights, noise and order.
+        network: name of the network to train.
+        seeds: number of seeds, each with its own weights, noise and order.
         rounds: timed steps of each method.
         jobs: trainings side by side, one thread each.
         output: path of the files, without their endings.

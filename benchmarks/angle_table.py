@@ -43,7 +43,7 @@ def measure(
         mirror: form of the feedback operator.
         switches: whose switches unpool the noisy output.
         feedback_step: sgd as published (momentum 0.9), or normalized.
-        feedback_lr: of conv2, fc1, fc2; one value for all with normalized.
+        feedback_lr: learning rate of conv2, fc1, fc2; one value for all with normalized.
         iterations: feedback iterations a stage.
         report_every: iterations between two rows of the trained table.
         seeds: number of seeds, each with its own weights and noise.

@@ -1,4 +1,4 @@
-"""How much arithmetic a computation does, and how much of it the machine can do a second.
+"""The arithmetic of a computation, and the rate that the machine can reach.
 
 Only products (convolutions, matrix products) are counted, two operations for a multiplication and an addition; what a
 convolution multiplies by its padding is counted too, as is usual.
@@ -29,7 +29,7 @@ def count_gigaflop(run: Callable[[], object]) -> float:
 
 
 def _onednn_products() -> dict[Any, Callable[..., int]]:
-    """How to count oneDNN's own matrix product, which torch's counter does not know."""
+    """Return a counter for oneDNN's own matrix product, which torch's counter does not know."""
     try:
         product = torch.ops.mkldnn._linear_pointwise
     except AttributeError:

@@ -1,4 +1,4 @@
-"""How fast feedback training is: closed forms, plain autograd, BP; whole steps and single stages, in one process.
+"""Speed of feedback training: closed forms, plain autograd, BP; whole steps and single stages, in one process.
 
     make bench            (or: python -m benchmarks.bench --network lenet)
 
@@ -17,7 +17,6 @@ from rich.console import Console
 
 from benchmarks import stages
 from benchmarks.arithmetic import COUNTED_BATCH, convolution_rate, count_gigaflop
-from benchmarks.loading import loading_rates
 from benchmarks.measuring import interleaved
 from benchmarks.memory import peak_memory
 from benchmarks.overhead import overheads
@@ -34,15 +33,14 @@ WIDTH = 130
 
 @dataclass(frozen=True)
 class Amounts:
-    """How much is measured.
+    """Amount of measuring.
 
     Args:
         rounds: timed rounds of the whole steps.
         stage_rounds: timed rounds of the single stages and of the convolutions.
         stage_iterations: feedback iterations of a stage in each of them, at most.
-        memory: with the peak memory of a step.
+        memory: whether the peak memory of a step is measured.
         lightning_batches: batches that Lightning's overhead is measured on, 0 for none.
-        images: images in memory that the loaders are compared on, 0 for none.
     """
 
     rounds: int = 5
@@ -50,7 +48,6 @@ class Amounts:
     stage_iterations: int = 10
     memory: bool = True
     lightning_batches: int = 300
-    images: int = 10_000
 
 
 def bench(
@@ -59,24 +56,24 @@ def bench(
     rounds: int = 5,
     threads: int = 2,
     out: Path = Path("runs/bench"),
-    data: bool = True,
+    lightning: bool = True,
 ) -> None:
     """Measure, print the tables and write the CSV.
 
     Args:
-        network: what to measure, with the published hyperparameters.
+        network: names of the settings to measure, with the published hyperparameters.
         batch: images in a batch; as published if left out (SimpleVGG 128, LeNet 256).
         rounds: timed rounds of everything.
-        threads: of torch.
+        threads: number of torch's threads.
         out: folder of bench.csv.
-        data: with Lightning's overhead and the loaders, which do not depend on the network.
+        lightning: whether Lightning's overhead, which does not depend on the network, is measured.
     """
     if rounds < 5:
         raise UserError(f"rounds is {rounds}, too few for a median to mean something: choose 5 or more")
     chosen = PUBLISHED if network == "both" else {network: PUBLISHED[network]}
     settings = {name: setting if batch is None else replace(setting, batch=batch) for name, setting in chosen.items()}
     amounts = Amounts(rounds=rounds, stage_rounds=rounds)
-    measure(settings, amounts if data else replace(amounts, lightning_batches=0, images=0), threads, out)
+    measure(settings, amounts if lightning else replace(amounts, lightning_batches=0), threads, out)
 
 
 def measure(settings: Mapping[str, Setting], amounts: Amounts, threads: int, out: Path) -> list[Row]:
@@ -99,7 +96,6 @@ def measure(settings: Mapping[str, Setting], amounts: Amounts, threads: int, out
         rows += [replace(row, batch=setting.batch, **run) for row in timed]
         values += [rate] if rate is not None else []
     values += _lightning(amounts.lightning_batches) if amounts.lightning_batches else []
-    values += _loading(amounts) if amounts.images else []
     if values:
         console.print(value_table(values))
     rows += [replace(row, **run) for row in values]
@@ -168,12 +164,6 @@ def _lightning(batches: int) -> Iterator[Row]:
         row = timed_row("small MLP", "lightning", algorithm, seconds, None, None, 0.0, None)
         milliseconds = 1e3 * (row.seconds_median or 0.0)
         yield replace(row, gigaflop=None, gflops_rate=None, value=milliseconds, unit="ms a batch", rounds=len(seconds))
-
-
-def _loading(amounts: Amounts) -> Iterator[Row]:
-    for loader, (seconds, rate) in loading_rates(amounts.images, amounts.stage_rounds).items():
-        row = timed_row("3x32x32 images", "loading", loader, seconds, None, None, 0.0, None)
-        yield replace(row, gigaflop=None, gflops_rate=None, value=rate, unit="images/s", rounds=len(seconds))
 
 
 if __name__ == "__main__":

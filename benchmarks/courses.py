@@ -23,17 +23,17 @@ NETWORKS: dict[str, Callable[..., Network]] = {
 
 @dataclass(frozen=True)
 class Training:
-    """What is trained, and for how long.
+    """Settings of one training.
 
     Attributes:
         data_dir: an image folder of 32x32 photographs.
         network: one of `NETWORKS`.
-        settings: of `LDRL`; None for BP.
-        lr: of SGD with momentum 0.9 and decay 1e-4.
+        settings: arguments of `LDRL`; None for BP.
+        lr: learning rate of SGD with momentum 0.9 and decay 1e-4.
         batch: images in a batch.
-        batches: how many are trained on.
+        batches: number of batches that are trained on.
         marks: batches after which angles are measured.
-        seed: of weights, noise and order.
+        seed: seed of weights, noise and order.
     """
 
     data_dir: str
@@ -57,7 +57,7 @@ class Training:
 
 @dataclass
 class Course:
-    """What became of a training.
+    """Result of one training.
 
     Attributes:
         diverged: the batch in which a weight or the loss was infinite; None if none was.
@@ -99,7 +99,7 @@ def train(training: Training) -> Course:
     """Train on one thread, and measure.
 
     Args:
-        training: what and for how long.
+        training: settings.
     """
     torch.set_num_threads(1)
     data, batches, (images, labels) = load(training)

@@ -13,8 +13,8 @@ class Learner(NamedTuple):
 
     Attributes:
         step: one whole training step on images and labels.
-        weights: what it moves.
-        method: what the step belongs to; trains feedback weights if it has ``iterations``, one number a stage.
+        weights: tensors that it moves.
+        method: object that the step belongs to; trains feedback weights if it has ``iterations``, one number a stage.
     """
 
     step: Callable[[Tensor, Tensor], None]

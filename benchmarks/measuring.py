@@ -13,10 +13,10 @@ def interleaved(
     """Run everything in turns and return the seconds of each call.
 
     Args:
-        runs: what to run, by name.
+        runs: calls to time, by name.
         rounds: timed rounds.
         repeats: calls a round, by name; 1 where missing.
-        warm_ups: what to run before the first round, in place of everything once.
+        warm_ups: calls before the first round, in place of everything once.
     """
     for warm_up in (warm_ups or runs).values():
         warm_up()

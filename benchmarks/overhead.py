@@ -1,4 +1,4 @@
-"""What Lightning, with the metrics and the log of every batch, adds to the steps of an algorithm."""
+"""Time that Lightning, with the metrics and the log of every batch, adds to the steps of an algorithm."""
 
 import logging
 import warnings

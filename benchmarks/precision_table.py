@@ -50,7 +50,7 @@ class Result(NamedTuple):
         angles: degrees of the update to the BP gradient, by stage and ``overall``.
         feedback: degrees of the feedback weights to the forward weights, mean over stages; NaN where there are none.
         rounding: degrees of the update to what it would be in float32.
-        seconds: of training, median over all epochs but the first.
+        seconds: time of an epoch of training, median over all but the first.
     """
 
     test: float
@@ -137,7 +137,7 @@ def measure(
     Args:
         configs: names of files in ``lightning_configs``.
         seeds: runs of each, from seed 0.
-        threads: of torch.
+        threads: number of torch's threads.
         out: folder of the runs and of ``runs.csv``.
         options: further words of the command line, for all runs.
     """

@@ -1,4 +1,4 @@
-"""What a whole L-DRL step costs in several processes, by how they share feedback training.
+"""Time of a whole L-DRL step in several processes, by how they share feedback training.
 
     python -m benchmarks.processes
 
@@ -34,9 +34,9 @@ def measure(
     """Time and print the table.
 
     Args:
-        network: with the published settings.
-        processes: how many share the work.
-        threads: of all processes together.
+        network: name of the network, which has the published settings.
+        processes: number of processes that share the work.
+        threads: number of threads of all processes together.
         rounds: timed rounds.
     """
     alone = algorithm_learner(PUBLISHED[network].ldrl())

@@ -16,21 +16,21 @@ class Row:
     Attributes:
         network: name of the setting.
         part: ``step``, ``stage conv2`` (seconds are of one iteration), ``lightning`` (of one batch), ``memory``,
-            ``loading`` (seconds are of one epoch), ``convolution rate``.
-        variant: how it was computed.
-        seconds_median: over the rounds; likewise the next two.
-        seconds_min: best.
-        seconds_max: worst.
+            ``convolution rate``.
+        variant: name of the way of computing it.
+        seconds_median: median time over the rounds.
+        seconds_min: shortest time.
+        seconds_max: longest time.
         ratio_to_plain: seconds over those of plain autograd for the same method.
         ratio_to_released: seconds over those of plain autograd as its authors released it.
         ratio_to_bp: seconds over those of our BP on the same network.
         gigaflop: arithmetic in convolutions and matrix products, in 1e9 operations.
         gflops_rate: the same a second.
-        fraction_of_conv_rate: of the best rate that float32 convolutions reached in the same run.
-        value: what else was measured.
-        unit: of the value.
+        fraction_of_conv_rate: share of the best rate that float32 convolutions reached in the same run.
+        value: anything else that was measured.
+        unit: unit of the value.
         rounds: timed rounds.
-        threads: of torch.
+        threads: number of torch's threads.
         batch: images in a batch.
         torch: version.
         cpu: name of the processor.
@@ -72,13 +72,13 @@ def timed_row(
 
     Args:
         network: name of the setting.
-        part: what was timed.
-        variant: how it was computed.
-        seconds: of every round.
-        plain: of plain autograd for the same method, where it makes sense to compare.
-        backprop: of BP, likewise.
+        part: name of the part that was timed.
+        variant: name of the way of computing it.
+        seconds: time of every round.
+        plain: times of plain autograd for the same method; None where there is none to compare with.
+        backprop: times of BP; None where there is none to compare with.
         gigaflop: arithmetic.
-        conv_rate: of the machine, in 1e9 operations a second.
+        conv_rate: rate of the machine's convolutions, in 1e9 operations a second.
         released: seconds of plain autograd as released, likewise.
     """
     middle = median(seconds)
@@ -150,7 +150,7 @@ def _digits(value: float) -> str:
 
 def value_table(rows: Sequence[Row]) -> Table:
     """Show rows of other values."""
-    table = Table("network", "part", "variant", title="memory, overhead, loading")
+    table = Table("network", "part", "variant", title="memory, overhead")
     table.add_column("value", justify="right")
     table.add_column("unit")
     for row in rows:

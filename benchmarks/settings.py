@@ -1,4 +1,4 @@
-"""What a benchmark runs: a network, the size of its batch and the hyperparameters of feedback training."""
+"""Settings of a benchmark: a network, the size of its batch and the hyperparameters of feedback training."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Setting:
     """A network with its batch and hyperparameters.
 
     Attributes:
-        network: makes the network; can be pickled, for a process of its own.
+        network: function that makes the network; can be pickled, for a process of its own.
         batch: images in a batch.
         beta: step of the output target.
         noise: standard deviation, stages 2..N.

@@ -1,4 +1,4 @@
-"""Where L-DRL diverges or falls behind, and BP does not: short trainings over rates, iterations, batch sizes and noise.
+"""Stability of L-DRL beside BP: short trainings over learning rates, iterations, batch sizes and noise.
 
     python -m benchmarks.stability --data_dir data/images
 
@@ -66,8 +66,8 @@ def measure(
 
     Args:
         data_dir: folder with train/<class>/*.
-        network: what to train.
-        batches: of each training.
+        network: name of the network to train.
+        batches: length of each training.
         jobs: trainings side by side, one thread each.
         output: CSV file, written anew.
     """

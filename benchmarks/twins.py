@@ -1,7 +1,8 @@
-"""Plain twins of the package's algorithms, and the proof that they compute the same."""
+"""The page `examples/ldrl_published.py` with the weights of a published L-DRL, and the proof that both train alike."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -9,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.learners import algorithm_learner
-from benchmarks.plain_ldrl import Draw, PlainLDRL, PlainStage
 from benchmarks.settings import Setting
 from bioprop.algorithms import LDRL
 from bioprop.errors import UserError
@@ -17,6 +17,8 @@ from bioprop.feedback.noise import NoiseStream
 from bioprop.feedback.speed import Speed
 from bioprop.networks.mirrors import Mirror
 from bioprop.networks.stages import ConvStage, LinearStage, Stage
+from examples.ldrl_published import PublishedLDRL
+from examples.ldrl_published import Stage as PlainStage
 
 #: How far weights may be apart after `STEPS` whole steps in float64, as a share of their norm.
 TOLERANCE = 1e-12
@@ -28,13 +30,12 @@ Activation = Callable[[Tensor], Tensor]
 ACTIVATIONS: dict[str, Activation] = {"elu": F.elu, "identity": lambda values: values}
 
 
-def plain_twin(algorithm: LDRL, draw: Draw | None = None, released: bool = False) -> PlainLDRL:
+def plain_twin(algorithm: LDRL, released: bool = False) -> PublishedLDRL:
     """Build the plain implementation of a published L-DRL, with copies of its weights in torch's own layers.
 
     Args:
-        algorithm: with the paper's mirror, noisy switches and SGD.
-        draw: draws noise in place of torch's default.
-        released: see `PlainLDRL`.
+        algorithm: L-DRL with the paper's mirror, noisy switches and SGD.
+        released: see `PublishedLDRL`.
 
     Raises:
         UserError: if a stage is of a kind that the plain implementation does not have.
@@ -44,7 +45,7 @@ def plain_twin(algorithm: LDRL, draw: Draw | None = None, released: bool = False
         _plain_stage(stage, mirror) for (_, stage), mirror in zip(algorithm.network.stages(), mirrors, strict=True)
     ]
     training = algorithm.feedback_training
-    return PlainLDRL(
+    return PublishedLDRL(
         stages,
         algorithm.beta,
         list(training.noise.values()),
@@ -53,7 +54,6 @@ def plain_twin(algorithm: LDRL, draw: Draw | None = None, released: bool = False
         training.feedback_momentum,
         lambda parameters: torch.optim.SGD(parameters, lr=0.02, momentum=0.9, weight_decay=1e-4),
         released=released,
-        **({} if draw is None else {"draw": draw}),
     )
 
 
@@ -96,8 +96,8 @@ def recorded_noise() -> Iterator[list[Tensor]]:
     draws: list[Tensor] = []
     draw = NoiseStream.draw
 
-    def record(self: NoiseStream, sigma: float, *shapes: tuple[int, ...]) -> list[Tensor]:
-        drawn = draw(self, sigma, *shapes)
+    def record(self: NoiseStream, *given: Any) -> list[Tensor]:
+        drawn = draw(self, *given)
         draws.extend(tensor.clone() for tensor in drawn)
         return drawn
 
@@ -105,7 +105,7 @@ def recorded_noise() -> Iterator[list[Tensor]]:
         yield draws
 
 
-def assert_equal(setting: Setting, change: Callable[[PlainLDRL], None] = lambda plain: None) -> None:
+def assert_equal(setting: Setting, change: Callable[[PublishedLDRL], None] = lambda plain: None) -> None:
     """Check that plain, closed form and autograd through our own call train alike, on a few images in float64.
 
     Args:
@@ -141,7 +141,7 @@ def assert_equal(setting: Setting, change: Callable[[PlainLDRL], None] = lambda 
 
 
 @torch.no_grad()
-def differences(algorithm: LDRL, plain: PlainLDRL) -> dict[str, float]:
+def differences(algorithm: LDRL, plain: PublishedLDRL) -> dict[str, float]:
     """Return the distance of every forward and feedback weight to its twin, as a share of the twin's norm."""
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for (name, stage), twin in zip(algorithm.network.stages(), plain.stages, strict=True):

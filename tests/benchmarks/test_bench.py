@@ -9,14 +9,13 @@ import torch
 
 from benchmarks.arithmetic import count_gigaflop
 from benchmarks.bench import Amounts, bench, measure
-from benchmarks.loading import OURS, TORCHVISION, loading_rates
 from benchmarks.memory import peak_memory
 from benchmarks.stages import CLOSED, PLAIN, stage_runs
 from benchmarks.variants import VARIANTS
 from bioprop.errors import UserError
 from tests.benchmarks.test_twins import SETTINGS
 
-SMALL = Amounts(rounds=2, stage_rounds=2, stage_iterations=1, memory=False, lightning_batches=20, images=300)
+SMALL = Amounts(rounds=2, stage_rounds=2, stage_iterations=1, memory=False, lightning_batches=20)
 
 
 def test_tables_and_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,7 +38,6 @@ def test_tables_and_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     }
     shown = capsys.readouterr().out
     assert "closed form, bfloat16" in shown
-    assert "torchvision, one process" in shown
 
 
 def test_arithmetic_is_counted_as_by_hand() -> None:
@@ -60,13 +58,6 @@ def test_peak_memory_is_of_a_process_of_its_own() -> None:
 
     assert 0 <= added < peak < ballast.nbytes / 2**20
     assert peak > 50
-
-
-def test_both_loaders_hand_out_all_full_batches() -> None:
-    rates = loading_rates(images=300, rounds=1)
-
-    assert set(rates) == {OURS, TORCHVISION}
-    assert all(rate == pytest.approx(256 / times[0]) for times, rate in rates.values())
 
 
 def test_too_few_rounds_are_refused() -> None:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.arithmetic import count_gigaflop
-from benchmarks.plain_ldrl import PlainLDRL
 from benchmarks.settings import Setting
 from benchmarks.twins import assert_equal, plain_twin
 from bioprop.errors import UserError
 from bioprop.networks import LeNet, SimpleVGG
+from examples.ldrl_published import PublishedLDRL
 
 SETTINGS = {
     # windows overlap
@@ -53,7 +53,7 @@ def test_plain_closed_form_and_autograd_train_alike(setting: Setting) -> None:
 def test_as_released_the_clean_pass_is_run_again_and_changes_nothing() -> None:
     setting = SETTINGS["lenet"]
     images, labels = setting.draw()
-    twins: list[PlainLDRL] = []
+    twins: list[PublishedLDRL] = []
     gigaflop: list[float] = []
     for released in (False, True):
         algorithm = setting.ldrl().double()
@@ -68,12 +68,12 @@ def test_as_released_the_clean_pass_is_run_again_and_changes_nothing() -> None:
     assert gigaflop[1] - gigaflop[0] == pytest.approx(again)
 
 
-def flip_target(plain: PlainLDRL) -> None:
+def flip_target(plain: PublishedLDRL) -> None:
     plain.beta = -plain.beta
 
 
-def negate_back(number: int) -> Callable[[PlainLDRL], None]:
-    def change(plain: PlainLDRL) -> None:
+def negate_back(number: int) -> Callable[[PublishedLDRL], None]:
+    def change(plain: PublishedLDRL) -> None:
         stage = plain.stages[number]
         back = stage.back
 
@@ -85,12 +85,12 @@ def negate_back(number: int) -> Callable[[PlainLDRL], None]:
     return change
 
 
-def forget_momentum(plain: PlainLDRL) -> None:
+def forget_momentum(plain: PublishedLDRL) -> None:
     for optimizer in plain.feedback_optimizers:
         optimizer.param_groups[0]["momentum"] = 0.0
 
 
-def add_overlapping_values(plain: PlainLDRL) -> None:
+def add_overlapping_values(plain: PublishedLDRL) -> None:
     def unpool(outputs: Tensor, switches: Tensor, shape: torch.Size) -> Tensor:
         maps = outputs.new_zeros(*outputs.shape[:2], shape[2] * shape[3])
         return maps.scatter_add(2, switches.flatten(2), outputs.flatten(2)).view(*outputs.shape[:2], *shape[2:])
@@ -109,7 +109,7 @@ def add_overlapping_values(plain: PlainLDRL) -> None:
     ],
     ids=["output target", "feedback of conv2", "feedback of fc2", "momentum", "unpooling"],
 )
-def test_a_mistake_in_the_twin_is_noticed(change: Callable[[PlainLDRL], None], weight: str) -> None:
+def test_a_mistake_in_the_twin_is_noticed(change: Callable[[PublishedLDRL], None], weight: str) -> None:
     with pytest.raises(UserError, match="not the same method") as raised:
         assert_equal(SETTINGS["lenet"], change)
     assert weight in str(raised.value)
