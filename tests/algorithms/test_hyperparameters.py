@@ -17,7 +17,6 @@ from bioprop.algorithms.hyperparameters import plain
 from bioprop.cli import main
 from bioprop.errors import UserError
 from bioprop.testing.helpers import (
-    WITHOUT_VALIDATION,
     KilledError,
     changed,
     copy_state,
@@ -29,7 +28,6 @@ from bioprop.testing.helpers import (
 )
 from bioprop.testing.resuming import differences
 
-pytestmark = WITHOUT_VALIDATION
 
 STRANGER = '''
 import torch
