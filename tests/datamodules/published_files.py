@@ -14,8 +14,7 @@ import pytest
 from torchvision import datasets
 
 from bioprop.datamodules import imagenet32_files, mnist
-from bioprop.datamodules.cifar10 import CLASSES as CIFAR10_CLASSES
-from bioprop.datamodules.cifar100 import CLASSES as CIFAR100_CLASSES
+from bioprop.datamodules.cifar import CIFAR10_CLASSES, CIFAR100_CLASSES
 
 
 def write_cifar(root: Path, monkeypatch: pytest.MonkeyPatch, name: str = "CIFAR10", train: int = 200) -> Path:

@@ -1,8 +1,7 @@
 """Data modules: images in memory, split, augmented and normalised in one way for every data set."""
 
 from bioprop.datamodules.base import ImageDataModule
-from bioprop.datamodules.cifar10 import CIFAR10
-from bioprop.datamodules.cifar100 import CIFAR100
+from bioprop.datamodules.cifar import CIFAR10, CIFAR100
 from bioprop.datamodules.digits import Digits
 from bioprop.datamodules.image_folder import ImageFolder
 from bioprop.datamodules.imagenet32 import ImageNet32

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torchvision import datasets
 
@@ -21,7 +20,6 @@ class TorchvisionSet(ImageDataModule):
     Args:
         data_dir: Folder that holds the set's own folder, or into which it is downloaded.
         download: Download the files if they are not there.
-        border: Black pixels to add on each side of the stored images.
         shared: Arguments of `ImageDataModule`.
 
     Raises:
@@ -32,15 +30,12 @@ class TorchvisionSet(ImageDataModule):
     title: ClassVar[str]
     folder: ClassVar[str]
     origin: ClassVar[str]
+    class_names: ClassVar[tuple[str, ...]]
 
-    def __init__(self, *, data_dir: str, download: bool, border: int = 0, **shared: Any) -> None:
-        super().__init__(**shared)
-        self.save_hyperparameters(ignore=["image_shape", "classes", "border"])
-        # a Path would make the checkpoint unreadable under weights_only=True
-        self.save_hyperparameters({"data_dir": str(data_dir)})
+    def __init__(self, data_dir: str = "data", download: bool = True, **shared: Any) -> None:
+        super().__init__(classes=self.class_names, **shared)
         self.data_dir = Path(data_dir).expanduser()
         self.download = download
-        self.border = border
         self._stored: dict[Split, datasets.CIFAR10 | datasets.MNIST] = {}
 
     def prepare_data(self) -> None:
@@ -63,8 +58,7 @@ class TorchvisionSet(ImageDataModule):
     def _decode(self, split: Split, indices: Tensor) -> Tensor:
         # uint8 [images, height, width, channels] of the CIFAR sets, [images, height, width] of the MNIST ones
         images = torch.as_tensor(self._load(split).data)[indices]
-        images = images.permute(0, 3, 1, 2) if images.dim() == 4 else images.unsqueeze(1)
-        return F.pad(images, (self.border,) * 4).contiguous()
+        return (images.permute(0, 3, 1, 2) if images.dim() == 4 else images.unsqueeze(1)).contiguous()
 
     def _load(self, split: Split) -> datasets.CIFAR10 | datasets.MNIST:
         if split not in self._stored:
