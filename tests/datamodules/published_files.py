@@ -149,8 +149,7 @@ def write_imagenet32(
                     opened.writestr(f"{archive.stem}/{file}", raw)
             digest = hashlib.sha256(archive.read_bytes()).hexdigest()
             if kind == "npz":
-                known = imagenet32_files.Archive(archive.stat().st_size, digest)
-                monkeypatch.setitem(imagenet32_files.ARCHIVES, archive.name, known)
+                monkeypatch.setitem(imagenet32_files.ARCHIVES, archive.name, (archive.stat().st_size, digest))
         else:
             for file, raw in files.items():
                 (root / file).write_bytes(raw)

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from bioprop.datamodules.base import VAL_STREAM, ImageDataModule, Split
-from bioprop.datamodules.imagenet32_conversion import Converted, open_converted
-from bioprop.datamodules.imagenet32_files import StoredSet
-from bioprop.datamodules.imagenet32_parts import IMAGE_BYTES, IMAGE_SHAPE
+from bioprop.datamodules.imagenet32_files import IMAGE_BYTES, IMAGE_SHAPE, Converted, StoredSet, open_converted
 from bioprop.datamodules.images import Images, MappedImages
 from bioprop.datamodules.normalization import Normalization
 from bioprop.datamodules.sampling import equal_sample
@@ -32,15 +30,11 @@ class ImageNet32(ImageDataModule):
     The files are yours to download, because that needs a login: at image-net.org, under Download, Downsampled image
     data, either as npz (`Imagenet32_train_npz.zip`, `Imagenet32_val_npz.zip`) or as pickles (`Imagenet32_train.zip`,
     `Imagenet32_val.zip`). Put them into `data_dir`, as they are or unpacked. At first use each set is converted to one
-    file (3.94 GB for training), which all processes map into memory together: a process holds labels and order alone,
-    and the images are in the operating system's cache once. The downloaded files can go then.
+    file (3.94 GB for training), which all processes map into memory together. The downloaded files can go then.
 
-    The test images are the official validation images; validation images are taken out of the training images, the same
-    number of each class. Labels are 0..999 in the order of the ILSVRC2012 development kit (kit fox, English setter,
-    ...), which is not the alphabetical one of torchvision's models.
-
-    The defaults are the published recipe (Ernoult et al., ICML 2022): 50 validation images a class, mirrored with
-    probability 1/2, cropped at random out of the image padded by 4 pixels of its edge, batches of 256.
+    The test images are the official validation images; validation images are taken out of the training images. Labels
+    are 0..999 in the order of the ILSVRC2012 development kit (kit fox, English setter, ...), not in the alphabetical
+    one of torchvision's models. The defaults are the published recipe (Ernoult et al., ICML 2022).
 
     Source: P. Chrabaszcz, I. Loshchilov and F. Hutter, A downsampled variant of ImageNet as an alternative to the CIFAR
     datasets, 2017.
@@ -65,6 +59,7 @@ class ImageNet32(ImageDataModule):
     def __init__(
         self,
         data_dir: str = "data",
+        *,
         converted_dir: str | None = None,
         verify: bool = True,
         on_device: bool = False,
