@@ -17,7 +17,7 @@ from bioprop.datamodules import (
     ImageFolder,
     ImageNet32,
 )
-from tests.datamodules.contract import DataModuleContract
+from bioprop.testing import DataModuleContract
 from tests.datamodules.published_files import write_cifar, write_imagenet32, write_mnist, write_svhn
 
 
