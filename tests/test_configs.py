@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from bioprop.cli import main
-from tests.datamodules.published_files import write_imagenet32
+from tests.datamodules.published_files import write_imagenet32, write_svhn
 from tests.published_steps import in_units_of_backprop
 
 CONFIGS = Path(__file__).parents[1] / "lightning_configs"
@@ -71,6 +71,8 @@ def test_config_runs_a_few_batches_under_smoke(config: str, data_folder: Path, m
     if config.endswith("_imagenet32.yaml"):
         write_imagenet32(data_folder / "data" / "imagenet32", monkeypatch, stored=("train",))  # 2 images a class
         small = ["--data.num_val_per_class=1"]
+    if config.endswith("_svhn.yaml"):
+        write_svhn(data_folder / "data", monkeypatch)
     cli = main(
         [
             "fit",
@@ -202,7 +204,8 @@ def test_no_target_propagation_at_full_size_is_left_out_of_the_conversion() -> N
 
 
 @pytest.mark.parametrize(
-    "config", [name for name in RUNS if "ldrl_" in name and name.endswith(("_digits.yaml", "_imagefolder.yaml"))]
+    "config",
+    [name for name in RUNS if "ldrl_" in name and name.endswith(("_digits.yaml", "_imagefolder.yaml", "_svhn.yaml"))],
 )
 def test_our_own_ldrl_configs_have_the_optimizer_of_backprop(config: str) -> None:
     ours, backprop = (_model(name)["model"]["init_args"] for name in (config, f"backprop_{config.partition('_')[2]}"))
