@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bioprop.algorithms import Algorithm
-from bioprop.callbacks import AlignmentToBackprop, DivergenceGuard, RunCheckpoints
+from bioprop.callbacks import AlignmentToBackprop, DivergenceGuard
 from bioprop.datamodules.loader import ResidentLoader
 from bioprop.errors import UserError
 from bioprop.functional.pooling import Pool
-from bioprop.metrics_file import MetricsFile
 from bioprop.networks import MLP, ConvStage, LeNet, LinearStage, Network, SimpleVGG
+from bioprop.runs import RunCheckpoints
+from bioprop.runs.metrics import MetricsFile
 from tests.processes import ProcessPool
 from tests.resuming import differences
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from bioprop.algorithms import Algorithm
 from bioprop.algorithms.random_streams import NoiseStream
-from bioprop.distributed import GradientAveraging, process_count, process_rank
+from bioprop.distributed import process_count, process_rank
+from bioprop.runs import GradientAveraging
 from tests.algorithms.contract import AlgorithmContract, Batch, Weights, copy_state, draw_batch
 
 Trained = tuple[Weights, list[Weights]]

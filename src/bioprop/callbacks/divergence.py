@@ -12,15 +12,11 @@ from bioprop.algorithms.base import Algorithm
 from bioprop.algorithms.difference_reconstruction import DifferenceReconstruction
 from bioprop.algorithms.layerwise_feedback import LayerwiseFeedback
 from bioprop.distributed import mean_over_processes
-from bioprop.errors import UserError
+from bioprop.errors import DivergenceError
 from bioprop.networks.network import named_stages
 
 #: Feedback weights this many times larger than the forward weights are the cause, even if still finite.
 RUNAWAY = 1e4
-
-
-class DivergenceError(UserError):
-    """A loss or a weight became infinite or NaN."""
 
 
 class DivergenceGuard(Callback):

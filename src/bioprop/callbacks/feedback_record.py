@@ -12,9 +12,9 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from bioprop.algorithms.difference_reconstruction import DifferenceReconstruction
 from bioprop.algorithms.layerwise_feedback import FeedbackIteration, LayerwiseFeedback
-from bioprop.callbacks.run_folder import run_folder
-from bioprop.callbacks.wandb_runs import chart_feedback, wandb_run
 from bioprop.errors import UserError
+from bioprop.runs.folder import run_folder
+from bioprop.runs.wandb import chart_feedback, wandb_run
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from bioprop.algorithms.layerwise_feedback import FeedbackIteration
-from bioprop.callbacks.run_folder import run_labels
+from bioprop.runs.folder import run_labels
 from bioprop.errors import UserError
 
 if TYPE_CHECKING:
