@@ -15,8 +15,8 @@ import yaml
 from PIL import Image
 from wandb.apis.public.sweeps import _validate_config_and_fill_distribution
 
-from bioprop.callbacks import DivergenceError
 from bioprop.cli import main
+from bioprop.errors import DivergenceError
 from tests.test_configs import ALGORITHMS, CONFIGS
 from tests.wandb_log import offline_runs
 

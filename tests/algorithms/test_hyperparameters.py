@@ -28,7 +28,6 @@ from bioprop.testing.helpers import (
 )
 from bioprop.testing.resuming import differences
 
-
 STRANGER = '''
 import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
