@@ -17,7 +17,7 @@ from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCL
 from pytorch_lightning.loggers import CSVLogger
 
 from bioprop.algorithms import Algorithm
-from bioprop.algorithms.precisions import check_precision
+from bioprop.algorithms.trainer_precision import check_precision
 from bioprop.callbacks import AlignmentToBackprop, DivergenceGuard, EpochSeconds, PredictionsFile
 from bioprop.cli_parser import OneSentenceParser, in_order, resolve_values
 from bioprop.datamodules import ImageDataModule

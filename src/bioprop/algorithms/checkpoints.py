@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from bioprop.algorithms.hyperparameters import collect_hyperparameters, plain
 from bioprop.algorithms.resuming import capture_progress, end_epoch_once, restore_progress
 from bioprop.errors import UserError
 from bioprop.files import read_checkpoint
+from bioprop.hyperparameters import collect_hyperparameters, plain
 from bioprop.networks.network import build_network, describe_network
 from bioprop.removed import refuse_removed
 

@@ -10,12 +10,12 @@ from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from bioprop.algorithms.base import Algorithm, Gradients
-from bioprop.algorithms.precisions import products_in_autocast_type
 from bioprop.distributed import gather_rows, process_count, process_rank
 from bioprop.errors import UserError
 from bioprop.feedback.training import FeedbackIteration, FeedbackTraining, Observers
 from bioprop.functional.angles import angle_degrees, flatten_all
 from bioprop.functional.gradients import input_gradient
+from bioprop.functional.precision import products_in_autocast_type
 from bioprop.networks.mirrors import Mirror
 from bioprop.networks.network import Network
 from bioprop.networks.stages import Stage, StagePass

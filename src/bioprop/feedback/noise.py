@@ -195,17 +195,16 @@ class Rule(NamedTuple):
         return Probing(inputs, fan_in, positions, overlap, area, *settings)
 
 
-def automatic_iterations(echo: bool, ratio: float) -> int:
-    """How many iterations a batch ``auto`` stands for.
+def expected_iterations(ratio: float) -> int:
+    """The number of iterations a batch that ``auto`` stands for where the second noise is integrated out.
 
     Without an echo a weight is learned as the mean over noise, of which a batch has one sample for ``r`` directions: a
     step is damped by as much, and as many are taken, or feedback would follow the later the wider the stage is.
 
     Args:
-        echo: whether the second noise is an echo; else it is integrated out.
         ratio: ``r``, the largest of the stage's layers.
     """
-    return ECHO_ITERATIONS if echo else max(EXPECTED_ITERATIONS, math.ceil(ratio))
+    return max(EXPECTED_ITERATIONS, math.ceil(ratio))
 
 
 def along_activities(inputs: Tensor, sigma: float | Tensor) -> Tensor:

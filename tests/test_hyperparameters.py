@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from bioprop.algorithms import DDTPRHL, DTP, LDRL, Backprop, ParallelLDRL
-from bioprop.algorithms.hyperparameters import plain
 from bioprop.cli import main
 from bioprop.errors import UserError
+from bioprop.hyperparameters import plain
 from bioprop.testing.helpers import (
     KilledError,
     changed,
