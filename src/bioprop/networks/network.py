@@ -1,9 +1,10 @@
 """A network: a chain of named stages, usable as a plain module."""
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Self, overload
+from typing import TYPE_CHECKING, Any, Self, overload
 
 from torch import Tensor, nn
 
@@ -15,7 +16,25 @@ from bioprop.networks.stages import Stage, StagePass
 ImageShape = tuple[int, int, int]
 
 
-class Network(nn.Sequential):
+if TYPE_CHECKING:
+    AnyModule = nn.Module
+else:
+
+    class AnyModule(ABC):
+        """Any torch module: the type of a network argument that needs no chain of stages.
+
+        On the command line it takes every ``nn.Module`` by dotted path, but lists and knows by their bare names those
+        alone that inherit from it, which are the `Network` classes: torch and other libraries have hundreds of modules.
+        """
+
+        @abstractmethod
+        def forward(self, input: Tensor) -> Tensor:
+            """Compute logits ``[batch, classes]`` for images ``[batch, channels, height, width]``."""
+
+    AnyModule.register(nn.Module)
+
+
+class Network(nn.Sequential, AnyModule):
     """``nn.Sequential`` of stages: ``logits = network(images)``.
 
     Stages are counted from the input. The constructor arguments of a subclass are kept as plain data, so that a
