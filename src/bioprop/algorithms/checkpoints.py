@@ -52,7 +52,7 @@ class Checkpointed(LightningModule):
         self.network = network
         args, kwargs = self.__dict__.pop("_made_with")
         self._hyperparameters = collect_hyperparameters(self, args, kwargs, self.not_collected)
-        self.hparams.update({"network": self.network_description(), **self._hyperparameters.given})
+        self.hparams.update({"network": self.network_description(), **self.hyperparameters()})
         self._optimization: dict[str, Any] = {}
         self._resumed_optimization: dict[str, Any] | None = None
         self._resumed_progress: dict[str, Any] | None = None

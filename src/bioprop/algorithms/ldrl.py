@@ -137,6 +137,10 @@ class LDRL(TargetAlgorithm):
             ]
         )
 
+    def target_differences(self, passes: Sequence[StagePass], output: Tensor) -> list[Tensor]:
+        """Return ``t^n - s^n`` through the feedback operators, from the input to the output, given the output's."""
+        return self.differences_through_feedback(passes, output)
+
     def iterations_of(self, name: str, mirror: Mirror, clean: StagePass) -> int:
         """Number of feedback iterations that one stage takes on a batch.
 

@@ -53,7 +53,6 @@ class TargetAlgorithm(Algorithm):
     #: How feedback is trained stage by stage, in methods that do so.
     feedback_training: FeedbackTraining | None = None
 
-    @abstractmethod  # there is no target, nor anything to name on the command line, without a subclass's
     def __init__(
         self,
         network: Network,
@@ -126,8 +125,17 @@ class TargetAlgorithm(Algorithm):
 
     # -- targets -------------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def target_differences(self, passes: Sequence[StagePass], output: Tensor) -> list[Tensor]:
         """Return ``t^n - s^n`` for every stage, from the input to the output, given the output's.
+
+        Args:
+            passes: the clean pass of every stage.
+            output: ``t^N - s^N``, ``[batch, classes]``.
+        """
+
+    def differences_through_feedback(self, passes: Sequence[StagePass], output: Tensor) -> list[Tensor]:
+        """Send the output's target down, ``t^{n-1} - s^{n-1} = G^n(t^n) - G^n(s^n)``; see `target_differences`.
 
         A stage without a feedback operator passes its target down by the gradient.
 
