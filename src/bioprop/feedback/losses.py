@@ -165,7 +165,7 @@ def echo_gradient(
 def curvature_by_autograd(
     mirror: LayerMirror, output: Tensor, switches: Tensor | None, variance: float | Tensor, images: int, by_taps: bool
 ) -> Tensor:
-    """Curvature of ``sigma^2 |J_G|^2`` in the feedback weights, as `closed_forms.curvature_of_units` has it.
+    """Curvature of ``sigma^2 |J_G|^2`` in the feedback weights, as `bioprop.feedback.ldrl.curvature_of_units` has it.
 
     Args:
         mirror: ``G^n``.

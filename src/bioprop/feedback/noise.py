@@ -6,7 +6,7 @@ that, from the sizes alone. A layer's ``r = fan_in / (batch x positions)`` compa
 has with the samples that one batch of noise is for it (every pool window is one).
 
 - **White noise** asks about all directions. The best step for it is ``gradient / (D + damping)``, with ``D`` the unit's
-  curvature (`closed_forms.curvature_of_units`) and for ``damping`` the curvature that a single sample has along its own
+  curvature (`ldrl.curvature_of_units`) and for ``damping`` the curvature that a single sample has along its own
   patch: normalised least mean squares (Widrow & Hoff, 1960). The squared error falls by the factor ``r / (1 + r)``. It
   never grows on average, however few samples there are, and a dead unit is divided by the damping alone. Where ``r`` is
   small the noise of the whole batch is more than is needed: as many images are taken as make it `ENOUGH`.
