@@ -12,10 +12,10 @@ from pytorch_lightning import LightningDataModule
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
-from bioprop.datamodules.augmentation import crop_and_flip, normalize
+from bioprop.datamodules.augmentation import crop_and_flip
 from bioprop.datamodules.images import Images, blocks
 from bioprop.datamodules.loader import ResidentLoader
-from bioprop.datamodules.normalization import PUBLISHED, Normalization, channel_statistics
+from bioprop.datamodules.normalization import PUBLISHED, Normalization, channel_statistics, normalize
 from bioprop.datamodules.sampling import complement, stratified_sample
 from bioprop.errors import UserError
 

@@ -1,6 +1,5 @@
 """Image files: looking at one, decoding many."""
 
-import hashlib
 import math
 import os
 import re
@@ -17,8 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from bioprop.datamodules.images import BLOCK, Images
-from bioprop.datamodules.tally import Tally
+from bioprop.datamodules.image_listing import Tally
 from bioprop.errors import UserError
 
 FILES_PER_TASK = 64
@@ -142,7 +140,8 @@ def decode(paths: list[Path], form: Form, found: Tally | None = None) -> Tensor:
         for done, changed in pool.map(work, range(0, len(paths), FILES_PER_TASK)):
             progress.advance(task, done)
             if found is not None:
-                found.update(changed)
+                for kind, names in changed.items():
+                    found.add(kind, *names)
     return torch.from_numpy(images)
 
 
@@ -214,12 +213,3 @@ def _turn_upright(image: Image.Image) -> bool:
 
 def _unreadable(path: Path, error: Exception) -> UserError:
     return UserError(f"'{path}' cannot be read as an image ({error}): replace or remove it.")
-
-
-def digests(images: Images) -> list[bytes]:
-    """Returns a fingerprint of the pixels of each image: equal for equal images, and else different."""
-    return [
-        hashlib.sha256(np.ascontiguousarray(image).data).digest()  # which processors compute: twice as fast as blake2b
-        for block in torch.split(torch.arange(len(images)), BLOCK)
-        for image in images.index_select(0, block).numpy()
-    ]
