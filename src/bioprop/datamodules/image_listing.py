@@ -1,4 +1,4 @@
-"""Which files of a folder are images, of which split and class; which are passed over, and why; the words for that."""
+"""The images of a folder, by split and class; the files that are passed over, and why; the words for that."""
 
 import logging
 import os

@@ -37,7 +37,7 @@ def stratified_sample(labels: Tensor, size: int, rng: np.random.Generator, leave
         labels: int64 [images].
         size: Images to choose; all of them if there are fewer.
         rng: Source of the choice and of the order.
-        leave: How many images of each class may not be chosen.
+        leave: Number of images of each class that may not be chosen.
 
     Returns:
         int64 [size], distinct indices into `labels` in random order.
