@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bioprop.datamodules.augmentation import crop_and_flip, normalize
-from bioprop.datamodules.normalization import channel_statistics
+from bioprop.datamodules.augmentation import crop_and_flip
+from bioprop.datamodules.normalization import channel_statistics, normalize
 
 
 def naive(image, dy, dx, flip, padding):

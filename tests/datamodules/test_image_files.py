@@ -10,7 +10,7 @@ import torch
 from PIL import Image, features
 
 from bioprop.datamodules.image_files import Form, decode, look
-from bioprop.datamodules.tally import Tally
+from bioprop.datamodules.image_listing import Tally
 from bioprop.errors import UserError
 from tests.datamodules.folders import bad, make, pixels
 

@@ -1,4 +1,4 @@
-"""What every image data module shares: splits, limits, resident images, loaders, augmentation, normalisation."""
+"""The base of all image data modules: splits, limits, resident images, loaders, augmentation, normalisation."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -12,10 +12,10 @@ from pytorch_lightning import LightningDataModule
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
-from bioprop.datamodules.augmentation import crop_and_flip, normalize
+from bioprop.datamodules.augmentation import crop_and_flip
 from bioprop.datamodules.images import Images, blocks
 from bioprop.datamodules.loader import ResidentLoader
-from bioprop.datamodules.normalization import PUBLISHED, Normalization, channel_statistics
+from bioprop.datamodules.normalization import PUBLISHED, Normalization, channel_statistics, normalize
 from bioprop.datamodules.sampling import complement, stratified_sample
 from bioprop.errors import UserError
 
@@ -158,7 +158,7 @@ class ImageDataModule(LightningDataModule, ABC):
         """
 
     def _has_val_images(self) -> bool:
-        """Whether "val" is a stored split; otherwise validation images are taken out of the stored split "train"."""
+        """Says if "val" is a stored split; otherwise validation images are taken out of the stored split "train"."""
         return False
 
     def _check_pixels(self, new: set[Split]) -> None:
@@ -184,7 +184,7 @@ class ImageDataModule(LightningDataModule, ABC):
         self._say_what_was_used(new)
 
     def _needed(self, stage: str) -> set[Split]:
-        """The splits that have to be in memory for a stage."""
+        """Returns the splits that have to be in memory for a stage."""
         return {*STAGE_SPLITS[stage], *(STAGE_SPLITS["statistics"] if self.normalization == "train" else ())}
 
     @rank_zero_only
@@ -213,7 +213,7 @@ class ImageDataModule(LightningDataModule, ABC):
         )
 
     def _share(self) -> tuple[int, int]:
-        """Which process this is, of how many: they share every batch."""
+        """Returns the number of this process, and that of all processes: they share every batch."""
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def val_dataloader(self) -> ResidentLoader:
@@ -261,7 +261,7 @@ class ImageDataModule(LightningDataModule, ABC):
         return self._statistics[device]
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps besides the arguments: the classes, and the statistics of normalisation."""
+        """Returns what a checkpoint keeps besides the arguments: the classes, and the statistics of normalisation."""
         mean, std = self.statistics(torch.device("cpu"))
         return {"classes": list(self.classes), "mean": mean.tolist(), "std": std.tolist()}
 

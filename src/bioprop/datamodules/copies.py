@@ -4,14 +4,16 @@ Copies are recognised by the pixels that a network sees, once these are in memor
 another format, or with another EXIF record, is one, which its bytes would not show.
 """
 
+import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bioprop.datamodules.base import Resident
-from bioprop.datamodules.images import BLOCK
+from bioprop.datamodules.images import Images, blocks
 
 
 class Sides(NamedTuple):
@@ -22,6 +24,13 @@ class Sides(NamedTuple):
 
     train: Tensor
     val: Tensor
+
+
+def digests(images: Images) -> list[bytes]:
+    """Returns a fingerprint of the pixels of each image: equal for equal images, and else different."""
+    return [
+        hashlib.sha256(np.ascontiguousarray(image).data).digest() for block in blocks(images) for image in block.numpy()
+    ]
 
 
 def copied(digests: Sequence[bytes]) -> list[list[int]]:
@@ -46,8 +55,7 @@ def gather_copies(groups: Sequence[Sequence[int]], labels: Tensor, num_train: in
     Args:
         groups: Places of the images that are copies of each other, for each such image.
         labels: int64 [training images, then validation images].
-        num_train: How many of them are training images.
-
+        num_train: Number of training images among them.
     """
     is_val = torch.arange(len(labels)) >= num_train
     straddling = [torch.tensor(group) for group in groups if group[0] < num_train <= group[-1]]
@@ -72,18 +80,11 @@ def gather_copies(groups: Sequence[Sequence[int]], labels: Tensor, num_train: in
 
 
 def take(places: Tensor, first: Resident, second: Resident) -> Resident:
-    """Returns images of two splits as one.
-
-    Args:
-        places: int64 [images]: which, in the images of the first split followed by those of the second.
-        first: The one.
-        second: The other.
-    """
+    """Returns some images of two splits, int64 [images] places in the first one's followed by the second one's."""
     labels, indices = (torch.cat(pair).index_select(0, places) for pair in zip(first[1:], second[1:], strict=True))
     count = len(first.labels)
-    images = torch.empty(len(places), *first.images.index_select(0, places[:0]).shape[1:], dtype=torch.uint8)
-    for into, block in zip(torch.split(images, BLOCK), torch.split(places, BLOCK), strict=True):
-        of_first = block < count
-        into[of_first] = first.images.index_select(0, block[of_first])
-        into[~of_first] = second.images.index_select(0, block[~of_first] - count)
+    of_first = first.images.index_select(0, places[places < count])
+    images = of_first.new_empty(len(places), *of_first.shape[1:])
+    images[places < count] = of_first
+    images[places >= count] = second.images.index_select(0, places[places >= count] - count)
     return Resident(images, labels, indices)

@@ -1,6 +1,5 @@
 """Image files: looking at one, decoding many."""
 
-import hashlib
 import math
 import os
 import re
@@ -17,19 +16,17 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from bioprop.datamodules.images import BLOCK, Images
-from bioprop.datamodules.tally import Tally
+from bioprop.datamodules.image_listing import Tally
 from bioprop.errors import UserError
 
 FILES_PER_TASK = 64
 MAX_THREADS = min(8, os.cpu_count() or 1)
-# Decoding smaller files is mostly Python's own work, for whose lock threads only compete: on 2 cores, two threads were
-# 1.8 times faster on 400x400 JPEG files and 1.5 times slower on CIFAR-10's (1 kB each).
+# Decoding smaller files is mostly Python's own work, for whose lock threads only compete.
 THREADED_FILE_BYTES = 8192
 
 
 class Form(NamedTuple):
-    """What every image is brought to: (channels, height, width), by resizing or not, without transparency."""
+    """The form of every image: (channels, height, width), by resizing or not, and the colour behind it."""
 
     shape: tuple[int, int, int]
     resize: bool
@@ -52,7 +49,7 @@ def look(path: Path) -> tuple[int, int, int]:
 
 
 def all_grey(paths: Iterable[Path]) -> bool:
-    """Whether all images are grey, by their headers, of which none is read after the first that is not.
+    """Says if all images are grey, by their headers, of which none is read after the first that is not.
 
     Files that cannot be read are left to whoever decodes them.
     """
@@ -113,8 +110,8 @@ def decode(paths: list[Path], form: Form, found: Tally | None = None) -> Tensor:
 
     Args:
         paths: The files, at least one.
-        form: What to bring them to.
-        found: Where to count the images that were changed on the way.
+        form: The form to bring them to.
+        found: Count of the images that were changed on the way, added to.
 
     Returns:
         uint8 [len(paths), channels, height, width].
@@ -142,7 +139,8 @@ def decode(paths: list[Path], form: Form, found: Tally | None = None) -> Tensor:
         for done, changed in pool.map(work, range(0, len(paths), FILES_PER_TASK)):
             progress.advance(task, done)
             if found is not None:
-                found.update(changed)
+                for kind, names in changed.items():
+                    found.add(kind, *names)
     return torch.from_numpy(images)
 
 
@@ -172,7 +170,7 @@ def _load(path: Path, form: Form, changed: Tally) -> np.ndarray:
 
 
 def _has_more_than_8_bits(image: Image.Image) -> bool:
-    """Whether a file just opened has, by what its decoder is told: Pillow keeps the high byte of 16-bit colours."""
+    """Says if a file just opened has, by the arguments of its decoder: Pillow keeps the high byte of 16-bit colours."""
     if image.mode.startswith(("I", "F")):
         return True
     for codec, _, _, arguments in getattr(image, "tile", ()):
@@ -214,12 +212,3 @@ def _turn_upright(image: Image.Image) -> bool:
 
 def _unreadable(path: Path, error: Exception) -> UserError:
     return UserError(f"'{path}' cannot be read as an image ({error}): replace or remove it.")
-
-
-def digests(images: Images) -> list[bytes]:
-    """Returns a fingerprint of the pixels of each image: equal for equal images, and else different."""
-    return [
-        hashlib.sha256(np.ascontiguousarray(image).data).digest()  # which processors compute: twice as fast as blake2b
-        for block in torch.split(torch.arange(len(images)), BLOCK)
-        for image in images.index_select(0, block).numpy()
-    ]

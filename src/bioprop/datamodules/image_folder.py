@@ -9,18 +9,9 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from bioprop.datamodules.base import STAGE_SPLITS, ImageDataModule, Split
-from bioprop.datamodules.copies import copied, gather_copies, take
-from bioprop.datamodules.image_files import (
-    Form,
-    all_grey,
-    check_background,
-    check_memory,
-    decode,
-    digests,
-    look,
-)
-from bioprop.datamodules.image_splits import OPTIONAL_SPLITS, list_splits, unknown_class
-from bioprop.datamodules.tally import Tally
+from bioprop.datamodules.copies import copied, digests, gather_copies, take
+from bioprop.datamodules.image_files import Form, all_grey, check_background, check_memory, decode, look
+from bioprop.datamodules.image_listing import OPTIONAL_SPLITS, Tally, list_splits, unknown_class
 from bioprop.errors import UserError
 from bioprop.files import readable
 

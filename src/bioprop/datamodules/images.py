@@ -1,4 +1,4 @@
-"""Where a loader's images are: in a tensor, or in a file that is mapped into memory and shared between processes."""
+"""Images of a loader that are no tensor: in a file that is mapped into memory, or in an accelerator's memory."""
 
 from collections.abc import Iterator
 from typing import Protocol
@@ -11,7 +11,7 @@ BLOCK = 8192
 
 
 class Images(Protocol):
-    """What loaders need of images: a tensor's own `len` and `index_select`, of the first dimension alone."""
+    """Images as loaders need them: a tensor's own `len` and `index_select`, of the first dimension alone."""
 
     def __len__(self) -> int:
         """Number of images."""
@@ -42,7 +42,7 @@ class MappedImages:
     def index_select(self, dim: int, index: Tensor, /) -> Tensor:
         """Returns some of these images, uint8 [len(index), channels, height, width], copied out of the file."""
         places = self.places.index_select(0, index).numpy()
-        # Read in the order of the file: what is not in the operating system's cache yet comes several times faster. By
+        # Read in the order of the file: what is not in the operating system's cache yet comes faster. By
         # numpy, because torch has no read-only tensors.
         order = places.argsort()
         images = np.empty((len(places), *self.stored.shape[1:]), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""The statistics that images are normalised with: published ones by name, or those of the training images."""
+"""Normalisation of images, and its statistics: published ones by name, or those of the training images."""
 
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
@@ -42,3 +42,17 @@ def channel_statistics(blocks: Iterable[Tensor]) -> ChannelStatistics:
     constant = (counts > 0).sum(1) == 1
     std = torch.where(constant, 1.0, variance.sqrt())
     return ChannelStatistics(tuple(mean.tolist()), tuple(std.tolist()))
+
+
+def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Scales bytes to [0, 1] and standardises each channel: `(images / 255 - mean) / std`.
+
+    Args:
+        images: uint8 [batch, channels, height, width].
+        mean: float32 [channels], of images in [0, 1].
+        std: float32 [channels], of images in [0, 1].
+
+    Returns:
+        float32 [batch, channels, height, width].
+    """
+    return (images.float() / 255 - mean[:, None, None]) / std[:, None, None]

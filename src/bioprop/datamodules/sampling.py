@@ -37,19 +37,14 @@ def stratified_sample(labels: Tensor, size: int, rng: np.random.Generator, leave
         labels: int64 [images].
         size: Images to choose; all of them if there are fewer.
         rng: Source of the choice and of the order.
-        leave: How many images of each class may not be chosen.
+        leave: Number of images of each class that may not be chosen.
 
     Returns:
         int64 [size], distinct indices into `labels` in random order.
     """
-    order = rng.permutation(len(labels))
-    sorted_by_class = order[np.argsort(labels.numpy()[order], kind="stable")]
     counts = np.bincount(labels.numpy())
     capacity = np.maximum(counts - leave, 0)
-    allocated = allocate(counts, min(size, int(capacity.sum())), capacity)
-    starts = np.cumsum(counts) - counts
-    chosen = [sorted_by_class[start : start + taken] for start, taken in zip(starts, allocated, strict=True)]
-    return torch.from_numpy(rng.permutation(np.concatenate(chosen)))
+    return _draw(labels, allocate(counts, min(size, int(capacity.sum())), capacity), rng)
 
 
 def equal_sample(labels: Tensor, per_class: int, rng: np.random.Generator) -> Tensor:
@@ -63,11 +58,17 @@ def equal_sample(labels: Tensor, per_class: int, rng: np.random.Generator) -> Te
     Returns:
         int64 [classes * per_class], distinct indices into `labels` in random order.
     """
+    return _draw(labels, np.minimum(np.bincount(labels.numpy()), per_class), rng)
+
+
+def _draw(labels: Tensor, numbers: np.ndarray, rng: np.random.Generator) -> Tensor:
+    """Draws `numbers[c]` images of each class c, in random order."""
     order = rng.permutation(len(labels))
     sorted_by_class = order[np.argsort(labels.numpy()[order], kind="stable")]
     counts = np.bincount(labels.numpy())
-    number_within_class = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return torch.from_numpy(rng.permutation(sorted_by_class[number_within_class < per_class]))
+    starts = np.cumsum(counts) - counts
+    chosen = [sorted_by_class[start : start + number] for start, number in zip(starts, numbers, strict=True)]
+    return torch.from_numpy(rng.permutation(np.concatenate(chosen)))
 
 
 def complement(size: int, indices: Tensor) -> Tensor:
