@@ -73,3 +73,72 @@ def test_null_and_abbreviations_are_refused(words: list[str], capsys: pytest.Cap
     said = str(caught.value) if caught.type is UserError else capsys.readouterr().err
     assert any(each in said for each in ("folder is null", "seeds is None", "did you mean --seeds?"))
     assert not Path("None").exists()
+
+
+# -- rows named by class ---------------------------------------------------------------------------------------------
+
+OWN = """
+from torch import nn
+from bioprop.algorithms import Backprop
+
+class MyRule(Backprop):
+    pass
+
+class MyNet(nn.Sequential):
+    def __init__(self, num_classes: int, hidden: int = 7):
+        super().__init__(nn.Flatten(), nn.Linear(256, hidden), nn.ReLU(), nn.Linear(hidden, num_classes))
+"""
+
+
+@pytest.fixture
+def own_module(in_empty_folder: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "compared.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("own_module")
+def test_algorithms_and_a_network_are_found_by_class(parsed: list[Comparison]) -> None:
+    words = ["--algorithms=usf,compared.MyRule,Backprop", "--network=compared.MyNet", "--data=digits"]
+    compare(Path("out"), *words, options=["--model.network.hidden=5"])
+    rows = parsed[0].rows
+    assert list(rows) == ["usf", "MyRule", "backprop"]
+    for settings in rows.values():
+        network = settings["model"]["init_args"]["network"]
+        assert network["class_path"] == "compared.MyNet"
+        assert network["init_args"]["hidden"] == 5
+        assert settings["trainer"]["max_epochs"] == 12  # what the files for digits have
+    assert rows["usf"]["model"]["init_args"]["rule"] == "usf"
+    assert rows["MyRule"]["model"]["class_path"] == "compared.MyRule"
+    rates = {name: row["model"]["init_args"]["optimizer"]["init_args"]["lr"] for name, row in rows.items()}
+    assert rates["MyRule"] == 0.05  # the default of the class
+    assert rates["backprop"] == 0.02  # of the file
+
+
+def test_a_class_of_the_package_has_the_defaults_of_the_class_and_the_network_of_the_files(
+    parsed: list[Comparison],
+) -> None:
+    compare(Path("out"), "--algorithms=ldrl,FixedWeightDTP", *LENET, options=[])
+    ldrl, by_class = parsed[0].rows.values()
+    assert by_class["model"]["class_path"].endswith(".FixedWeightDTP")
+    assert by_class["model"]["init_args"]["network"] == ldrl["model"]["init_args"]["network"]
+    assert by_class["data"] == ldrl["data"]
+
+
+@pytest.mark.usefixtures("own_module")
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--algorithms=ldrl", "--network=compared.MyNet", "--data=digits"], "needs a chain of stages, and MyNet is"),
+        (["--algorithms=backprop,compared.Nope", *LENET], "module 'compared' has no attribute 'Nope'"),
+        (["--algorithms=backprop,Nope", *LENET], "for lenet on digits there are backprop, "),
+        (["--algorithms=LDRL,ldrl", *LENET], "ldrl is named twice"),
+        (["--algorithms=backprop", "--network=compared.MyNet", "--data=nope"], "there are files for "),
+    ],
+)
+def test_a_class_that_does_not_fit_is_refused(
+    words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises((SystemExit, UserError)) as caught:
+        compare(Path("out"), *words, options=[])
+    assert sentence in (str(caught.value) if caught.type is UserError else capsys.readouterr().err)
+    assert not Path("out").exists()

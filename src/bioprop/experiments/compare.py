@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal, NoReturn, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from bioprop.cli_parser import OneSentenceParser, resolve_values
 from bioprop.errors import UserError
-from bioprop.experiments.configs import Settings, find_configs, name_configs, resolve
+from bioprop.experiments.configs import Row, Settings, find_rows, name_configs, resolve
 from bioprop.experiments.environment import versions
 from bioprop.experiments.plan import MOST_SEEDS, Comparison, Run, locked
 from bioprop.experiments.processes import check_runs, run_jobs
@@ -61,8 +62,9 @@ def compare(
 
     Args:
         folder: results folder: table.md, runs.csv, trials.csv, figures (*.png), and all runs with checkpoints and logs.
-        algorithms: names as in lightning_configs/<algorithm>_<network>_<data>.yaml, such as backprop,ldrl,dtp.
-        network: name of the network, as there: lenet, mlp, simplevgg, ...
+        algorithms: names as in lightning_configs/<algorithm>_<network>_<data>.yaml, such as backprop,ldrl,dtp, or of
+            classes, such as my_rules.MyRule, which have the defaults of the class.
+        network: name of the network, as there: lenet, mlp, simplevgg, ..., or of a class, such as my_nets.MyNet.
         data: name of the data, as there: digits, cifar10, imagefolder, ...
         configs: configuration files to compare instead of the three above, such as a.yaml,b.yaml.
         seeds: number of runs of each algorithm: seeds 0, 1, ... for weights and noise; the split stays (data.seed).
@@ -90,11 +92,12 @@ def compare(
     factors = _factors(lr_factors)
     _refuse_own(options, epochs is not None)
     everywhere = [*options, *([] if epochs is None else [f"--trainer.max_epochs={epochs}"])]
-    files = _files(_listed(algorithms), network, data, _listed(configs))
-    rows = {name: resolve(path, everywhere) for name, path in files.items()}
     folder = folder.resolve()
-    missing = _refuse_mistakes(folder, rows, seeds, factors)
-    check_runs({name: (f"--config={files[name]}", *everywhere) for name in missing})
+    with TemporaryDirectory() as scratch:
+        found = _find(_listed(algorithms), network, data, _listed(configs), Path(scratch))
+        rows = {name: resolve(row.config, [*row.options, *everywhere]) for name, row in found.items()}
+        missing = _refuse_mistakes(folder, rows, seeds, factors)
+        check_runs({name: (f"--config={found[name].config}", *found[name].options, *everywhere) for name in missing})
     with locked(folder):
         comparison = Comparison.load(folder)
         comparison.admit(rows, seeds, factors)
@@ -165,8 +168,8 @@ def _job(kind: Literal["fit", "test"], run: Run, comparison: Comparison, at_once
     )
 
 
-def _files(algorithms: Sequence[str], network: str, data: str, configs: Sequence[str]) -> dict[str, Path]:
-    """Find the configuration file of each row, however they were named."""
+def _find(algorithms: Sequence[str], network: str, data: str, configs: Sequence[str], scratch: Path) -> dict[str, Row]:
+    """Find the settings of each row, however they were named."""
     if configs and (algorithms or network or data):
         raise UserError("--configs names whole files: leave --algorithms, --network and --data out, or --configs")
     if configs:
@@ -175,7 +178,7 @@ def _files(algorithms: Sequence[str], network: str, data: str, configs: Sequence
         raise UserError("there is nothing to compare: give --algorithms backprop,ldrl --network lenet --data digits")
     if not network or not data:
         raise UserError("--algorithms needs --network and --data, such as --network lenet --data digits")
-    return find_configs(algorithms, network, data)
+    return find_rows(algorithms, network, data, scratch)
 
 
 def _factors(given: list[float] | str) -> list[float]:
