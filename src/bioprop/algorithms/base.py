@@ -1,4 +1,4 @@
-"""What all algorithms share: the skeleton of a training step, and optimizers."""
+"""The base class of all algorithms: the skeleton of a training step, and optimizers."""
 
 import warnings
 from abc import ABC, abstractmethod

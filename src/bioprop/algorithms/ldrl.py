@@ -17,14 +17,12 @@ from bioprop.functional.speed import DEFAULT_SPEED, Speed
 from bioprop.networks.mirrors import Mirror
 from bioprop.networks.network import Network
 from bioprop.networks.stages import Stage, StagePass
-from bioprop.removed import refuses_removed
 
 SwitchesOf = Literal["noisy", "clean"]
 NoiseAt = Literal["layer", "stage"]
 Auto = Literal["auto"]
 
 
-@refuses_removed()
 class LDRL(LayerwiseFeedback):
     """Layer-wise feedback training towards the transposed Jacobian (Ernoult et al., ICML 2022).
 

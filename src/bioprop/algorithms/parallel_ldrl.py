@@ -16,10 +16,8 @@ from bioprop.functional.feedback_steps import mean_gradient, normalized_steps
 from bioprop.functional.speed import DEFAULT_SPEED, Speed
 from bioprop.networks.network import Network
 from bioprop.networks.stages import StagePass
-from bioprop.removed import refuses_removed
 
 
-@refuses_removed()
 class ParallelLDRL(LDRL):
     """L-DRL with one step of all feedback weights a batch, from several samples of noise.
 
