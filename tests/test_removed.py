@@ -1,6 +1,7 @@
 """Options that are gone: one sentence that says what took their place, in Python, on the command line, from files."""
 
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from bioprop.algorithms import LDRL, ParallelLDRL
 from bioprop.cli import main
 from bioprop.feedback.speed import Speed
-from bioprop.removed import REMOVED
+from bioprop.removed import MOVED, REMOVED
 from bioprop.testing.helpers import refused, small_lenet
 from tests.test_cli import LDRL_TINY, in_empty_folder
 
@@ -71,6 +72,16 @@ def test_the_command_line_exits_with_the_sentence(
     assert left.value.code == 2
     file = next((f"{word.partition('=')[2]}: " for word in arguments if word.startswith("--config=")), "")
     assert capsys.readouterr().err.splitlines()[-1] == f"bioprop: error: {file}{sentence}"
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_a_former_place_of_a_class_is_answered_by_the_present_one(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert locate(MOVED[name]) is not None
+    with pytest.raises(SystemExit):
+        main(["fit", *LDRL_TINY, f"--trainer.logger={name}", "--trainer.logger.save_dir=runs"])
+    assert f"logger is {name}, which is {MOVED[name]} now: write that" in capsys.readouterr().err
 
 
 def test_other_options_of_a_group_are_named_with_the_nearest_that_exists(capsys: pytest.CaptureFixture[str]) -> None:

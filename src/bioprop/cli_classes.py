@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from bioprop.algorithms import Algorithm
 from bioprop.datamodules import ImageDataModule
 from bioprop.networks import Network
+from bioprop.removed import MOVED
 
 #: Base class of what an option of ours names by class.
 KINDS: dict[str, type] = {"model": Algorithm, "network": Network, "data": ImageDataModule}
@@ -96,6 +97,8 @@ def why_not(key: str, given: str, message: str) -> str:
 
 
 def _why_not_path(key: str, path: str, message: str) -> str:
+    if path in MOVED:
+        return f"{key} is {path}, which is {MOVED[path]} now: write that"
     try:
         found: Any = locate(path)
     except ErrorDuringImport as problem:

@@ -89,7 +89,7 @@ def unbreakable(descriptor: int, like: Any = None) -> io.TextIOWrapper:
     """A text stream whose writes never raise an exception.
 
     Args:
-        descriptor: of the open file, which stays open when the stream is closed.
+        descriptor: descriptor of the open file, which stays open when the stream is closed.
         like: a text stream whose encoding and buffering are taken over.
     """
     errors, unbuffered = getattr(like, "errors", "strict"), getattr(like, "write_through", False)

@@ -35,7 +35,7 @@ def mean_over_processes(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Average tensors over all processes, in one exchange; every process gets the same bits.
 
     Args:
-        tensors: of the same shapes and order in every process.
+        tensors: tensors of the same shapes and order in every process.
 
     Returns:
         The means in the memory layout of the tensors; with one process the tensors themselves.
@@ -95,7 +95,7 @@ class LostProcessError(UserError):
 
 
 def is_lost_process(error: BaseException) -> bool:
-    """Whether an exchange failed because another process is gone."""
+    """Return whether an exchange failed because another process is gone."""
     return isinstance(error, RuntimeError) and process_count() > 1 and any(sign in str(error) for sign in GONE)
 
 

@@ -1,4 +1,4 @@
-"""Whose fault an exception is: the world's outside, which deserves a sentence, or that of code, which needs mending."""
+"""The rule that tells mistakes and failures outside the code, which deserve a sentence, from bugs."""
 
 import re
 import sysconfig
@@ -48,7 +48,7 @@ def as_user_error(error: BaseException) -> UserError | None:
 
 
 def refused_by_library(error: BaseException) -> bool:
-    """Whether a library raised an error that was just caught, with nobody else's code in between."""
+    """Return whether a library raised an error that was just caught, with nobody else's code in between."""
     _, *between = _frames(error)
     return bool(between) and all(_is_library(frame) for frame in between)
 

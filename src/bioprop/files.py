@@ -32,9 +32,9 @@ def replacing(path: str | Path, mode: str = "wb", **how: Any) -> Iterator[IO[Any
     rename within a folder. What a killed process left under that name is overwritten by the next attempt.
 
     Args:
-        path: where the file is to be; its folder is made if need be.
+        path: final path of the file; its folder is made if need be.
         mode: mode of `open`.
-        how: further arguments of `open`.
+        how: further keyword arguments of `open`.
 
     Yields:
         The file, to be written in the body.
@@ -67,7 +67,7 @@ def replacing(path: str | Path, mode: str = "wb", **how: Any) -> Iterator[IO[Any
 
 
 class _Watched:
-    """A file that notes why a write was refused."""
+    """A file that keeps the errors by which its writes were refused."""
 
     def __init__(self, file: IO[Any], refusals: list[OSError]) -> None:
         self._file, self._refusals = file, refusals

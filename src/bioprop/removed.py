@@ -1,18 +1,22 @@
-"""Options that are gone: one sentence each says what took their place, wherever they are still given."""
+"""Options and classes that are gone: one sentence each says what took their place, wherever they are still given."""
 
 from collections.abc import Callable, Iterable
 from functools import wraps
-from inspect import signature
 from typing import Any, TypeVar
 
 from bioprop.errors import UserError
 
 C = TypeVar("C", bound=type)
 
-#: By the name behind ``--model.``.
+#: Options, by the name behind ``--model.``.
 REMOVED = {
     "sampling": "sampling is gone: use second_noise, one of independent (as published), expected or echo",
     "speed.compile": "speed.compile is gone, since L-DRL no longer needs many iterations: leave it out",
+}
+#: Classes that a ``config.yaml`` may still name by their former place.
+MOVED = {
+    "bioprop.metrics_file.MetricsFile": "bioprop.runs.MetricsFile",
+    "bioprop.metrics_file.NoMetrics": "bioprop.runs.NoMetrics",
 }
 
 
@@ -27,11 +31,11 @@ def refuse_removed(names: Iterable[str]) -> None:
             raise UserError(REMOVED[name])
 
 
-def refuses_removed(group: str = "") -> Callable[[C], C]:
+def refuses_removed(group: str) -> Callable[[C], C]:
     """Make a class raise a UserError, not a TypeError, where it is called with an argument that is gone.
 
     Args:
-        group: what stands before the arguments' names on the command line, with its dot.
+        group: first part of the arguments' names on the command line, with its dot.
     """
 
     def decorate(cls: C) -> C:
@@ -42,8 +46,6 @@ def refuses_removed(group: str = "") -> Callable[[C], C]:
             refuse_removed(f"{group}{name}" for name in kwargs)
             init(self, *args, **kwargs)
 
-        # Lightning reads which of a checkpoint's settings it may hand over, without looking behind a wrapper
-        checked.__signature__ = signature(init)  # type: ignore[attr-defined]
         cls.__init__ = checked  # type: ignore[misc]
         return cls
 

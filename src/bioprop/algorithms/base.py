@@ -1,4 +1,4 @@
-"""What all algorithms share: the skeleton of a training step, and optimizers."""
+"""The base class of all algorithms: the skeleton of a training step, and optimizers."""
 
 import warnings
 from abc import ABC, abstractmethod
@@ -10,7 +10,7 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from torch import Tensor, nn
 
-from bioprop.algorithms.checkpoints import Checkpointed, describe_optimization
+from bioprop.algorithms.checkpoints import describe_optimization
 from bioprop.algorithms.evaluation import PER_EPOCH, Batch, Evaluated
 from bioprop.algorithms.trainer_precision import check_precision
 from bioprop.distributed import mean_over_processes, process_count
@@ -37,7 +37,7 @@ class Gradients(NamedTuple):
     of_all_processes: bool = False
 
 
-class Algorithm(Evaluated, Checkpointed, ABC):
+class Algorithm(Evaluated, ABC):
     """A way to train a network; `training_step` is the whole of it.
 
     The forward optimizer is handed the gradient in the units of BP's, so that one learning rate means the same for

@@ -1,6 +1,7 @@
-"""Loss and accuracy on every split, and predictions."""
+"""The base class of algorithms: loss and accuracy on every split, predictions, and what checkpoints say of a run."""
 
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, Self, cast
 
 import torch
 from pytorch_lightning import LightningModule
@@ -9,8 +10,21 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from bioprop.algorithms.checkpoints import (
+    comparable_settings,
+    describe_data_and_trainer,
+    refuse_changes,
+    refuse_incomplete,
+    refuse_other_tensors,
+)
+from bioprop.algorithms.resuming import capture_progress, end_epoch_once, restore_progress
+from bioprop.errors import UserError
+from bioprop.files import read_checkpoint
 from bioprop.functional.output_losses import CROSS_ENTROPY, OutputLoss
 from bioprop.functional.precision import products_in_autocast_type
+from bioprop.hyperparameters import collect_hyperparameters, plain
+from bioprop.networks.network import build_network, describe_network
+from bioprop.removed import refuse_removed
 
 Batch = tuple[Tensor, Tensor]
 SPLITS = ("train", "val", "test")
@@ -18,19 +32,40 @@ PER_EPOCH: dict[str, Any] = {"on_step": False, "on_epoch": True}
 
 
 class Evaluated(LightningModule):
-    """A module that classifies, and logs how well; over several processes every image counts once.
+    """A module that classifies, logs how well, and says in its checkpoints how it was made and trained.
+
+    Over several processes every image counts once. The hyperparameters are collected from the constructors of whatever
+    class is made: no class lists its own.
 
     Args:
-        network: from images to logits.
+        network: the forward network, from images to logits.
+
+    Raises:
+        UserError: for an argument that is gone, saying what took its place.
     """
 
-    #: What the updates descend, what is logged as the loss, and whose BP gradient the updates are compared with.
+    #: The loss that the updates descend, that is logged, and whose BP gradient the updates are compared with.
     output_loss: OutputLoss = CROSS_ENTROPY
+    #: Constructor arguments that are no hyperparameters of their own: the network and the optimizers are described and
+    #: compared by themselves, and speed changes no results.
+    not_collected: frozenset[str] = frozenset(("network", "optimizer", "scheduler", "feedback_optimizer", "speed"))
 
-    network: nn.Module
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Keep the arguments as they come, before a constructor changes them."""
+        refuse_removed(kwargs)
+        made = super().__new__(cls)
+        made.__dict__["_made_with"] = args, kwargs
+        return made
 
     def __init__(self, network: nn.Module) -> None:
-        super().__init__(network)  # of the class beside this one, which keeps it
+        super().__init__()
+        self.network = network
+        args, kwargs = self.__dict__.pop("_made_with")
+        self._hyperparameters = collect_hyperparameters(self, args, kwargs, self.not_collected)
+        self.hparams.update({"network": self.network_description(), **self.hyperparameters()})
+        self._optimization: dict[str, Any] = {}
+        self._resumed_optimization: dict[str, Any] | None = None
+        self._resumed_progress: dict[str, Any] | None = None
         self.losses = nn.ModuleDict({f"{split}_set": MeanMetric(nan_strategy="disable") for split in SPLITS})
         self.accuracies = nn.ModuleDict()  # filled by the first batch, which shows the number of classes
         self._logged_in: dict[str, int] = {}  # the last epoch in which a metric was logged
@@ -51,22 +86,6 @@ class Evaluated(LightningModule):
         if fitting and not self.trainer.sanity_checking:
             self._logged_in[name] = self.trainer.current_epoch
         super().log(name, *args, **kwargs)
-
-    def on_train_start(self) -> None:
-        """Forget an earlier fit."""
-        super().on_train_start()
-        if self.trainer.ckpt_path is None:
-            self._logged_in = {}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the metrics of the epoch so far."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["logged_in"] = self._logged_in
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on within an epoch."""
-        super().on_load_checkpoint(checkpoint)
-        self._logged_in = checkpoint.get("logged_in", {})
 
     def logged_this_epoch(self, metric: str) -> bool:
         """Return whether a metric's value is of the training epoch that ends, and not left from an earlier one."""
@@ -110,13 +129,99 @@ class Evaluated(LightningModule):
         for name in SPLITS:
             self.accuracies[f"{name}_set"] = _accuracies(name, classes).to(self.device)
 
-    def metrics_classes(self) -> int | None:
-        """The number of classes that the metrics were made for; None as long as there are none."""
-        return next((m.num_classes for m in self.accuracies.modules() if isinstance(m, MulticlassAccuracy)), None)
-
     def _as_network(self, batch: Batch) -> Batch:
         """Give the images the weights' floating-point type: data modules hand out float32."""
         return batch[0].to(next(self.network.parameters()).dtype), batch[1]
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def network_description(self) -> dict[str, Any]:
+        """Return plain data that says which network is trained."""
+        description: dict[str, Any] = plain(describe_network(self.network))
+        return description
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Return the arguments of all constructors of the algorithm by name, as plain data."""
+        given, objects, inherited = self._hyperparameters
+        return inherited | objects | given
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what Lightning leaves out: the class, the settings of the optimizer, the metrics of the epoch so far."""
+        checkpoint["algorithm"] = type(self).__name__
+        # whatever a subclass has given to Lightning's `save_hyperparameters`
+        checkpoint["hyper_parameters"] = {"network": self.network_description(), **self._hyperparameters.given}
+        checkpoint["objects"], checkpoint["inherited"] = self._hyperparameters.objects, self._hyperparameters.inherited
+        checkpoint["optimization"] = self._optimization
+        accuracies = (each for each in self.accuracies.modules() if isinstance(each, MulticlassAccuracy))
+        checkpoint["metrics_classes"] = next((each.num_classes for each in accuracies), None)
+        checkpoint["progress"] = capture_progress(self)
+        checkpoint["trained_on"] = describe_data_and_trainer(self.trainer)
+        checkpoint["logged_in"] = self._logged_in
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to resume under other settings than the checkpoint's, where one of the two would silently lose.
+
+        Raises:
+            UserError: naming each setting that differs.
+        """
+        if self._trainer is None:  # `load_from_checkpoint` builds from the checkpoint's own settings
+            return
+        data, purpose = getattr(self.trainer, "datamodule", None), self.trainer.state.fn
+        own = {"algorithm": type(self).__name__, "network": self.network_description(), **self.hyperparameters()}
+        refuse_changes(*comparable_settings(checkpoint, own, data, purpose))
+        refuse_other_tensors(checkpoint["state_dict"], self.state_dict())
+        if purpose == TrainerFn.FITTING:  # the optimizers are made, and compared, after this hook
+            refuse_incomplete(checkpoint)
+            now = describe_data_and_trainer(self.trainer)
+            refuse_changes(checkpoint.get("trained_on", now), now)  # those of older versions have none
+            self._resumed_optimization = checkpoint["optimization"]
+            self._resumed_progress = checkpoint.get("progress")
+            self._logged_in = checkpoint.get("logged_in", {})
+            if classes := checkpoint.get("metrics_classes"):
+                self.make_metrics(classes)
+            if self.trainer.max_steps != -1:
+                end_epoch_once(checkpoint["loops"])
+
+    def on_train_start(self) -> None:
+        """Bring back the metrics of the epoch so far, and the random states; forget those of an earlier fit."""
+        if self.trainer.ckpt_path is None:
+            self._logged_in = {}
+        if self._resumed_progress is not None:
+            progress, self._resumed_progress = self._resumed_progress, None
+            restore_progress(self, progress)
+
+    def refuse_other_optimization(self) -> None:
+        """Compare the optimizers just made with those of the checkpoint to resume from, if there is one.
+
+        Raises:
+            UserError: naming each setting that differs.
+        """
+        if self._resumed_optimization is not None:
+            refuse_changes(self._resumed_optimization, self._optimization)
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, network: nn.Module | None = None, **kwargs: Any
+    ) -> Self:
+        """Rebuild the algorithm, and its network unless one is given, with the weights of a checkpoint.
+
+        Raises:
+            UserError: if the file is no checkpoint, belongs to another algorithm, has a setting that is gone, or lacks
+                an argument that is no plain data.
+        """
+        checkpoint = read_checkpoint(checkpoint_path)
+        written_by = checkpoint.get("algorithm", "another program")
+        if written_by != cls.__name__:
+            raise UserError(f"{checkpoint_path} was written by {written_by}: {cls.__name__} cannot load it")
+        refuse_removed(checkpoint["hyper_parameters"])
+        if lacking := sorted(checkpoint.get("objects", {}).keys() - kwargs.keys()):
+            raise UserError(
+                f"{checkpoint_path} does not hold {', '.join(lacking)} of {cls.__name__}, since a checkpoint holds "
+                "plain data alone: give it to load_from_checkpoint as well"
+            )
+        network = network or build_network(checkpoint["hyper_parameters"]["network"])
+        loaded: Self = super().load_from_checkpoint(checkpoint_path, weights_only=True, network=network, **kwargs)
+        return loaded
 
 
 def _accuracies(split: str, classes: int) -> MetricCollection:

@@ -29,14 +29,12 @@ from bioprop.functional.activations import MirrorName
 from bioprop.networks.mirrors import Mirror, build_mirror
 from bioprop.networks.network import Network
 from bioprop.networks.stages import Stage, StagePass
-from bioprop.removed import refuses_removed
 
 SwitchesOf = Literal["noisy", "clean"]
 NoiseAt = Literal["layer", "stage"]
 Auto = Literal["auto"]
 
 
-@refuses_removed()
 class LDRL(TargetAlgorithm):
     """Layer-wise feedback training towards the transposed Jacobian (Ernoult et al., ICML 2022).
 

@@ -5,10 +5,8 @@ from typing import Any
 from bioprop.algorithms.ldrl import LDRL
 from bioprop.networks.network import Network
 from bioprop.ranges import count
-from bioprop.removed import refuses_removed
 
 
-@refuses_removed()
 class ParallelLDRL(LDRL):
     """L-DRL whose feedback weights step along the mean over several samples of noise.
 

@@ -1,4 +1,4 @@
-"""How far an algorithm's updates point from the gradient, and from the Gauss-Newton targets' update."""
+"""Angles between an algorithm's updates and the BP gradient, or the update of Gauss-Newton targets."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ def alignment_to_backprop(algorithm: Algorithm, images: Tensor, labels: Tensor) 
     the weights' own.
 
     Args:
-        algorithm: whose updates are compared.
+        algorithm: algorithm whose updates are compared.
         images: ``[batch, channels, height, width]``.
         labels: ``[batch]``.
 
@@ -55,10 +55,10 @@ def alignment_to_gauss_newton(
     no Jacobian of a single sample.
 
     Args:
-        algorithm: whose updates are compared.
+        algorithm: algorithm whose updates are compared.
         images: ``[batch, channels, height, width]``.
         labels: ``[batch]``.
-        damping: ``lambda`` of `bioprop.functional.gauss_newton.gauss_newton_direction`, above 0.
+        damping: the damping ``lambda`` of `bioprop.functional.gauss_newton.gauss_newton_direction`, above 0.
 
     Returns:
         As `alignment_to_backprop`.
@@ -105,7 +105,7 @@ class AlignmentToBackprop(Callback):
     ``norm_ratio_gn/<stage>`` and ``.../overall``, at the price of one more backward pass for each class.
 
     Args:
-        max_images: how many images the held batch has at most; also no more than a validation batch has.
+        max_images: most images that the held batch has; also no more than a validation batch has.
         every_n_epochs: epochs from one measurement to the next; 0 never measures.
         gauss_newton_damping: damping of the Gauss-Newton targets to compare with too, above 0; None leaves them out.
 

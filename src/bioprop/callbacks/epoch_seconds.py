@@ -1,4 +1,4 @@
-"""What an epoch of training costs."""
+"""Wall-clock seconds of an epoch."""
 
 import time
 from typing import Any

@@ -112,7 +112,7 @@ class FeedbackRecord(Callback):
             self._size, self._waiting, self._warned = self._size + len(rows), "", False
 
     def state_dict(self) -> dict[str, Any]:
-        """How long the file is, what waits to be written to it, and how far its charts are."""
+        """Return the length of the file, the rows that wait to be written to it, and the length of its charts."""
         return {"size": self._size, "waiting": self._waiting, "charted": self._charted}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What ``bioprop predict`` leaves behind."""
+"""The file that ``bioprop predict`` leaves behind."""
 
 import csv
 import logging

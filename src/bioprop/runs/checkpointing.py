@@ -1,4 +1,4 @@
-"""When a run saves its state, under which names, and what it does where that fails."""
+"""The checkpoints of a run: the moments at which they are written, their names, and refused writes."""
 
 import logging
 import re
@@ -49,7 +49,7 @@ class RunCheckpoints(ModelCheckpoint):
         every_n_batches: batches from one ``last.ckpt`` to the next, counted through all epochs; 0 writes it at the end
             of each epoch alone.
         monitor: the logged metric that decides which checkpoint is the best, as it stands at the end of an epoch.
-        mode: whether the best is the highest ("max") or the lowest ("min").
+        mode: "max" if the highest value is the best, "min" if the lowest is.
         save_top_k: number of the best that are kept; -1 keeps one of every epoch that brings the metric.
         filename: name of the best, without ``.ckpt`` and folders; may hold names of metrics, ``{epoch}`` and ``{step}``
             in braces, with ``_`` for their ``/``.

@@ -22,7 +22,7 @@ LAST = "last.ckpt"
 
 
 class RunLabels(NamedTuple):
-    """What a run trains: lower-case names of algorithm (and rule, where it is several by one), network and data."""
+    """Lower-case names of a run's algorithm (with its rule, where it is several by one), network and data."""
 
     algorithm: str
     network: str
@@ -47,8 +47,8 @@ def experiment_folder(trainer: Trainer, logger: Logger | None = None) -> Path:
     """The folder in which every run of the same name has a folder of its own.
 
     Args:
-        trainer: of the run.
-        logger: which of its loggers decides; the first by default.
+        trainer: trainer of the run.
+        logger: the one of its loggers that decides; the first by default.
     """
     logger = logger or trainer.logger
     if logger is None:
@@ -72,13 +72,13 @@ def run_folder(trainer: Trainer) -> Path:
 
 
 def goes_on(trainer: Trainer, dirpath: str | Path | None) -> bool:
-    """Whether the trainer goes on from the ``last.ckpt`` of its own folder, and so with the run that lies there.
+    """Return whether the trainer goes on from the ``last.ckpt`` of its own folder, and so with the run that lies there.
 
     Any other checkpoint (``best.ckpt``, a copy) begins a run in a folder of its own: the rest of its run would be lost.
 
     Args:
-        trainer: whose checkpoint is loaded, or about to be.
-        dirpath: where it saves checkpoints; None for ``checkpoints/`` in the run's folder.
+        trainer: trainer whose checkpoint is loaded, or about to be.
+        dirpath: folder it saves checkpoints in; None for ``checkpoints/`` in the run's folder.
     """
     own = Path(dirpath or run_folder(trainer) / "checkpoints") / LAST
     return trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve() == own.resolve()
@@ -88,7 +88,7 @@ def refuse_to_replace(trainer: Trainer, command: str) -> None:
     """Look for files of another run where this one, which does not go on with it, is about to write.
 
     Args:
-        trainer: of the run.
+        trainer: trainer of the run.
         command: ``fit`` and so on; those that evaluate leave a ``config.yaml`` that is there as it is.
 
     Raises:
@@ -118,9 +118,9 @@ def newest_checkpoint(kind: str, trainer: Trainer, dirpath: str | None, settings
 
     Args:
         kind: ``last`` or ``best``; ``auto`` for the last, if there is one.
-        trainer: of the command; its first logger says where its runs are.
-        dirpath: where the command's run keeps its checkpoints; None for ``checkpoints/`` in each run's folder.
-        settings: of the command, parsed.
+        trainer: trainer of the command; its first logger says where its runs are.
+        dirpath: folder of the checkpoints of the command's run; None for ``checkpoints/`` in each run's folder.
+        settings: settings of the command, parsed.
 
     Returns:
         The file; None where there is none and that is ``auto``.
@@ -180,7 +180,7 @@ def _age(path: Path) -> float:
 
 
 def _best(folder: Path, files: list[Path]) -> Path:
-    """Which of a run's checkpoints is the best: under any other name than the usual one, ``last.ckpt`` knows."""
+    """Find the best of a run's checkpoints: under any other name than the usual one, ``last.ckpt`` names it."""
     usual = folder / "best.ckpt"
     if files == [usual]:
         return usual
@@ -194,7 +194,7 @@ def _best(folder: Path, files: list[Path]) -> Path:
 
 
 def _remembered(folder: Path) -> Mapping[str, Any]:
-    """What the last checkpoint in a folder says of the run's checkpoints and folders."""
+    """Read the state of the run's checkpoints and folders from the last checkpoint in a folder."""
     try:
         return checkpoints_state(read_checkpoint(folder / LAST)) if (folder / LAST).is_file() else {}
     except UserError:
@@ -258,10 +258,10 @@ def go_on_in_its_folder(trainer: Trainer, path: Path, checkpoint: Mapping[str, A
     Any other checkpoint (``best.ckpt``, a copy) begins a run in a folder of its own: the rest of its run would be lost.
 
     Args:
-        trainer: nothing of which has been logged yet.
-        path: of the checkpoint.
-        checkpoint: its content.
-        dirpath: where the new run keeps its checkpoints; None for ``checkpoints/`` in its folder.
+        trainer: trainer that has logged nothing yet.
+        path: path of the checkpoint.
+        checkpoint: content of the checkpoint.
+        dirpath: folder of the new run's checkpoints; None for ``checkpoints/`` in its folder.
 
     Returns:
         Whether it goes on.

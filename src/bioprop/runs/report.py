@@ -1,4 +1,4 @@
-"""What a run says when it is over."""
+"""The last words of a run: its folder, its best checkpoint, the next command."""
 
 import logging
 import shlex

@@ -1,4 +1,4 @@
-"""How a run is told to stop: SIGTERM, Ctrl-C, a terminal that is closed, and SLURM's signal before the time is up."""
+"""Signals that stop a run: SIGTERM, Ctrl-C, a terminal that is closed, and SLURM's before the time is up."""
 
 import os
 import signal
@@ -96,5 +96,5 @@ class StopSignals:
 
 
 def _in_main_thread() -> bool:
-    """Whether handlers can be set here."""
+    """Return whether handlers can be set here."""
     return threading.current_thread() is threading.main_thread()

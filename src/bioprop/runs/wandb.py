@@ -1,4 +1,4 @@
-"""Runs on Weights & Biases: what they are called, what their charts show, and whether they failed.
+"""Runs on Weights & Biases: their names, charts, summaries and exit status.
 
 Everything here is idle where the logger is another one, and nothing here imports ``wandb``: Lightning's logger does,
 when a run begins.
@@ -43,7 +43,7 @@ def describe_run(trainer: Trainer, settings: Mapping[str, Any]) -> None:
     listed flat under the names that the command line, and so a sweep, has for them (``model.optimizer.lr``).
 
     Args:
-        trainer: about to begin.
+        trainer: trainer that is about to begin.
         settings: the resolved configuration as plain data, the content of ``config.yaml``.
     """
     run = wandb_run(trainer)
@@ -89,7 +89,7 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _named_by_user(loggers: Any) -> bool:
-    """Whether the configuration of the loggers, or W&B's environment variable, holds a name for the run."""
+    """Return whether the configuration of the loggers, or W&B's environment variable, holds a name for the run."""
     listed = loggers if isinstance(loggers, list) else [loggers]
     given = [logger["init_args"].get("name") for logger in listed if logger["class_path"].endswith("WandbLogger")]
     return bool(os.environ.get("WANDB_NAME") or any(given))
@@ -125,12 +125,12 @@ def chart_feedback(run: "Run", course: Sequence[FeedbackIteration], start: int) 
     """Log the course of feedback training on one batch as line charts, ``feedback/<stage>/loss`` and ``.../angle``.
 
     Args:
-        run: where to log.
-        course: what was seen of each stage and iteration.
-        start: iterations charted before, at which this batch's first one is drawn.
+        run: W&B run to log to.
+        course: losses and angles of each stage and iteration.
+        start: number of iterations charted before, at which this batch's first one is drawn.
 
     Returns:
-        Where the next batch begins.
+        The ``start`` of the next batch.
     """
     rows: dict[int, dict[str, float]] = {}
     for seen in course:
