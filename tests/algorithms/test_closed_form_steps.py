@@ -18,8 +18,8 @@ from bioprop.feedback.noise import NoiseStream, Probing
 from bioprop.feedback.speed import Speed
 from bioprop.functional.pooling import Pool
 from bioprop.networks import ConvStage, LinearStage, Network, layers
+from bioprop.networks.feedback_layers import FeedbackLayer
 from bioprop.networks.layers import ConvLayer
-from bioprop.networks.mirrors import FeedbackLayer
 from tests.algorithms.plain import SGD, PlainLearner
 from tests.algorithms.plain_geometry import general_stage
 from tests.geometries import few, networks

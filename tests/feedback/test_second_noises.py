@@ -21,7 +21,7 @@ from bioprop.feedback.losses import (
 )
 from bioprop.functional.pooling import Pool
 from bioprop.networks import BasicBlockStage, ConvStage, LinearStage, Mirror, Stage, StagePass, build_mirror
-from bioprop.networks.mirrors import FeedbackLayer
+from bioprop.networks.feedback_layers import FeedbackLayer
 from tests.feedback.given_noise import GivenNoise, rule_of
 from tests.geometries import few, stages
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from bioprop.feedback.by_autograd import objective_by_autograd
 from bioprop.feedback.losses import FeedbackGradient, FeedbackObjective
 from bioprop.feedback.noise import NoiseStream, Rule
+from bioprop.networks.feedback_layers import FeedbackLayer
 from bioprop.networks.layers import blocks, unit_square_sums
-from bioprop.networks.mirrors import FeedbackLayer, Mirror
+from bioprop.networks.mirrors import Mirror
 from bioprop.networks.stages import Stage, StagePass
 
 

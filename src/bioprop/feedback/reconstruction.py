@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bioprop.feedback.losses import FeedbackGradient
-from bioprop.networks.mirrors import FeedbackLayer
+from bioprop.networks.feedback_layers import FeedbackLayer
 
 
 @torch.no_grad()

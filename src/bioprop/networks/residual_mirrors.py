@@ -36,8 +36,9 @@ from bioprop.functional.activations import (
     identity,
 )
 from bioprop.functional.batch_norm import NormPass, transposed_norm
+from bioprop.networks.feedback_layers import Activation, FeedbackLayer, FeedbackLayers
 from bioprop.networks.layers import ConvLayer, LinearLayer, unread_border
-from bioprop.networks.mirrors import Activation, FeedbackLayer, FeedbackLayers, Mirror, build_mirror
+from bioprop.networks.mirrors import Mirror, build_mirror
 from bioprop.networks.resnet import BasicBlockStage, BlockPass, PooledLinearStage, StemPass, StemStage
 from bioprop.networks.stages import Stage, StagePass, Switches
 
