@@ -59,6 +59,12 @@ def collect_hyperparameters(
     )
 
 
+def arguments_of(cls: type) -> set[str]:
+    """Return the names of the arguments that the constructors of a class and of its base classes take."""
+    constructors = [vars(base)["__init__"] for base in cls.__mro__ if "__init__" in vars(base)]
+    return {name for constructor in constructors for name in inspect.signature(constructor).parameters}
+
+
 def _arguments_of_constructors(made: object) -> dict[str, Any]:
     """Merge the arguments of all constructors that are at work on an object; those of derived classes come first."""
     found: dict[str, Any] = {}

@@ -71,9 +71,12 @@ def comparable_settings(
     saved = {"algorithm": checkpoint["algorithm"], "network": checkpoint["hyper_parameters"]["network"]}
     if purpose == "fit":
         refuse_removed(checkpoint["hyper_parameters"])
+        given, inherited = checkpoint["hyper_parameters"], checkpoint.get("inherited")
+        if inherited is None:  # older versions did not tell the two apart
+            given, inherited = {}, given
         # constructors of base classes may gain and lose arguments
-        saved |= {name: value for name, value in checkpoint.get("inherited", {}).items() if name in own}
-        saved |= checkpoint["hyper_parameters"] | checkpoint.get("objects", {})
+        saved |= {name: value for name, value in inherited.items() if name in own}
+        saved |= given | checkpoint.get("objects", {})
     asked = {name: own[name] for name in saved.keys() & own.keys()}
     before, present = checkpoint.get("datamodule_hyper_parameters") or {}, dict(data.hparams) if data else {}
     for key in before.keys() | present.keys():

@@ -22,7 +22,7 @@ from bioprop.errors import UserError
 from bioprop.files import read_checkpoint
 from bioprop.functional.output_losses import CROSS_ENTROPY, OutputLoss
 from bioprop.functional.precision import products_in_autocast_type
-from bioprop.hyperparameters import collect_hyperparameters, plain
+from bioprop.hyperparameters import arguments_of, collect_hyperparameters, plain
 from bioprop.networks.network import build_network, describe_network
 from bioprop.removed import refuse_removed
 
@@ -201,9 +201,21 @@ class Evaluated(LightningModule):
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
-        cls, checkpoint_path: str | Path, network: nn.Module | None = None, **kwargs: Any
+        cls,
+        checkpoint_path: str | Path,
+        network: nn.Module | None = None,
+        map_location: torch.device | str = "cpu",
+        strict: bool = True,
+        **kwargs: Any,
     ) -> Self:
         """Rebuild the algorithm, and its network unless one is given, with the weights of a checkpoint.
+
+        Args:
+            checkpoint_path: the file.
+            network: the forward network, where the checkpoint alone cannot build it.
+            map_location: device to put the algorithm on.
+            strict: refuse tensors that are missing or left over.
+            kwargs: constructor arguments in place of the checkpoint's.
 
         Raises:
             UserError: if the file is no checkpoint, belongs to another algorithm, has a setting that is gone, or lacks
@@ -220,8 +232,14 @@ class Evaluated(LightningModule):
                 "plain data alone: give it to load_from_checkpoint as well"
             )
         network = network or build_network(checkpoint["hyper_parameters"]["network"])
-        loaded: Self = super().load_from_checkpoint(checkpoint_path, weights_only=True, network=network, **kwargs)
-        return loaded
+        known = arguments_of(cls)  # older versions also held what base classes are no longer called with
+        settings = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in known}
+        loaded = cls(**(settings | kwargs | {"network": network}))
+        loaded.on_load_checkpoint(checkpoint)
+        if classes := checkpoint.get("metrics_classes"):
+            loaded.make_metrics(classes)
+        loaded.load_state_dict(checkpoint["state_dict"], strict=strict)
+        return loaded.to(map_location)
 
 
 def _accuracies(split: str, classes: int) -> MetricCollection:
