@@ -23,7 +23,7 @@ from rich.table import Table
 
 from benchmarks.learners import Learner, algorithm_learner
 from benchmarks.settings import PUBLISHED
-from bioprop.functional.speed import DEFAULT_SPEED, Sharing
+from bioprop.feedback.speed import DEFAULT_SPEED, Sharing
 
 WAYS: tuple[Sharing, ...] = get_args(Sharing)
 

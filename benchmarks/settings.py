@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bioprop.algorithms import DTP, LDRL, Backprop
-from bioprop.algorithms.ldrl_objectives import SecondNoise
+from bioprop.feedback.noise import SecondNoise
 from bioprop.networks import LeNet, Network, SimpleVGG
 
 

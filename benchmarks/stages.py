@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 from benchmarks.settings import Setting
 from benchmarks.twins import plain_twin
-from bioprop.networks.local_gradients import run_stages
 
 #: Plain and ours, in the order of the table.
 PLAIN, CLOSED = "plain", "closed form"
@@ -26,7 +25,7 @@ def stage_runs(
     ours = setting.ldrl()
     plain = plain_twin(ours)
     images, _ = setting.draw(batch)
-    passes = run_stages(ours.network, images)
+    passes = ours.network.clean_passes(images)
     states, switches = plain.run(images)
     plain.iterations = [iterations] * len(setting.iterations)
     runs: dict[tuple[str, str], Callable[[], None]] = {}

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from benchmarks.learners import algorithm_learner
 from benchmarks.settings import Setting
 from bioprop.algorithms import LDRL
-from bioprop.algorithms.random_streams import NoiseStream
 from bioprop.errors import UserError
-from bioprop.functional.speed import Speed
+from bioprop.feedback.noise import NoiseStream
+from bioprop.feedback.speed import Speed
 from bioprop.networks.mirrors import Mirror
 from bioprop.networks.stages import ConvStage, LinearStage, Stage
 from examples.ldrl_published import PublishedLDRL

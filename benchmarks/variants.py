@@ -11,8 +11,8 @@ from torch import Tensor
 from benchmarks.learners import Learner, algorithm_learner
 from benchmarks.settings import Setting
 from benchmarks.twins import plain_twin
-from bioprop.algorithms.ldrl_objectives import SecondNoise
-from bioprop.functional.speed import Speed
+from bioprop.feedback.noise import SecondNoise
+from bioprop.feedback.speed import Speed
 
 #: The plain variant that does in every iteration what the authors' program does.
 RELEASED = "plain, as released"

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.processes import ProcessPool, process_pool
+from bioprop.testing.helpers import from_one_seed
+from bioprop.testing.processes import ProcessPool, shared_pool
 
 Batch = tuple[Tensor, Tensor]
 
@@ -19,17 +20,14 @@ def pytest_configure() -> None:
 
 @pytest.fixture(autouse=True)
 def _seed() -> Iterator[None]:
-    """Start every test from the same random state, whatever ran before it, and leave none behind."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2022)
+    with from_one_seed():
         yield
 
 
-@pytest.fixture(scope="session")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessPool]:
+@pytest.fixture
+def processes(request: pytest.FixtureRequest) -> ProcessPool:
     """Two processes that train together."""
-    with process_pool(tmp_path_factory.mktemp("processes")) as pool:
-        yield pool
+    return shared_pool(request)
 
 
 @pytest.fixture

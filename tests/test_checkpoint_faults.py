@@ -23,8 +23,8 @@ from bioprop.cli import main
 from bioprop.datamodules import Digits
 from bioprop.errors import UserError
 from bioprop.networks import LeNet
-from tests.algorithms.contract import KilledError, make_trainer
-from tests.resuming import differences, read_metrics
+from bioprop.testing.helpers import KilledError, make_trainer
+from bioprop.testing.resuming import differences, read_metrics
 
 BATCHES = 4  # an epoch
 TINY = [
@@ -198,7 +198,7 @@ def test_a_refused_write_leaves_the_previous_checkpoint_and_training_goes_on(
 @pytest.mark.usefixtures("limited")
 def test_a_run_killed_when_no_checkpoint_could_be_written_goes_on_from_the_previous_one() -> None:
     settings = ["--checkpoint.every_n_batches=1", *limit(first=3, last=100)]
-    kill = ["--trainer.callbacks+=tests.algorithms.contract.KillAfter", "--trainer.callbacks.batches=6"]
+    kill = ["--trainer.callbacks+=bioprop.testing.helpers.KillAfter", "--trainer.callbacks.batches=6"]
     with pytest.raises(KilledError):
         fit(*settings, *kill, epochs=2)
     assert step_of(LAST) == 3

@@ -18,8 +18,6 @@ from bioprop.algorithms import (
     DDTPLinear,
     DifferenceReconstruction,
     FixedWeightDTP,
-    LayerwiseFeedback,
-    MirroredFeedback,
     TargetAlgorithm,
 )
 from bioprop.algorithms.direct_difference_targets import DirectDifferenceTargets
@@ -295,7 +293,7 @@ def test_a_whole_run_in_bf16_mixed() -> None:
 
 def test_only_algorithms_can_be_named_as_one() -> None:
     """What they share is no method by itself, and is not offered."""
-    bases = DifferenceReconstruction, DirectDifferenceTargets, LayerwiseFeedback, MirroredFeedback, TargetAlgorithm
+    bases = DifferenceReconstruction, DirectDifferenceTargets, TargetAlgorithm
     assert all(inspect.isabstract(cls) for cls in bases)
     assert not any(inspect.isabstract(cls) for cls in (LDRL, DTPDRL, DDTPLinear, FixedWeightDTP))
 

@@ -30,7 +30,7 @@ from bioprop.distributed import (
 )
 from bioprop.errors import UserError
 from bioprop.networks import MLP
-from tests.processes import COUNT, ProcessPool
+from bioprop.testing.processes import COUNT, ProcessPool
 
 CONFIG = Path(__file__).parents[1] / "lightning_configs" / "ldrl_lenet_digits.yaml"
 QUIET: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}

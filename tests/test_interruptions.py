@@ -14,7 +14,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from bioprop.callbacks import RunStopped
 from bioprop.cli import main
-from tests.resuming import differences
+from bioprop.testing.resuming import differences
 
 TINY = [
     "--model=LDRL",

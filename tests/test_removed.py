@@ -8,9 +8,9 @@ import torch
 
 from bioprop.algorithms import LDRL, ParallelLDRL
 from bioprop.cli import main
-from bioprop.functional.speed import Speed
+from bioprop.feedback.speed import Speed
 from bioprop.removed import REMOVED
-from tests.algorithms.contract import refused, small_lenet
+from bioprop.testing.helpers import refused, small_lenet
 from tests.test_cli import LDRL_TINY, in_empty_folder
 
 __all__ = ["in_empty_folder"]  # the fixture

@@ -21,8 +21,8 @@ from bioprop.datamodules import Digits
 from bioprop.errors import UserError
 from bioprop.metrics_file import MetricsFile
 from bioprop.networks import LeNet
-from tests.algorithms.contract import KillAfter, KilledError, cosine
-from tests.resuming import differences
+from bioprop.testing.helpers import KillAfter, KilledError, cosine
+from bioprop.testing.resuming import differences
 
 BATCHES = 4  # an epoch
 

@@ -20,8 +20,8 @@ from bioprop.cli import main
 from bioprop.datamodules import Digits
 from bioprop.errors import UserError
 from bioprop.metrics_file import MetricsFile
-from tests.algorithms.contract import KilledError
-from tests.resuming import differences, read_metrics
+from bioprop.testing.helpers import KilledError
+from bioprop.testing.resuming import differences, read_metrics
 from tests.test_checkpoint_faults import BATCHES, TINY, step_of
 from tests.test_resuming import backprop
 
@@ -44,7 +44,7 @@ def fit(*arguments: str, epochs: int = 1) -> Trainer:
 
 
 def killed(*arguments: str, at: int) -> None:
-    kill = ["--trainer.callbacks+=tests.algorithms.contract.KillAfter", f"--trainer.callbacks.batches={at}"]
+    kill = ["--trainer.callbacks+=bioprop.testing.helpers.KillAfter", f"--trainer.callbacks.batches={at}"]
     with pytest.raises(KilledError):
         fit(*arguments, *kill, epochs=2)
 

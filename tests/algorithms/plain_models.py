@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bioprop.networks import ResNet
-from tests.algorithms.contract import CLASSES, NETWORKS, SHAPE
+from bioprop.testing.helpers import CLASSES, NETWORKS, SHAPE
 
 
 class ResidualModel(nn.Module):

@@ -10,20 +10,8 @@ from torch import Tensor
 
 from bioprop.algorithms import Backprop
 from bioprop.networks import Network
-from tests.algorithms.contract import (
-    WITHOUT_VALIDATION,
-    AlgorithmContract,
-    copy_state,
-    cosine,
-    draw_batch,
-    make_loader,
-    make_trainer,
-    refused,
-    sgd,
-    small_lenet,
-)
-
-pytestmark = WITHOUT_VALIDATION
+from bioprop.testing import AlgorithmContract
+from bioprop.testing.helpers import copy_state, cosine, draw_batch, make_loader, make_trainer, refused, sgd, small_lenet
 
 
 class TestBackprop(AlgorithmContract):

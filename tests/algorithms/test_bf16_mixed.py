@@ -23,23 +23,22 @@ from bioprop.algorithms import (
     FeedbackAlignment,
     FixedWeightDTP,
     GAITProp,
-    LayerwiseFeedback,
     ParallelLDRL,
+    TargetAlgorithm,
     TargetPropagation,
     precisions,
 )
 from bioprop.callbacks import AlignmentToBackprop
 from bioprop.callbacks.alignment import alignment_to_backprop
 from bioprop.errors import UserError
+from bioprop.feedback.speed import Speed
 from bioprop.functional.angles import angle_degrees, flatten_all
-from bioprop.functional.speed import Speed
 from bioprop.networks import MLP, InvertibleMLP, Network, ResNet
 from bioprop.networks.mirrors import LayerMirror
-from tests.algorithms.contract import (
+from bioprop.testing.helpers import (
     CLASSES,
     NETWORKS,
     SHAPE,
-    WITHOUT_VALIDATION,
     Weights,
     changed,
     copy_state,
@@ -50,7 +49,6 @@ from tests.algorithms.contract import (
     small_lenet,
 )
 
-pytestmark = WITHOUT_VALIDATION
 AUTOGRAD = Speed(closed_form=False)
 INDEPENDENT = {"second_noise": "independent", "noise": 0.1, "feedback_lr": 0.03}
 
@@ -137,7 +135,7 @@ def two_projections(self: LayerMirror, outputs: Tensor, step: Tensor, switches: 
 
 @pytest.mark.parametrize("make", [LDRL, DTP])
 def test_small_differences_keep_their_digits(
-    make: Callable[..., LayerwiseFeedback], monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., TargetAlgorithm], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With symmetric feedback and exact mirrors the update is BP's to O(beta), in bf16-mixed as in float32."""
     algorithm = make(tanh_mlp(), beta=0.01)
@@ -182,7 +180,7 @@ def test_the_reference_of_angles_is_in_float32() -> None:
 
 # -- feedback training -----------------------------------------------------------------------------------------------
 
-TRAINED: dict[str, tuple[Callable[..., LayerwiseFeedback], Callable[[], Network]]] = {
+TRAINED: dict[str, tuple[Callable[..., TargetAlgorithm], Callable[[], Network]]] = {
     "ldrl": (LDRL, tanh_mlp),
     "ldrl by autograd": (partial(LDRL, speed=AUTOGRAD), tanh_mlp),
     "ldrl, little noise": (partial(LDRL, speed=AUTOGRAD, noise=0.001), tanh_mlp),
@@ -207,7 +205,7 @@ TRAINED: dict[str, tuple[Callable[..., LayerwiseFeedback], Callable[[], Network]
 
 
 def course(
-    make: Callable[..., LayerwiseFeedback], build: Callable[[], Network], *around: torch.autocast
+    make: Callable[..., TargetAlgorithm], build: Callable[[], Network], *around: torch.autocast
 ) -> tuple[Weights, Weights]:
     """Feedback weights before and after some iterations within one context."""
     torch.manual_seed(5)
@@ -220,7 +218,7 @@ def course(
 
 @pytest.mark.parametrize(("make", "build"), TRAINED.values(), ids=TRAINED)
 def test_feedback_training_is_that_of_float32_but_for_the_rounding_of_products(
-    make: Callable[..., LayerwiseFeedback], build: Callable[[], Network]
+    make: Callable[..., TargetAlgorithm], build: Callable[[], Network]
 ) -> None:
     before, exact = course(make, build)
     _, found = course(make, build, reduced())
@@ -231,7 +229,7 @@ def test_feedback_training_is_that_of_float32_but_for_the_rounding_of_products(
 
 @pytest.mark.parametrize(("make", "build"), TRAINED.values(), ids=TRAINED)
 def test_every_iteration_multiplies_by_the_weights_as_they_are(
-    make: Callable[..., LayerwiseFeedback], build: Callable[[], Network]
+    make: Callable[..., TargetAlgorithm], build: Callable[[], Network]
 ) -> None:
     """All iterations of a step lie in one autocast context, whose copies of weights must not be used."""
     _, expected = course(make, build, torch.autocast("cpu", torch.bfloat16, cache_enabled=False))

@@ -1,7 +1,7 @@
 """Whole training steps by the closed forms: those of autograd and of the plain implementation, on any geometry."""
 
 from collections.abc import Callable, Iterator
-from copy import deepcopy
+from copy import copy, deepcopy
 from typing import Any
 
 import pytest
@@ -10,16 +10,15 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bioprop.algorithms import DTP, LDRL, LayerwiseFeedback
-from bioprop.algorithms.random_streams import NoiseStream
-from bioprop.functional import closed_forms, layered_feedback, probing
-from bioprop.functional.feedback_losses import FeedbackGradient
-from bioprop.functional.layer_products import ConvProducts
+from bioprop.algorithms import DTP, LDRL, TargetAlgorithm
+from bioprop.feedback import ldrl
+from bioprop.feedback import noise as noises
+from bioprop.feedback.noise import NoiseStream, Probing
+from bioprop.feedback.speed import Speed
 from bioprop.functional.pooling import Pool
-from bioprop.functional.probing import Probing
-from bioprop.functional.speed import Speed
-from bioprop.networks import ConvStage, LinearStage, Network
-from bioprop.networks.layer_pairs import layer_pair
+from bioprop.networks import ConvStage, LinearStage, Network, layers
+from bioprop.networks.layers import ConvLayer
+from bioprop.networks.mirrors import FeedbackLayer
 from tests.algorithms.plain import SGD, PlainLearner
 from tests.algorithms.plain_geometry import general_stage
 from tests.geometries import few, networks
@@ -49,7 +48,7 @@ ldrl_rules = st.one_of(
 )
 
 
-def make(algorithm: type[LayerwiseFeedback], network: Network, closed_form: bool, **rules: Any) -> LayerwiseFeedback:
+def make(algorithm: type[TargetAlgorithm], network: Network, closed_form: bool, **rules: Any) -> TargetAlgorithm:
     """An algorithm in float64 on a copy of a network, its random numbers from the same seed every time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
@@ -64,7 +63,7 @@ def draw_batches(network: Network) -> list[tuple[Tensor, Tensor]]:
     return [(each, torch.arange(BATCH) % 3) for each in images]
 
 
-def train(algorithm: LayerwiseFeedback) -> list[Tensor]:
+def train(algorithm: TargetAlgorithm) -> list[Tensor]:
     """Two whole steps; the feedback losses."""
     optimizer = torch.optim.SGD(algorithm.network.parameters(), **in_units_of_backprop("SGD", SGD, BETA))
     losses: list[Tensor] = []
@@ -77,7 +76,7 @@ def train(algorithm: LayerwiseFeedback) -> list[Tensor]:
     return losses
 
 
-def weights_of(algorithm: LayerwiseFeedback) -> Weights:
+def weights_of(algorithm: TargetAlgorithm) -> Weights:
     return {name: parameter.detach().clone() for name, parameter in algorithm.named_parameters()}
 
 
@@ -90,11 +89,10 @@ def assert_same_change(before: Weights, found: Weights, expected: Weights, toler
         assert (change - wanted).norm() <= tolerance * wanted.norm() + rounding, name
 
 
-def assert_closed_form_is_autograd(algorithm: type[LayerwiseFeedback], network: Network, **rules: Any) -> None:
+def assert_closed_form_is_autograd(algorithm: type[TargetAlgorithm], network: Network, **rules: Any) -> None:
     closed, plain = (make(algorithm, network, closed_form, **rules) for closed_form in (True, False))
     before = weights_of(closed)
-    for _, stage, mirror in closed.mirrored_stages():
-        assert layer_pair(stage, mirror, closed.speed) is not None
+    assert all(stage.products is not None for _, stage in network.stages())
     losses, expected = train(closed), train(plain)
     torch.testing.assert_close(torch.stack(losses), torch.stack(expected), rtol=1e-10, atol=1e-13)
     # noise of a hundredth of the activities leaves two digits fewer of what autograd subtracts
@@ -130,8 +128,8 @@ def recorded_noise(monkeypatch: pytest.MonkeyPatch) -> Recording:
     draws = Recording()
     draw = NoiseStream.draw
 
-    def record(self: NoiseStream, iteration: int, sigma: float, *shapes: tuple[int, ...]) -> list[Tensor]:
-        drawn = draw(self, iteration, sigma, *shapes)
+    def record(self: NoiseStream, sigma: float, *shapes: tuple[int, ...]) -> list[Tensor]:
+        drawn = draw(self, sigma, *shapes)
         draws.extend(tensor / sigma for tensor in drawn)
         return drawn
 
@@ -140,7 +138,7 @@ def recorded_noise(monkeypatch: pytest.MonkeyPatch) -> Recording:
 
 
 def train_against_plain(
-    algorithm: type[LayerwiseFeedback],
+    algorithm: type[TargetAlgorithm],
     network: Network,
     draws: Recording,
     mirror: str,
@@ -155,9 +153,9 @@ def train_against_plain(
         "dtp" if algorithm is DTP else "ldrl",
         mirror,
         BETA,
-        list(ours.iterations),
-        list(ours.feedback_lr),
-        ours.feedback_step == "normalized",
+        list(ours.feedback_training.iterations.values()),
+        list(ours.feedback_training.feedback_lr.values()),
+        ours.feedback_training.feedback_step == "normalized",
         rules.get("switches") == "clean",
         second_noise=rules.get("second_noise", "independent"),
     )
@@ -165,7 +163,7 @@ def train_against_plain(
     train(ours)
     noise: Iterator[Tensor] = iter(list(draws))
     for images, labels in draw_batches(network):
-        plain.training_step(images, labels, noise, list(ours.noise))
+        plain.training_step(images, labels, noise, list(ours.feedback_training.noise.values()))
     expected: Weights = {}
     for (name, stage), weights in zip(ours.network.stages(), plain.stages, strict=True):
         expected |= {f"network.{name}.{stage.layer_name}.{kind}": getattr(weights, kind) for kind in ("weight", "bias")}
@@ -196,16 +194,15 @@ def overlapping_network() -> Network:
     return Network({"below": below, "middle": middle, "top": LinearStage(middle.output_shape, 3, "identity")}, {})
 
 
-def flipped_change(pair: Any, clean: Any, change: Tensor) -> Tensor:
-    return -FEATURES_CHANGE(pair, clean, change)
+def flipped_change(layer: FeedbackLayer, change: Tensor, clean_switches: bool) -> Tensor:
+    return -FEATURES_CHANGE(layer, change, clean_switches)
 
 
-def other_switches(pair: Any, clean: Any, change: Tensor) -> Tensor:
-    features = pair.unpool(clean.phi, clean.places) if clean.features is None else None
-    return FEATURES_CHANGE(pair, clean._replace(features=features), change)
+def other_switches(layer: FeedbackLayer, change: Tensor, clean_switches: bool) -> Tensor:
+    return FEATURES_CHANGE(layer, change, not clean_switches)
 
 
-FEATURES_CHANGE = closed_forms.features_change
+FEATURES_CHANGE = ldrl._features_change
 
 
 @pytest.mark.parametrize("mutation", [flipped_change, other_switches], ids=["sign flipped", "other pass's switches"])
@@ -215,7 +212,7 @@ FEATURES_CHANGE = closed_forms.features_change
 def test_another_first_term_is_noticed(
     mutation: Callable[..., Tensor], switches: str, second_noise: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(closed_forms, "features_change", mutation)
+    monkeypatch.setattr(ldrl, "_features_change", mutation)
     with pytest.raises(AssertionError):
         assert_closed_form_is_autograd(LDRL, overlapping_network(), switches=switches, second_noise=second_noise)
 
@@ -227,12 +224,14 @@ NOTICED = (AssertionError, RuntimeError, StopIteration)
 
 def with_another_slope(slope: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]) -> Fault:
     """Change ``phi'`` in the echo alone, not in the curvature."""
-    right = closed_forms.echo_closed_form
+    right = ldrl.echo_gradient
 
-    def faulty(pair: Any, *given: Any) -> FeedbackGradient:
-        return right(pair._replace(slope=lambda values: slope(values, pair.slope)), *given)
+    def faulty(layer: FeedbackLayer, eps: Tensor) -> tuple[Tensor, Tensor]:
+        mirror = copy(layer.mirror)
+        object.__setattr__(mirror, "slope", lambda values: slope(values, layer.mirror.slope))
+        return right(layer._replace(mirror=mirror), eps)
 
-    return lambda monkeypatch: monkeypatch.setattr(layered_feedback, "echo_closed_form", faulty)
+    return lambda monkeypatch: monkeypatch.setattr(ldrl, "echo_gradient", faulty)
 
 
 def with_an_echo_that_is_not_constant(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +249,7 @@ def with_curvatures_of_slopes(monkeypatch: pytest.MonkeyPatch) -> None:
     def unit_sums(values: Tensor) -> Tensor:
         return values.flatten(2).sum(2).mean(0) if values.dim() > 2 else values.mean(0)
 
-    monkeypatch.setattr(closed_forms, "unit_square_sums", unit_sums)
+    monkeypatch.setattr(ldrl, "unit_square_sums", unit_sums)
 
 
 def replacing(name: str, value: Any) -> Fault:
@@ -264,9 +263,9 @@ FAULTS: dict[str, tuple[Fault, bool]] = {
     "no damping": (replacing("damped", lambda self, curvature, draw: curvature), True),
     "no noise along the activities": (replacing("is_along", lambda self, draw: False), True),
     "curvatures not squared": (with_curvatures_of_slopes, True),
-    "another size of noise": (lambda monkeypatch: monkeypatch.setattr(probing, "NOISE_SHARE", 0.02), True),
-    "one iteration": (lambda monkeypatch: monkeypatch.setattr(probing, "ECHO_ITERATIONS", 1), True),
-    "noise on more images": (lambda monkeypatch: monkeypatch.setattr(probing, "IMAGES_MULTIPLE", 16), True),
+    "another size of noise": (lambda monkeypatch: monkeypatch.setattr(noises, "NOISE_SHARE", 0.02), True),
+    "one iteration": (lambda monkeypatch: monkeypatch.setattr(noises, "ECHO_ITERATIONS", 1), True),
+    "noise on more images": (lambda monkeypatch: monkeypatch.setattr(noises, "IMAGES_MULTIPLE", 16), True),
 }
 
 
@@ -288,19 +287,20 @@ def test_a_fault_of_the_echo_is_noticed(
         train_against_plain(LDRL, wide_network(), recorded_noise, "exact", **rules)
 
 
+CURVATURE_OF_TAPS = ldrl.curvature_of_taps
 EXPECTED_FAULTS: dict[str, Fault] = {
     "no damping": FAULTS["no damping"][0],
     "curvatures of units": lambda monkeypatch: monkeypatch.setattr(
-        layered_feedback,
+        ldrl,
         "curvature_of_taps",
-        lambda *given: (
-            closed_forms.curvature_of_units(*given)[:, None, None, None]
-            if given[1].output.dim() > 2
-            else closed_forms.curvature_of_taps(*given)
+        lambda layer, variance: (
+            ldrl.curvature_of_units(layer, variance)[:, None, None, None]
+            if layer.output.dim() > 2
+            else CURVATURE_OF_TAPS(layer, variance)
         ),
     ),
-    "another damping": lambda monkeypatch: monkeypatch.setattr(probing, "EXPECTED_DAMPING", 1.0),
-    "fewer iterations": lambda monkeypatch: monkeypatch.setattr(probing, "EXPECTED_ITERATIONS", 3),
+    "another damping": lambda monkeypatch: monkeypatch.setattr(noises, "EXPECTED_DAMPING", 1.0),
+    "fewer iterations": lambda monkeypatch: monkeypatch.setattr(noises, "EXPECTED_ITERATIONS", 3),
 }
 
 
@@ -316,17 +316,17 @@ def test_a_fault_of_what_is_integrated_out_is_noticed(
 
 
 @pytest.mark.parametrize("algorithm", [LDRL, DTP])
-def test_another_factor_is_noticed(algorithm: type[LayerwiseFeedback], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_factor_is_noticed(algorithm: type[TargetAlgorithm], monkeypatch: pytest.MonkeyPatch) -> None:
     """``1/batch`` instead of ``2/batch``."""
-    gradient = ConvProducts.weight_gradient
-    monkeypatch.setattr(ConvProducts, "weight_gradient", lambda *given: 0.5 * gradient(*given))
+    gradient = ConvLayer.weight_gradient
+    monkeypatch.setattr(ConvLayer, "weight_gradient", lambda *given: 0.5 * gradient(*given))
     with pytest.raises(AssertionError):
         assert_closed_form_is_autograd(algorithm, overlapping_network())
 
 
 def test_a_missing_second_term_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        ConvProducts, "backward", lambda self, outputs, prepared: outputs.new_zeros(len(outputs), 2, 7, 6)
+        ConvLayer, "transposed_product", lambda self, outputs, *given: outputs.new_zeros(len(outputs), 2, 7, 6)
     )
     with pytest.raises(AssertionError):
         assert_closed_form_is_autograd(LDRL, overlapping_network(), second_noise="independent")
@@ -346,12 +346,12 @@ def test_a_batch_in_blocks_learns_as_one_in_a_piece(rules: dict[str, Any], monke
     """Whatever the batch: here one of 67 samples in blocks of 17 and less."""
     images = torch.randn(67, 1, 7, 6, dtype=torch.float64)
     ends = []
-    for limit in (closed_forms.BLOCK_BYTES, 1):
-        monkeypatch.setattr(closed_forms, "BLOCK_BYTES", limit)
+    for limit in (layers.BLOCK_BYTES, 1):
+        monkeypatch.setattr(layers, "BLOCK_BYTES", limit)
         algorithm = make(LDRL, overlapping_network_of_seed(), True, **rules)
         losses = algorithm.train_feedback(images)
         ends.append([*weights_of(algorithm).values(), *losses.values()])
-    pieces = closed_forms.blocks(torch.empty(67, 3, 7, 6))
+    pieces = layers.blocks(torch.empty(67, 3, 7, 6))
     assert len(pieces) > 1
     assert torch.equal(torch.cat([torch.arange(67)[piece] for piece in pieces]), torch.arange(67))
     for whole, cut in zip(*ends, strict=True):
@@ -365,7 +365,7 @@ def overlapping_network_of_seed() -> Network:
 
 
 def test_a_forgotten_block_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(closed_forms, "blocks", lambda affine: [slice(0, len(affine) // 2)])
+    monkeypatch.setattr(ldrl, "blocks", lambda affine: [slice(0, len(affine) // 2)])
     with pytest.raises(AssertionError):
         assert_closed_form_is_autograd(LDRL, overlapping_network())
 

@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from bioprop.algorithms import LDRL
-from bioprop.algorithms.random_streams import NoiseStream
+from bioprop.feedback.noise import NoiseStream
 from bioprop.networks import Network, StagePass
-from tests.algorithms.contract import NETWORKS, WITHOUT_VALIDATION
-from tests.algorithms.target_propagation_contract import TargetPropagationContract
-
-pytestmark = WITHOUT_VALIDATION
+from bioprop.testing import TargetPropagationContract
+from bioprop.testing.helpers import NETWORKS
 
 
 class MovesWeights(LDRL):
@@ -37,7 +35,7 @@ class TrainsFeedbackTwice(LDRL):
 class GlobalNoise(NoiseStream):
     """Noise of whatever the global generator draws next."""
 
-    def draw(self, iteration: int, sigma: float, *shapes: Sequence[int]) -> list[Tensor]:
+    def draw(self, sigma: float, *shapes: Sequence[int]) -> list[Tensor]:
         return [sigma * torch.randn(*shape, dtype=self.dtype) for shape in shapes]
 
 
@@ -46,7 +44,7 @@ class DrawsFromTheGlobalGenerator(LDRL):
 
     def __init__(self, network: Network, **settings: Any) -> None:
         super().__init__(network, **settings)
-        self.streams.noise = lambda place, like, *_: GlobalNoise((0, 0, 0), like.device, like.dtype)
+        self.streams.noise = lambda place, like, *_: GlobalNoise(torch.Generator(), like.dtype)
 
 
 class RepeatsItsNoise(LDRL):
@@ -54,7 +52,7 @@ class RepeatsItsNoise(LDRL):
 
     def __init__(self, network: Network, **settings: Any) -> None:
         super().__init__(network, **settings)
-        self.streams.noise = lambda place, like, *_: NoiseStream((0, 0, place), like.device, like.dtype)
+        self.streams.noise = lambda place, like, *_: NoiseStream(torch.Generator().manual_seed(place), like.dtype)
 
 
 class StepsRaw(LDRL):

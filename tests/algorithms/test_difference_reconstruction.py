@@ -9,9 +9,9 @@ from torch import nn
 
 from bioprop.algorithms import DDTPRHL, DTPDRL, DDTPControl, DDTPLinear, DifferenceReconstruction
 from bioprop.networks import Network
-from tests.algorithms.contract import (
+from bioprop.testing import DifferenceReconstructionContract
+from bioprop.testing.helpers import (
     CLASSES,
-    WITHOUT_VALIDATION,
     changed,
     copy_state,
     draw_batch,
@@ -20,10 +20,7 @@ from tests.algorithms.contract import (
     refused,
     small_lenet,
 )
-from tests.algorithms.difference_reconstruction_contract import DifferenceReconstructionContract
 from tests.algorithms.plain_models import RESNETS
-
-pytestmark = WITHOUT_VALIDATION
 
 
 class TestDTPDRL(DifferenceReconstructionContract):

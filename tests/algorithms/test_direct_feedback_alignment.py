@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from bioprop.algorithms import Backprop, DirectFeedbackAlignment
 from bioprop.callbacks.alignment import alignment_to_backprop
 from bioprop.networks import MLP, LeNet, Network
-from tests.algorithms.contract import (
+from bioprop.testing import AlgorithmContract
+from bioprop.testing.helpers import (
     CLASSES,
     NETWORKS,
     SHAPE,
-    WITHOUT_VALIDATION,
-    AlgorithmContract,
     Weights,
     changed,
     copy_state,
@@ -32,23 +31,18 @@ from tests.algorithms.contract import (
 from tests.algorithms.plain_models import PLAIN, RESNETS
 from tests.functional.plain_layers import Array, conv_gradients, linear_gradients
 
-pytestmark = WITHOUT_VALIDATION
-
 EVERY = {**NETWORKS, **RESNETS}
 on_every_chain = pytest.mark.parametrize("build", EVERY.values(), ids=EVERY)
 
 
 class TestDirectFeedbackAlignment(AlgorithmContract):
+    """On one batch it takes more and smaller steps than the suite of all, since the first go to aligning."""
+
+    one_batch_epochs = 90
+    one_batch_settings: ClassVar = {"optimizer": partial(torch.optim.Adam, lr=0.002)}
+
     def make(self, network: Network, **settings: Any) -> DirectFeedbackAlignment:
         return DirectFeedbackAlignment(network, **settings)
-
-    def test_the_loss_of_one_batch_falls(self, tmp_path: Path) -> None:
-        """In more and smaller steps than the suite's, of which the first go to aligning."""
-        algorithm = self.made_from_seed(0, optimizer=partial(torch.optim.Adam, lr=0.002))
-        images, labels = draw_batch(8)
-        before = F.cross_entropy(algorithm(images), labels)
-        make_trainer(tmp_path, max_epochs=90).fit(algorithm, make_loader(1))
-        assert F.cross_entropy(algorithm(images), labels) < self.loss_falls_to * before
 
 
 def double_batch() -> tuple[Tensor, Tensor]:

@@ -11,20 +11,10 @@ from torch import Tensor
 
 from bioprop.algorithms import DTP, LDRL
 from bioprop.networks import MLP, Network
-from tests.algorithms.contract import (
-    CLASSES,
-    SHAPE,
-    WITHOUT_VALIDATION,
-    AlgorithmContract,
-    changed,
-    copy_state,
-    draw_batch,
-    refused,
-    small_lenet,
-)
+from bioprop.testing import AlgorithmContract, TargetPropagationContract
+from bioprop.testing.helpers import CLASSES, SHAPE, changed, copy_state, draw_batch, refused, small_lenet
 from tests.algorithms.plain import PlainLearner
 from tests.algorithms.plain_outer import outer_stage
-from tests.algorithms.target_propagation_contract import TargetPropagationContract
 from tests.algorithms.test_whole_steps import (
     METHODS,
     NETWORKS,
@@ -36,8 +26,6 @@ from tests.algorithms.test_whole_steps import (
 )
 
 __all__ = ["recorded_noise"]  # the fixture
-
-pytestmark = WITHOUT_VALIDATION
 
 
 class TestDTP(TargetPropagationContract):

@@ -17,8 +17,7 @@ from bioprop.algorithms.feedback_alignment import Rule
 from bioprop.functional.angles import angle_degrees
 from bioprop.functional.gradients import backprop_gradients
 from bioprop.functional.precision import bfloat16_products
-from tests.algorithms.contract import (
-    WITHOUT_VALIDATION,
+from bioprop.testing.helpers import (
     Weights,
     changed,
     copy_state,
@@ -30,8 +29,6 @@ from tests.algorithms.contract import (
     small_lenet,
 )
 from tests.functional.substituted import substituted
-
-pytestmark = WITHOUT_VALIDATION
 
 RULES = get_args(Rule)
 with_every_rule = pytest.mark.parametrize("rule", RULES)

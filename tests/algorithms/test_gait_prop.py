@@ -13,11 +13,10 @@ from bioprop.algorithms import DTP, Algorithm, Backprop, GAITProp, gait_prop
 from bioprop.callbacks.alignment import alignment_to_backprop
 from bioprop.functional.gait import gait_difference
 from bioprop.networks import InvertibleMLP, InvertibleStage, Network
-from tests.algorithms.contract import (
+from bioprop.testing import AlgorithmContract
+from bioprop.testing.helpers import (
     CLASSES,
     SHAPE,
-    WITHOUT_VALIDATION,
-    AlgorithmContract,
     changed,
     copy_state,
     draw_batch,
@@ -28,7 +27,6 @@ from tests.algorithms.contract import (
     small_lenet,
 )
 
-pytestmark = WITHOUT_VALIDATION
 LEAK = 0.1
 
 

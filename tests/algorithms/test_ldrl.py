@@ -7,17 +7,9 @@ import torch
 
 from bioprop.algorithms import LDRL
 from bioprop.networks import Network
-from tests.algorithms.contract import (
-    WITHOUT_VALIDATION,
-    changed,
-    copy_state,
-    draw_batch,
-    refused,
-    small_lenet,
-)
-from tests.algorithms.target_propagation_contract import TargetPropagationContract
+from bioprop.testing import TargetPropagationContract
+from bioprop.testing.helpers import changed, copy_state, draw_batch, refused, small_lenet
 
-pytestmark = WITHOUT_VALIDATION
 SGD = {"feedback_step": "sgd", "feedback_lr": 0.01, "noise": 0.1}
 
 

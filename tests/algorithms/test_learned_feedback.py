@@ -13,8 +13,7 @@ from torch import nn
 from bioprop.algorithms import FeedbackAlignment
 from bioprop.functional.backward_matrices import mirror_estimate
 from bioprop.networks import Network
-from tests.algorithms.contract import (
-    WITHOUT_VALIDATION,
+from bioprop.testing.helpers import (
     Weights,
     changed,
     copy_state,
@@ -27,8 +26,6 @@ from tests.algorithms.contract import (
     small_lenet,
 )
 from tests.algorithms.plain_models import PLAIN, RESNETS
-
-pytestmark = WITHOUT_VALIDATION
 
 OPTIMIZERS = {
     "sgd with momentum": sgd(lr=0.05, weight_decay=0.0),

@@ -20,10 +20,8 @@ from bioprop.algorithms import (
     TargetPropagation,
 )
 from bioprop.networks import LeNet, Network
-from tests.algorithms.contract import CLASSES, SHAPE, WITHOUT_VALIDATION, make_loader, make_trainer
+from bioprop.testing.helpers import CLASSES, SHAPE, make_loader, make_trainer
 from tests.published_steps import in_units_of_backprop
-
-pytestmark = WITHOUT_VALIDATION
 
 BATCHES, EPOCHS = 3, 3
 AS_PUBLISHED: dict[str, Any] = {

@@ -9,19 +9,10 @@ from torch import Tensor
 
 from bioprop.algorithms import LDRL, ParallelLDRL
 from bioprop.networks import MLP, Network
-from bioprop.networks.local_gradients import run_stages
-from tests.algorithms.contract import (
-    WITHOUT_VALIDATION,
-    changed,
-    copy_state,
-    draw_batch,
-    refused,
-    small_lenet,
-)
-from tests.algorithms.target_propagation_contract import TargetPropagationContract
+from bioprop.testing import TargetPropagationContract
+from bioprop.testing.helpers import changed, copy_state, draw_batch, refused, small_lenet
 from tests.algorithms.test_whole_steps import recorded_noise
 
-pytestmark = WITHOUT_VALIDATION
 INDEPENDENT: dict[str, Any] = {"second_noise": "independent", "noise": 0.1, "iterations": 2}
 __all__ = ["recorded_noise"]  # the fixture
 
@@ -120,7 +111,7 @@ def test_a_step_is_the_mean_over_the_samples(recorded_noise: list[Tensor]) -> No
         feedback_momentum=0.0,
     ).double()
     images = torch.rand(6, 1, 4, 4, dtype=torch.float64)
-    passes, before = run_stages(algorithm.network, images), copy_state(algorithm.feedback)
+    passes, before = algorithm.network.clean_passes(images), copy_state(algorithm.feedback)
     recorded_noise.clear()
     gradients: dict[str, Tensor] = {}
     with torch.no_grad():

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from bioprop.algorithms import DDTPRHL, DTPDRL, DDTPControl, DDTPLinear, DifferenceReconstruction
-from bioprop.algorithms.random_streams import NoiseStream
+from bioprop.feedback.noise import NoiseStream
 from bioprop.networks import MLP, LeNet, Network
-from tests.algorithms.contract import CLASSES, SHAPE, WITHOUT_VALIDATION, make_loader, make_trainer
+from bioprop.testing.helpers import CLASSES, SHAPE, make_loader, make_trainer
 from tests.algorithms.plain_reconstruction import PlainReconstruction, Settings
 from tests.published_steps import in_units_of_backprop
-
-pytestmark = WITHOUT_VALIDATION
 
 BATCHES = 3
 METHODS: dict[str, Callable[..., DifferenceReconstruction]] = {
@@ -64,8 +62,8 @@ def recorded_noise(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     draws: list[Tensor] = []
     draw = NoiseStream.draw
 
-    def record(self: NoiseStream, iteration: int, sigma: float, *shapes: tuple[int, ...]) -> list[Tensor]:
-        drawn = draw(self, iteration, sigma, *shapes)
+    def record(self: NoiseStream, sigma: float, *shapes: tuple[int, ...]) -> list[Tensor]:
+        drawn = draw(self, sigma, *shapes)
         draws.extend(tensor / sigma for tensor in drawn)
         return drawn
 

@@ -14,20 +14,9 @@ from bioprop.algorithms import Algorithm, DirectFeedbackAlignment, FeedbackAlign
 from bioprop.algorithms.feedback_alignment import Rule
 from bioprop.functional.angles import angle_degrees
 from bioprop.functional.gradients import backprop_gradients
-from tests.algorithms.contract import (
-    WITHOUT_VALIDATION,
-    Weights,
-    copy_state,
-    draw_batch,
-    make_loader,
-    make_trainer,
-    sgd,
-    small_lenet,
-)
+from bioprop.testing.helpers import Weights, copy_state, draw_batch, make_loader, make_trainer, sgd, small_lenet
 from tests.algorithms.plain_models import PLAIN, RESNETS
 from tests.functional.substituted import with_backward_matrices
-
-pytestmark = WITHOUT_VALIDATION
 
 RULES = get_args(Rule)
 with_every_rule = pytest.mark.parametrize("rule", RULES)

@@ -8,17 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from bioprop.algorithms import DTP, LDRL, LayerwiseFeedback
+from bioprop.algorithms import DTP, LDRL, TargetAlgorithm
 from bioprop.callbacks.alignment import alignment_to_backprop
+from bioprop.feedback.losses import FeedbackGradient
 from bioprop.functional.angles import flatten_all
-from bioprop.functional.feedback_losses import FeedbackGradient
 from bioprop.functional.gradients import backprop_gradients
 from bioprop.networks import BasicBlockStage, Network, PooledLinearStage, ResNet, StagePass, StemStage
-from tests.algorithms import contract, target_propagation_contract
-from tests.algorithms.contract import (
+from bioprop.testing import TargetPropagationContract
+from bioprop.testing.helpers import (
     CLASSES,
     SHAPE,
-    WITHOUT_VALIDATION,
     Batch,
     changed,
     copy_state,
@@ -28,12 +27,9 @@ from tests.algorithms.contract import (
     refused,
     sgd,
 )
-from tests.algorithms.target_propagation_contract import TargetPropagationContract
 from tests.algorithms.test_theory import DroppedTargets, FlippedDifference, FlippedFeedback, with_other_weights
 
-pytestmark = WITHOUT_VALIDATION
-
-Make = Callable[..., LayerwiseFeedback]
+Make = Callable[..., TargetAlgorithm]
 AS_PUBLISHED = {"feedback_step": "sgd", "feedback_lr": (3e-4, 1e-3, 1e-3, 10.0), "noise": 0.2}
 INDEPENDENT = {"second_noise": "independent", "noise": 0.1, "feedback_lr": 0.1}
 
@@ -274,13 +270,8 @@ on_residual_networks = pytest.mark.parametrize("build", RESIDUAL.values(), ids=R
 class ResidualContract(TargetPropagationContract):
     """The suite on residual networks."""
 
-    @pytest.fixture(autouse=True)
-    def residual(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for module in (contract, target_propagation_contract):
-            monkeypatch.setattr(module, "small_lenet", Residual)
-
-    def made_from_seed(self, seed: int, build: Callable[[], Network] = Residual, **settings: Any) -> LayerwiseFeedback:
-        return super().made_from_seed(seed, build, **settings)
+    def small_network(self) -> Network:
+        return Residual()
 
     @on_residual_networks
     def test_it_runs_on_every_network(self, build: Callable[[], Network], tmp_path: Path) -> None:

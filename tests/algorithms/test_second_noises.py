@@ -11,8 +11,8 @@ from torch import Tensor
 
 from bioprop.algorithms import LDRL, ParallelLDRL
 from bioprop.callbacks.alignment import alignment_to_backprop
+from bioprop.feedback.noise import Probing
 from bioprop.functional.pooling import Pool
-from bioprop.functional.probing import Probing
 from bioprop.networks import (
     MLP,
     ConvStage,
@@ -24,8 +24,7 @@ from bioprop.networks import (
     StageOutput,
     build_mirror,
 )
-from bioprop.networks.local_gradients import run_stages
-from tests.algorithms.contract import CLASSES, NETWORKS, SHAPE, Batch, copy_state, draw_batch, refused, small_lenet
+from bioprop.testing.helpers import CLASSES, NETWORKS, SHAPE, Batch, copy_state, draw_batch, refused, small_lenet
 
 INDEPENDENT: dict[str, Any] = {"second_noise": "independent", "noise": 0.1, "feedback_lr": 0.05, "iterations": 2}
 RULES: dict[str, dict[str, Any]] = {
@@ -202,7 +201,7 @@ def test_several_samples_are_averaged() -> None:
     torch.manual_seed(1)
     algorithm = ParallelLDRL(MLP(SHAPE, CLASSES, hidden=(40,)), samples=3).double()
     images = draw_batch()[0].double()
-    (name, stage, mirror), clean = algorithm.mirrored_stages()[0], run_stages(algorithm.network, images)[1]
+    (name, stage, mirror), clean = algorithm.mirrored_stages()[0], algorithm.network.clean_passes(images)[1]
     gradient_at = algorithm.feedback_objective(name, stage, mirror, clean, algorithm.streams.noise(0, images))
     start, expected = mirror.weight.detach().clone(), mirror.weight.detach().clone()
     with torch.no_grad():
@@ -251,10 +250,10 @@ def test_what_makes_no_sense_is_refused_in_a_sentence(
         cls(small_lenet(), **settings)
 
 
-def test_settings_left_to_the_algorithm_are_remembered_as_such() -> None:
+def test_settings_left_to_the_algorithm_are_recorded_as_such() -> None:
     algorithm = LDRL(small_lenet(), noise=0.1)
     assert algorithm.hparams["second_noise"] == "echo"
-    assert algorithm.hparams["noise"] == [0.1] * 3
+    assert algorithm.hparams["noise"] == 0.1
     assert algorithm.hparams["feedback_lr"] == algorithm.hparams["iterations"] == "auto"
 
 

@@ -17,20 +17,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bioprop.algorithms import DTP, LDRL, ParallelLDRL
-from bioprop.algorithms.layerwise_feedback import LayerwiseFeedback
-from bioprop.algorithms.random_streams import RandomStreams
-from bioprop.algorithms.recorded import Recorded
+from bioprop.algorithms.target_algorithm import TargetAlgorithm
+from bioprop.feedback.losses import FeedbackGradient
+from bioprop.feedback.noise import RandomStreams
+from bioprop.feedback.recorded import Recorded
+from bioprop.feedback.speed import Speed
+from bioprop.feedback.training import FeedbackTraining, StageBatch
 from bioprop.functional import pooling
-from bioprop.functional.feedback_losses import FeedbackGradient
-from bioprop.functional.speed import Speed
-from bioprop.networks.mirrors import Mirror
 from bioprop.networks.network import Network
-from tests.algorithms.contract import NETWORKS, SHAPE, on_every_network
-from tests.algorithms.test_recorded import StandIn
+from bioprop.testing.helpers import NETWORKS, SHAPE, on_every_network
+from tests.feedback.test_recorded import StandIn
 
 BATCH = 8
 INDEPENDENT = {"second_noise": "independent", "noise": 0.1, "feedback_lr": 0.01}
-METHODS: dict[str, tuple[type[LayerwiseFeedback], dict[str, Any]]] = {
+METHODS: dict[str, tuple[type[TargetAlgorithm], dict[str, Any]]] = {
     "L-DRL": (LDRL, {}),
     "echo with numbers": (LDRL, {"noise": 0.1, "feedback_lr": 0.05}),
     "expected": (LDRL, {"second_noise": "expected"}),
@@ -60,15 +60,17 @@ class NothingOnTheHost(TorchDispatchMode):
 
 
 @contextmanager
-def on_a_simulated_gpu(algorithm: LayerwiseFeedback) -> Iterator[None]:
+def on_a_simulated_gpu(algorithm: TargetAlgorithm) -> Iterator[None]:
     """Move an algorithm to a GPU that is not there, but for the counters of its noise, which stay on the CPU."""
-    algorithm.streams = Counters()
+    algorithm.streams = algorithm.feedback_training.streams = Counters()
     with FakeTensorMode():
         for module in algorithm.modules():
             for kept in (module._parameters, module._buffers):
                 kept.update({name: moved(tensor) for name, tensor in kept.items() if tensor is not None})
-        algorithm._feedback_optimizer = algorithm._make_feedback_optimizer()
-        for group in algorithm._feedback_optimizer.param_groups if algorithm._feedback_optimizer else []:
+        algorithm.feedback_training.restart()
+        for group in (
+            algorithm.feedback_training.optimizer.param_groups if algorithm.feedback_training.optimizer else []
+        ):
             group["fused"], group["foreach"] = False, False  # fake tensors know no fused step
         yield
 
@@ -110,7 +112,7 @@ def device_generators(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "normal_", lambda self, mean, sigma, generator: normal(self, mean, sigma))
 
 
-def make(method: str, build: Callable[[], Network]) -> LayerwiseFeedback:
+def make(method: str, build: Callable[[], Network]) -> TargetAlgorithm:
     algorithm, settings = METHODS[method]
     return algorithm(build(), iterations=3, **settings)
 
@@ -124,7 +126,7 @@ def draw_batch() -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_batch_stays_on_the_gpu(method: str, build: Callable[[], Network]) -> None:
     algorithm, backend = make(method, build), StandIn("cuda")
-    algorithm._recorded = defaultdict(lambda: Recorded(backend))
+    algorithm.feedback_training._recorded = defaultdict(lambda: Recorded(backend))
     with on_a_simulated_gpu(algorithm):
         algorithm._learn(*draw_batch())  # copies constants and makes momentum, which stay
         with NothingOnTheHost() as watched:
@@ -133,20 +135,20 @@ def test_a_batch_stays_on_the_gpu(method: str, build: Callable[[], Network]) -> 
     assert losses.keys() == algorithm.feedback.keys()
     assert gradients.forward.keys() == dict(algorithm.network.named_parameters()).keys()
     assert watched.operations > 0
-    recorded = 0 if isinstance(algorithm, ParallelLDRL) else len(algorithm.feedback)  # parallel stages take turns
+    recorded = len(algorithm.feedback)
     assert (backend.recordings, backend.replays) == (recorded, 2 * recorded)
 
 
 @pytest.mark.parametrize("fault", [Tensor.item, Tensor.cpu, Tensor.nonzero, lambda loss: loss + torch.ones(1)])
 def test_a_host_that_waits_is_noticed(fault: Callable[[Tensor], object], monkeypatch: pytest.MonkeyPatch) -> None:
     algorithm = make("L-DRL", NETWORKS["lenet"])
-    step = LayerwiseFeedback._step_feedback_weights
+    step = FeedbackTraining._step
 
-    def faulty(self: LayerwiseFeedback, mirror: Mirror, gradient: FeedbackGradient, lr: float) -> None:
-        step(self, mirror, gradient, lr)
+    def faulty(self: FeedbackTraining, each: StageBatch, gradient: FeedbackGradient) -> None:
+        step(self, each, gradient)
         fault(gradient.loss)
 
-    monkeypatch.setattr(LayerwiseFeedback, "_step_feedback_weights", faulty)
+    monkeypatch.setattr(FeedbackTraining, "_step", faulty)
     refused = pytest.raises((AssertionError, DataDependentOutputException, DynamicOutputShapeException))
     with on_a_simulated_gpu(algorithm), NothingOnTheHost(), refused:
         algorithm._learn(*draw_batch())

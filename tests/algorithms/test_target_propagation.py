@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from bioprop.functional.targets import output_difference
 from torch import Tensor
 
 from bioprop.algorithms import DTP, TargetPropagation
-from bioprop.functional.targets import output_difference
 from bioprop.networks import MLP, Network
-from bioprop.networks.local_gradients import run_stages
-from tests.algorithms.contract import CLASSES, WITHOUT_VALIDATION
-from tests.algorithms.target_propagation_contract import TargetPropagationContract
+from bioprop.testing import TargetPropagationContract
+from bioprop.testing.helpers import CLASSES
 from tests.algorithms.test_whole_steps import (
     METHODS,
     NETWORKS,
@@ -25,7 +24,6 @@ from tests.algorithms.test_whole_steps import (
     train_both,
 )
 
-pytestmark = WITHOUT_VALIDATION
 __all__ = ["recorded_noise"]  # the fixture
 LEAK = 0.01
 
@@ -74,7 +72,7 @@ def invertible(make: type[DTP], exact: bool = True) -> DTP:
 
 def targets_of(algorithm: DTP) -> list[Tensor]:
     images, labels = torch.randn(5, 1, 4, 4, dtype=torch.float64), torch.randint(16, (5,))
-    passes = run_stages(algorithm.network, images)
+    passes = algorithm.network.clean_passes(images)
     logits = passes[-1].output.detach()
     with torch.no_grad():
         differences = algorithm.target_differences(passes, output_difference(logits, labels, algorithm.beta))

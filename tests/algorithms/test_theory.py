@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from bioprop.algorithms import DTP, LDRL, LayerwiseFeedback
+from bioprop.algorithms import DTP, LDRL, TargetAlgorithm
+from bioprop.feedback.losses import FeedbackGradient
 from bioprop.functional.angles import angle_degrees, flatten_all
-from bioprop.functional.feedback_losses import FeedbackGradient
 from bioprop.functional.gradients import backprop_gradients
 from bioprop.networks import MLP, LeNet, Network, SimpleVGG, StagePass
-from tests.algorithms.contract import Batch, small_lenet
-from tests.algorithms.target_propagation_contract import assert_not_aliased
+from bioprop.testing.helpers import Batch, small_lenet
+from bioprop.testing.target_propagation import assert_not_aliased
 
 SMALL, CLASSES = (1, 16, 16), 10
 NETWORKS: dict[str, Callable[..., Network]] = {
@@ -21,7 +21,7 @@ NETWORKS: dict[str, Callable[..., Network]] = {
     "vgg": lambda **settings: SimpleVGG(SMALL, CLASSES, channels=(5, 6, 7), **settings),
 }
 on_every_network = pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
-Make = Callable[..., LayerwiseFeedback]
+Make = Callable[..., TargetAlgorithm]
 
 
 class FlippedDifference(LDRL):
@@ -92,7 +92,7 @@ def with_other_weights(network: Network, **settings: object) -> LDRL:
 TARGET_MUTATIONS = [FlippedDifference, FlippedFeedback, DroppedTargets, UncorrectedTargets, with_other_weights]
 
 
-def angles_to_backprop(algorithm: LayerwiseFeedback, batch: Batch) -> dict[str, float]:
+def angles_to_backprop(algorithm: TargetAlgorithm, batch: Batch) -> dict[str, float]:
     """Degrees between update and BP gradient for each weight, by name of stage."""
     gradients = algorithm.forward_gradients(*batch)
     expected, _ = backprop_gradients(algorithm.network, *batch)

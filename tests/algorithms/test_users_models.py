@@ -11,9 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from bioprop.algorithms import Backprop, FeedbackAlignment
 from bioprop.networks import Network
 from bioprop.networks.resnet import BasicBlockStage, PooledLinearStage
-from tests.algorithms.contract import SHAPE, WITHOUT_VALIDATION, draw_batch, make_loader, make_trainer, refused
-
-pytestmark = WITHOUT_VALIDATION
+from bioprop.testing.helpers import SHAPE, draw_batch, make_loader, make_trainer, refused
 
 
 class HeadFirst(nn.Module):

@@ -8,14 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bioprop.algorithms import DTP, LDRL, LayerwiseFeedback
-from bioprop.algorithms.random_streams import NoiseStream
+from bioprop.algorithms import DTP, LDRL, TargetAlgorithm
+from bioprop.feedback.noise import NoiseStream
 from bioprop.networks import MLP, LeNet, Network
-from tests.algorithms.contract import CLASSES, SHAPE, WITHOUT_VALIDATION, make_loader, make_trainer, sgd
+from bioprop.testing.helpers import CLASSES, SHAPE, make_loader, make_trainer, sgd
 from tests.algorithms.plain import SGD, PlainLearner, PlainStage, TargetRule, difference_target
 from tests.published_steps import in_units_of_backprop
-
-pytestmark = WITHOUT_VALIDATION
 
 BETA, BATCHES = 0.7, 3
 NETWORKS: dict[str, Callable[[], Network]] = {
@@ -27,7 +25,7 @@ NETWORKS: dict[str, Callable[[], Network]] = {
 class Method(NamedTuple):
     """An algorithm and what the plain implementation calls it."""
 
-    make: Callable[..., LayerwiseFeedback]
+    make: Callable[..., TargetAlgorithm]
     name: str
     mirror: str
     feedback_lr: float
@@ -37,7 +35,7 @@ class Method(NamedTuple):
     is_auto: bool = False
 
 
-def make_ldrl(**ours: str) -> Callable[..., LayerwiseFeedback]:
+def make_ldrl(**ours: str) -> Callable[..., TargetAlgorithm]:
     return lambda network, **settings: LDRL(network, **ours, **settings)
 
 
@@ -62,7 +60,7 @@ def per_stage(network: Network, *values: float) -> list[float]:
     return list(values[: len(network.stages()) - 1])
 
 
-def make_pair(method: Method, build: Callable[[], Network]) -> tuple[LayerwiseFeedback, PlainLearner]:
+def make_pair(method: Method, build: Callable[[], Network]) -> tuple[TargetAlgorithm, PlainLearner]:
     network = build()
     iterations = [int(number) for number in per_stage(network, 2, 3, 1)]
     lr = per_stage(network, method.feedback_lr, 2 * method.feedback_lr, 3 * method.feedback_lr)
@@ -95,8 +93,8 @@ def recorded_noise(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     draws: list[Tensor] = []
     draw = NoiseStream.draw
 
-    def record(self: NoiseStream, iteration: int, sigma: float, *shapes: tuple[int, ...]) -> list[Tensor]:
-        drawn = draw(self, iteration, sigma, *shapes)
+    def record(self: NoiseStream, sigma: float, *shapes: tuple[int, ...]) -> list[Tensor]:
+        drawn = draw(self, sigma, *shapes)
         draws.extend(tensor / sigma for tensor in drawn)
         return drawn
 
@@ -108,17 +106,17 @@ def double_batches() -> Iterator[tuple[Tensor, Tensor]]:
     return ((images.double(), labels) for images, labels in make_loader(BATCHES))
 
 
-def train_both(algorithm: LayerwiseFeedback, plain: PlainLearner, draws: list[Tensor], folder: Path) -> None:
+def train_both(algorithm: TargetAlgorithm, plain: PlainLearner, draws: list[Tensor], folder: Path) -> None:
     batches, loader = list(double_batches()), make_loader(BATCHES)
     draws.clear()  # of what the images were drawn from
     make_trainer(folder, max_epochs=1, precision="64-true").fit(algorithm, loader)
     noise = iter(list(draws))
     for images, labels in batches:
-        plain.training_step(images, labels, noise, list(algorithm.noise))
+        plain.training_step(images, labels, noise, list(algorithm.feedback_training.noise.values()))
     assert next(noise, None) is None  # both drew as often
 
 
-def assert_same_weights(algorithm: LayerwiseFeedback, plain: PlainLearner) -> None:
+def assert_same_weights(algorithm: TargetAlgorithm, plain: PlainLearner) -> None:
     """Relative difference below 1e-10, of every forward and feedback weight as a whole."""
     mirrors = [None, *(mirror for _, _, mirror in algorithm.mirrored_stages())]
     for (_, stage), mirror, expected in zip(algorithm.network.stages(), mirrors, plain.stages, strict=True):

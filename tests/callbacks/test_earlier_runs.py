@@ -6,7 +6,7 @@ import pytest
 
 from bioprop.callbacks import RunCheckpoints
 from bioprop.errors import UserError
-from tests.resuming import read_metrics
+from bioprop.testing.resuming import read_metrics
 from tests.test_checkpoint_faults import BATCHES, step_of
 from tests.test_run_folders import LAST, RUN, RUNS, fit, run
 

@@ -16,7 +16,7 @@ from bioprop.algorithms import Backprop
 from bioprop.callbacks import RunCheckpoints, RunStopped
 from bioprop.datamodules import Digits
 from bioprop.networks import LeNet
-from tests.algorithms.contract import changed, copy_state, make_trainer
+from bioprop.testing.helpers import changed, copy_state, make_trainer
 
 
 class Send(Callback):

@@ -20,7 +20,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from bioprop.callbacks.wandb_runs import WandbSummary, exit_status, flatten
 from bioprop.cli import main
 from bioprop.errors import UserError
-from tests.algorithms.contract import KilledError
+from bioprop.testing.helpers import KilledError
 from tests.test_cli import LDRL_TINY, TINY
 from tests.wandb_log import WandbLog, offline_runs
 
@@ -132,7 +132,7 @@ def test_diverged_run_reports_itself_failed_and_leaves_no_false_number() -> None
 
 
 def test_a_run_goes_on_as_the_same_run_with_its_best_and_its_charts() -> None:
-    kill = ["--trainer.callbacks+=tests.algorithms.contract.KillAfter", "--trainer.callbacks.batches=3"]
+    kill = ["--trainer.callbacks+=bioprop.testing.helpers.KillAfter", "--trainer.callbacks.batches=3"]
     settings = [*LDRL_TINY, "--data.batch_size=32", "--model.optimizer.lr=0.05"]
     whole = main(["fit", *settings, "--trainer.max_epochs=3"])
     with pytest.raises(KilledError):

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from bioprop.errors import UserError
 from bioprop.functional.asymmetric import asymmetric_backward
 from bioprop.functional.backward_matrices import mirror_estimate
-from bioprop.functional.layer_products import ConvProducts, LinearProducts
 from bioprop.functional.precision import (
     bfloat16_products,
     float32_products,
     products_are_reduced,
     products_of_autocast,
 )
+from bioprop.networks.layers import ConvProducts, LinearProducts
 
 Layer = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 CASES: dict[str, tuple[Layer, tuple[int, ...], tuple[int, ...], int]] = {

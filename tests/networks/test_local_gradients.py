@@ -9,15 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bioprop.algorithms import DTP, DTPDRL, LDRL, Algorithm, LayerwiseFeedback
+from bioprop.algorithms import DTP, DTPDRL, LDRL, Algorithm, TargetAlgorithm
 from bioprop.errors import UserError
-from bioprop.functional import closed_forms
-from bioprop.functional.closed_forms import blocks
+from bioprop.feedback.speed import Speed
 from bioprop.functional.pooling import Pool
-from bioprop.functional.speed import Speed
-from bioprop.networks import ConvStage, LinearStage, Network, Stage, StageOutput
-from bioprop.networks.layer_pairs import layer_pair, layer_products
-from bioprop.networks.local_gradients import local_gradients, run_stages
+from bioprop.networks import ConvStage, LinearStage, Network, Stage, StageOutput, layers
+from bioprop.networks.layers import blocks
 from bioprop.networks.mirrors import ConvMirror, LinearMirror, build_mirror
 from tests.geometries import few, networks
 
@@ -25,10 +22,10 @@ CLOSED = Speed()
 
 
 def gradients_of(network: Network, images: Tensor, closed_form: bool) -> dict[str, Tensor]:
-    passes = run_stages(network, images, closed_form)
+    passes = network.clean_passes(images, closed_form)
     generator = torch.Generator().manual_seed(1)
     errors = [torch.randn(each.output.shape, generator=generator, dtype=torch.float64) for each in passes]
-    return local_gradients(network, passes, errors)
+    return network.local_gradients(passes, errors)
 
 
 def assert_same_gradients(network: Network, images: Tensor) -> None:
@@ -57,7 +54,7 @@ def test_blocks_of_samples_add_up(cut: str | None, monkeypatch: pytest.MonkeyPat
     network = with_middle(ConvStage((4, 6, 6), 4, 3, padding=1, pool=Pool(3, 2, 1))).double()
     if cut is not None:
         network.get_parameter(cut).requires_grad_(False)
-    monkeypatch.setattr(closed_forms, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(layers, "BLOCK_BYTES", 1)
     assert [each.stop - each.start for each in blocks(torch.empty(27, 4, 6, 6), fewest=8)] == [7, 7, 7, 6]
     assert_same_gradients(network, torch.randn(27, 1, 6, 6, dtype=torch.float64))
 
@@ -160,14 +157,14 @@ def gradients_by_hand(network: Network, images: Tensor) -> dict[str, Tensor]:
 def test_stages_of_another_kind_take_autograd_and_are_right(build: Callable[[], Stage]) -> None:
     network = with_middle(build()).double()
     images = torch.randn(3, 1, 6, 6, dtype=torch.float64)
-    assert layer_products(network.middle) is None
+    assert network.middle.products is None
     found, expected = gradients_of(network, images, True), gradients_by_hand(network, images)
     assert list(found) == list(expected)
     for name, wanted in expected.items():
         torch.testing.assert_close(found[name], wanted, rtol=1e-12, atol=1e-13)
 
 
-def feedback_after(algorithm: type[LayerwiseFeedback], network: Network, closed: bool, mirror: object = None) -> list:
+def feedback_after(algorithm: type[TargetAlgorithm], network: Network, closed: bool, mirror: object = None) -> list:
     torch.manual_seed(4)
     made = algorithm(deepcopy(network), iterations=2, noise=0.2, feedback_lr=0.01, speed=Speed(closed_form=closed))
     if mirror is not None:
@@ -180,11 +177,13 @@ def feedback_after(algorithm: type[LayerwiseFeedback], network: Network, closed:
 @pytest.mark.parametrize("build", [build for name, build in STRANGERS.items() if name != "groups"])
 @pytest.mark.parametrize("algorithm", [LDRL, DTP])
 def test_feedback_of_stages_of_another_kind_takes_autograd(
-    build: Callable[[], Stage], algorithm: type[LayerwiseFeedback]
+    build: Callable[[], Stage], algorithm: type[TargetAlgorithm]
 ) -> None:
     stage = build()
     network = with_middle(stage)
-    assert layer_pair(stage, build_mirror(stage, "exact"), CLOSED) is None
+    assert stage.products is None
+    clean = stage.clean_pass(torch.randn(2, *stage.input_shape))
+    assert build_mirror(stage, "exact").layers(stage, clean) is None
     for found, wanted in zip(*(feedback_after(algorithm, network, closed) for closed in (True, False)), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-13)
 
@@ -201,7 +200,7 @@ def test_what_a_mirror_does_not_carry_is_refused(algorithm: type[Algorithm], nam
 
 @pytest.mark.parametrize("algorithm", [LDRL, DTP])
 @pytest.mark.parametrize("mirror", [HalvedConvMirror, HalvedLinearMirror])
-def test_users_mirrors_take_autograd(mirror: type, algorithm: type[LayerwiseFeedback]) -> None:
+def test_users_mirrors_take_autograd(mirror: type, algorithm: type[TargetAlgorithm]) -> None:
     network = with_middle(plain_conv() if mirror is HalvedConvMirror else LinearStage((4, 6, 6), 5, "elu"))
     theirs, reference = (feedback_after(algorithm, network, closed, mirror) for closed in (True, False))
     ours = feedback_after(algorithm, network, True)

@@ -12,9 +12,7 @@ from bioprop.algorithms.dtp_drl import DTPDRL
 from bioprop.algorithms.feedback_alignment import FeedbackAlignment
 from bioprop.algorithms.fixed_weight_dtp import FixedWeightDTP
 from bioprop.algorithms.gait_prop import GAITProp
-from bioprop.algorithms.layerwise_feedback import LayerwiseFeedback
 from bioprop.algorithms.ldrl import LDRL
-from bioprop.algorithms.mirrored_feedback import MirroredFeedback
 from bioprop.algorithms.parallel_ldrl import ParallelLDRL
 from bioprop.algorithms.target_algorithm import TargetAlgorithm
 from bioprop.algorithms.target_propagation import TargetPropagation
@@ -33,8 +31,6 @@ __all__ = [
     "FeedbackAlignment",
     "FixedWeightDTP",
     "GAITProp",
-    "LayerwiseFeedback",
-    "MirroredFeedback",
     "ParallelLDRL",
     "TargetAlgorithm",
     "TargetPropagation",

@@ -32,7 +32,6 @@ class Backprop(Algorithm):
     ) -> None:
         super().__init__(network, optimizer, scheduler)
         self.output_loss = output_loss(loss)
-        self.remember(loss=loss)
 
     def _gradients(self, images: Tensor, labels: Tensor) -> Gradients:
         return Gradients(*backprop_gradients(self.network, images, labels, self.output_loss.mean))

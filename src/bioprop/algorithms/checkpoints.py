@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from bioprop.algorithms.hyperparameters import collect_hyperparameters, plain
 from bioprop.algorithms.resuming import capture_progress, ends_epoch, restore_progress
 from bioprop.checkpoint_files import read_checkpoint
 from bioprop.errors import UserError
@@ -30,25 +31,38 @@ MISSING = "nothing"
 class Checkpointed(LightningModule):
     """A module whose checkpoints say which algorithm, network, hyperparameters and optimizer they belong to.
 
+    The hyperparameters are collected from the constructors of whatever class is made: no class lists its own.
+
     Args:
         network: the forward network.
     """
 
+    #: Constructor arguments that are no hyperparameters of their own: the network and the optimizers are described and
+    #: compared by themselves, and speed changes no results.
+    not_collected: frozenset[str] = frozenset(("network", "optimizer", "scheduler", "feedback_optimizer", "speed"))
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Keep the arguments as they come, before a constructor changes them."""
+        made = super().__new__(cls)
+        made.__dict__["_made_with"] = args, kwargs
+        return made
+
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
+        args, kwargs = self.__dict__.pop("_made_with")
+        self._hyperparameters = collect_hyperparameters(self, args, kwargs, self.not_collected)
+        self.hparams.update({"network": self.network_description(), **self._hyperparameters.given})
         self._optimization: dict[str, Any] = {}
         self._resumed_optimization: dict[str, Any] | None = None
         self._resumed_progress: dict[str, Any] | None = None
 
-    def remember(self, **settings: Any) -> None:
-        """Record constructor arguments as plain data, which every checkpoint can hold and load again."""
-        self._log_hyperparams = True
-        self._set_hparams(plain({"network": describe_network(self.network), **settings}))
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what Lightning leaves out: the class, the settings of the optimizer, the metrics of the epoch so far."""
         checkpoint["algorithm"] = type(self).__name__
+        # whatever a subclass has given to Lightning's `save_hyperparameters`
+        checkpoint["hyper_parameters"] = {"network": self.network_description(), **self._hyperparameters.given}
+        checkpoint["objects"], checkpoint["inherited"] = self._hyperparameters.objects, self._hyperparameters.inherited
         checkpoint["optimization"] = self._optimization
         checkpoint["metrics_classes"] = self.metrics_classes()
         checkpoint["progress"] = capture_progress(self)
@@ -107,16 +121,32 @@ class Checkpointed(LightningModule):
         """Rebuild the algorithm, and its network unless one is given, with the weights of a checkpoint.
 
         Raises:
-            UserError: if the file is no checkpoint, belongs to another algorithm, or has a setting that is gone.
+            UserError: if the file is no checkpoint, belongs to another algorithm, has a setting that is gone, or lacks
+                an argument that is no plain data.
         """
         checkpoint = read_checkpoint(checkpoint_path)
         written_by = checkpoint.get("algorithm", "another program")
         if written_by != cls.__name__:
             raise UserError(f"{checkpoint_path} was written by {written_by}: {cls.__name__} cannot load it")
         refuse_removed(checkpoint["hyper_parameters"])
+        if lacking := sorted(checkpoint.get("objects", {}).keys() - kwargs.keys()):
+            raise UserError(
+                f"{checkpoint_path} does not hold {', '.join(lacking)} of {cls.__name__}, since a checkpoint holds "
+                "plain data alone: give it to load_from_checkpoint as well"
+            )
         network = network or build_network(checkpoint["hyper_parameters"]["network"])
         loaded: Self = super().load_from_checkpoint(checkpoint_path, weights_only=True, network=network, **kwargs)
         return loaded
+
+    def network_description(self) -> dict[str, Any]:
+        """Return plain data that says which network is trained."""
+        description: dict[str, Any] = plain(describe_network(self.network))
+        return description
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Return the arguments of all constructors of the algorithm by name, as plain data."""
+        given, objects, inherited = self._hyperparameters
+        return inherited | objects | given
 
     def refuse_other_optimization(self) -> None:
         """Compare the optimizers just made with those of the checkpoint to resume from, if there is one.
@@ -126,20 +156,6 @@ class Checkpointed(LightningModule):
         """
         if self._resumed_optimization is not None:
             refuse_changes(self._resumed_optimization, self._optimization)
-
-
-def plain(value: Any) -> Any:
-    """Turn a value into what a checkpoint or YAML file would give back: tuples into lists, numbers into Python's.
-
-    Objects that are no data (functions, other objects) become the name of their class, so that they can be compared.
-    """
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    return float(value) if hasattr(value, "__float__") else type(value).__name__
 
 
 def describe_optimization(optimizer: Optimizer, scheduler: LRScheduler | None) -> dict[str, Any]:
@@ -156,12 +172,13 @@ def _numbered(groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 
 
 def comparable_settings(
-    checkpoint: Mapping[str, Any], algorithm: LightningModule, data: LightningDataModule | None, purpose: str | None
+    checkpoint: Mapping[str, Any], algorithm: Checkpointed, data: LightningDataModule | None, purpose: str | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what must agree between a checkpoint and the objects it is loaded into, as (saved, asked for).
 
-    For resuming that is every hyperparameter of algorithm and data; for evaluation the algorithm's class, the network
-    and how images are prepared; for validation also which images were held out.
+    For resuming that is every hyperparameter of data and algorithm, but for those that the algorithm did not have yet
+    when the checkpoint was written; for evaluation the algorithm's class, the network and how images are prepared; for
+    validation also which images were held out.
 
     Raises:
         UserError: if the checkpoint holds no settings of ours.
@@ -169,17 +186,20 @@ def comparable_settings(
     if not {"algorithm", "hyper_parameters"} <= checkpoint.keys():
         raise UserError("the checkpoint was not written by bioprop: it does not say which algorithm it belongs to")
     saved = {"algorithm": checkpoint["algorithm"], "network": checkpoint["hyper_parameters"]["network"]}
-    asked = {"algorithm": type(algorithm).__name__, "network": algorithm.hparams["network"]}
+    asked = {"algorithm": type(algorithm).__name__, "network": algorithm.network_description()}
     if purpose == "fit":
         refuse_removed(checkpoint["hyper_parameters"])
-        saved |= checkpoint["hyper_parameters"]
-        asked |= algorithm.hparams
-    before, now = checkpoint.get("datamodule_hyper_parameters") or {}, dict(data.hparams) if data else {}
-    for key in before.keys() | now.keys():
+        now = algorithm.hyperparameters()
+        # constructors of base classes may gain and lose arguments
+        saved |= {name: value for name, value in checkpoint.get("inherited", {}).items() if name in now}
+        saved |= checkpoint["hyper_parameters"] | checkpoint.get("objects", {})
+        asked |= {name: now[name] for name in saved.keys() & now.keys()}
+    before, present = checkpoint.get("datamodule_hyper_parameters") or {}, dict(data.hparams) if data else {}
+    for key in before.keys() | present.keys():
         always = purpose == "fit" and key not in LOCATIONS and not key.startswith("_")  # Lightning's own marks
         preparation = key in PREPARATION or (purpose == "validate" and key in HELD_OUT)
-        if always or (preparation and key in before and key in now):
-            saved[f"data.{key}"], asked[f"data.{key}"] = before.get(key, MISSING), now.get(key, MISSING)
+        if always or (preparation and key in before and key in present):
+            saved[f"data.{key}"], asked[f"data.{key}"] = before.get(key, MISSING), present.get(key, MISSING)
     return saved, asked
 
 
@@ -207,13 +227,21 @@ def refuse_changes(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     changes = [
         f"{key} was {before.get(key, MISSING)} and is now {now.get(key, MISSING)}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key, MISSING) != now.get(key, MISSING)
+        if not _agree(before.get(key, MISSING), now.get(key, MISSING))
     ]
     if changes:
         raise UserError(
             f"the checkpoint was made with other settings ({'; '.join(changes)}): give the same, or start a new run "
             "without --ckpt_path"
         )
+
+
+def _agree(one: Any, other: Any) -> bool:
+    """Compare two values: one number for all stages is the same as a list of that number."""
+    for values, single in ((one, other), (other, one)):
+        if isinstance(values, list) and isinstance(single, int | float):
+            return all(value == single for value in values)
+    return bool(one == other)
 
 
 def refuse_other_tensors(saved: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:

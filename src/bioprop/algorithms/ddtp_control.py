@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import cast
 
 from torch import Tensor
 
 from bioprop.algorithms.base import Algorithm
 from bioprop.algorithms.ddtp_linear import DDTPLinear
 from bioprop.algorithms.difference_reconstruction import ReconstructionObjective
-from bioprop.functional.feedback_losses import FeedbackGradient
-from bioprop.functional.reconstruction_losses import plain_reconstruction_gradient
+from bioprop.feedback.losses import FeedbackGradient
+from bioprop.feedback.reconstruction import plain_reconstruction_gradient
 from bioprop.networks.direct_feedback import ReadOut
 from bioprop.networks.stages import StagePass
 
@@ -35,10 +36,13 @@ class DDTPControl(DDTPLinear):
 
     def feedback_objectives(self, passes: Sequence[StagePass]) -> list[ReconstructionObjective]:
         """The plain reconstruction loss of every hidden stage."""
-        return [partial(self._plain_objective, place, above.inputs) for place, above in enumerate(passes[1:])]
+        return [
+            partial(self._plain_objective, name, above.inputs)
+            for name, above in zip(self.feedback, passes[1:], strict=True)
+        ]
 
-    def _plain_objective(self, place: int, states: Tensor, noisy_output: Tensor, noise: Tensor) -> FeedbackGradient:
-        read_out = self.read_outs()[place]
+    def _plain_objective(self, name: str, states: Tensor, noisy_output: Tensor, noise: Tensor) -> FeedbackGradient:
+        read_out = cast(ReadOut, self.feedback[name])
         parameters = dict(read_out.named_parameters())
-        decay = self.feedback_decay[place]
+        decay = self.feedback_decay[name]
         return plain_reconstruction_gradient(read_out, parameters, noisy_output, states + noise, decay)

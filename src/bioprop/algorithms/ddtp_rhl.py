@@ -6,10 +6,10 @@ from typing import Any
 from torch import Tensor
 
 from bioprop.algorithms.direct_difference_targets import DirectDifferenceTargets
-from bioprop.algorithms.settings import count
 from bioprop.functional.activations import ActivationName
 from bioprop.networks.direct_feedback import RandomHiddenLayer, ReadOut
 from bioprop.networks.network import Network
+from bioprop.ranges import count
 
 
 class DDTPRHL(DirectDifferenceTargets):
@@ -46,8 +46,6 @@ class DDTPRHL(DirectDifferenceTargets):
         self._hidden_units, self._readout_activation = count("hidden_units", hidden_units, 1), readout_activation
         super().__init__(network, feedback_lr=feedback_lr, **settings)
         self.hidden = RandomHiddenLayer(network.stages()[-1][1].output_shape[0], self._hidden_units)
-        own = {"hidden_units": self._hidden_units, "readout_activation": readout_activation}
-        self.remember(**self.hparams, **own)
 
     def make_feedback(self) -> Mapping[str, ReadOut]:
         """One read-out of the hidden layer for each hidden stage."""

@@ -1,8 +1,7 @@
 """What the methods of Meulemans et al. (2020) share: feedback that undoes all stages above, and its schedule."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,17 +12,16 @@ from torch.func import functional_call
 from bioprop.algorithms.base import Gradients
 from bioprop.algorithms.checkpoints import describe_optimization
 from bioprop.algorithms.feedback_schedule import FeedbackSchedule
-from bioprop.algorithms.layerwise_feedback import FeedbackIteration
-from bioprop.algorithms.random_streams import RandomStreams
-from bioprop.algorithms.settings import check_range, count, per_stage
-from bioprop.algorithms.sharing import average_gradients
 from bioprop.algorithms.target_algorithm import TargetAlgorithm
 from bioprop.distributed import process_rank
 from bioprop.errors import UserError
-from bioprop.functional.feedback_losses import FeedbackGradient
-from bioprop.networks.local_gradients import run_stages
+from bioprop.feedback.losses import FeedbackGradient
+from bioprop.feedback.noise import RandomStreams
+from bioprop.feedback.sharing import average_gradients
+from bioprop.feedback.training import FeedbackIteration
 from bioprop.networks.network import Network
 from bioprop.networks.stages import StagePass
+from bioprop.ranges import check_range, count, per_stage
 
 #: From the output for noisy activations, and the noise, to the gradient of one feedback operator's loss.
 ReconstructionObjective = Callable[[Tensor, Tensor], FeedbackGradient]
@@ -70,6 +68,7 @@ class DifferenceReconstruction(TargetAlgorithm):
         UserError: if a hyperparameter is out of its range, or a list has the wrong length.
     """
 
+    trains_feedback = True
     precisions: tuple[str, ...] = ("32-true", "64-true")
     precision_reason = (
         "its feedback learns from differences between two passes through all stages above, which bfloat16 would drown"
@@ -101,28 +100,17 @@ class DifferenceReconstruction(TargetAlgorithm):
             count("feedback_pretraining_epochs", feedback_pretraining_epochs),
             count("extra_feedback_epochs", extra_feedback_epochs),
         )
-        check_range("noise", self.noise, 0.0, low_allowed=False)
-        check_range("feedback_lr", self.feedback_lr, 0.0, low_allowed=False)
-        check_range("feedback_decay", self.feedback_decay, 0.0)
+        check_range("noise", self.noise.values(), 0.0, low_allowed=False)
+        check_range("feedback_lr", self.feedback_lr.values(), 0.0, low_allowed=False)
+        check_range("feedback_decay", self.feedback_decay.values(), 0.0)
         names, stages = zip(*network.stages(), strict=True)
         self.forward_lr = None if forward_lr is None else per_stage("forward_lr", forward_lr, names)
         if self.forward_lr is not None:
-            check_range("forward_lr", rates := self.forward_lr, 0.0, low_allowed=False)
+            check_range("forward_lr", rates := self.forward_lr.values(), 0.0, low_allowed=False)
             self._make_optimizer = lambda parameters: optimizer(_groups(stages, rates))
         self.streams = RandomStreams()
-        self._observers: list[Callable[[FeedbackIteration], None]] = []
         self._make_feedback_optimizer = feedback_optimizer
         self._feedback_optimizer = self._build_feedback_optimizer()
-        self.remember(
-            beta=self.beta,
-            noise=self.noise,
-            feedback_lr=self.feedback_lr,
-            feedback_decay=self.feedback_decay,
-            iterations=self.iterations,
-            feedback_pretraining_epochs=self.schedule.pretraining_epochs,
-            extra_feedback_epochs=self.schedule.extra_epochs,
-            forward_lr=self.forward_lr,
-        )
 
     @abstractmethod
     def make_feedback(self) -> Mapping[str, nn.Module]:
@@ -151,7 +139,7 @@ class DifferenceReconstruction(TargetAlgorithm):
                 gradients = {}
                 for place, (name, objective, stream) in enumerate(zip(self.feedback, objectives, noises, strict=True)):
                     states = passes[place + 1].inputs
-                    (noise,) = stream.draw(iteration, self.noise[place], states.shape)
+                    (noise,) = stream.draw(self.noise[name], states.shape)
                     gradients[name] = objective(self._run_above(place, states + noise), noise)
                 gradients = average_gradients(gradients)
                 self._step_feedback_weights(gradients)
@@ -176,18 +164,6 @@ class DifferenceReconstruction(TargetAlgorithm):
             self._feedback_optimizer.step()
             self._feedback_optimizer.zero_grad()
 
-    @contextmanager
-    def observe_feedback(self, observer: Callable[[FeedbackIteration], None]) -> Iterator[None]:
-        """Call ``observer`` for every stage after every feedback iteration within the context.
-
-        The angle is NaN where a feedback weight is no forward weight's counterpart.
-        """
-        self._observers.append(observer)
-        try:
-            yield
-        finally:
-            self._observers.remove(observer)
-
     def _tell_observers(self, iteration: int, losses: Tensor) -> None:
         for observe in self._observers:
             angles = self.feedback_angles()
@@ -199,7 +175,7 @@ class DifferenceReconstruction(TargetAlgorithm):
     def _learn(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Gradients]:
         if self.schedule.trains_forward(self.current_epoch):
             return super()._learn(images, labels)
-        passes = run_stages(self.network, images, self.closed_form)
+        passes = self.network.clean_passes(images, self.closed_form)
         with self._profiled("train_feedback"):
             losses = self._train_feedback(passes)
         # no gradients: the forward optimizer's step changes nothing, but `global_step` goes on counting batches
@@ -232,7 +208,7 @@ class DifferenceReconstruction(TargetAlgorithm):
 
     def _build_feedback_optimizer(self) -> torch.optim.Optimizer | None:
         """Build the optimizer of the feedback weights, one parameter group an operator; None without hidden stages."""
-        groups = _groups(self.feedback.values(), self.feedback_lr)
+        groups = _groups(self.feedback.values(), self.feedback_lr.values())
         try:
             return self._make_feedback_optimizer(groups) if groups else None
         except (ValueError, TypeError) as error:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from bioprop.algorithms.difference_reconstruction import DifferenceReconstruction, ReconstructionObjective
-from bioprop.functional.feedback_losses import FeedbackGradient
-from bioprop.functional.reconstruction_losses import difference_reconstruction_gradient
+from bioprop.feedback.losses import FeedbackGradient
+from bioprop.feedback.reconstruction import difference_reconstruction_gradient
 from bioprop.networks.direct_feedback import ReadOut
-from bioprop.networks.stages import StagePass
+from bioprop.networks.mirrors import Mirror
+from bioprop.networks.stages import Stage, StagePass
 
 
 class DirectDifferenceTargets(DifferenceReconstruction):
@@ -38,12 +39,12 @@ class DirectDifferenceTargets(DifferenceReconstruction):
         """The difference reconstruction loss of every hidden stage."""
         with torch.no_grad():
             clean = self.features(passes[-1].output)
-        return [partial(self._objective, place, clean) for place in range(len(self.feedback))]
+        return [partial(self._objective, name, clean) for name in self.feedback]
 
-    def _objective(self, place: int, clean: Tensor, noisy_output: Tensor, noise: Tensor) -> FeedbackGradient:
-        read_out = self.read_outs()[place]
+    def _objective(self, name: str, clean: Tensor, noisy_output: Tensor, noise: Tensor) -> FeedbackGradient:
+        read_out = cast(ReadOut, self.feedback[name])
         parameters = dict(read_out.named_parameters())
-        noisy, sigma, decay = self.features(noisy_output), self.noise[place], self.feedback_decay[place]
+        noisy, sigma, decay = self.features(noisy_output), self.noise[name], self.feedback_decay[name]
         return difference_reconstruction_gradient(read_out, parameters, noisy, clean, noise, sigma, decay)
 
     def target_differences(self, passes: Sequence[StagePass], output: Tensor) -> list[Tensor]:
@@ -56,6 +57,10 @@ class DirectDifferenceTargets(DifferenceReconstruction):
         clean = passes[-1].output.detach()
         features, step = self.features(clean), self.feature_step(clean, output)
         return [*(read_out.difference(features, step) for read_out in self.read_outs()), output]
+
+    def mirrored_stages(self) -> list[tuple[str, Stage, Mirror]]:
+        """Return none: no feedback map is the counterpart of a single stage."""
+        return []
 
     def read_outs(self) -> list[ReadOut]:
         """Return the feedback maps, from the input to the output."""

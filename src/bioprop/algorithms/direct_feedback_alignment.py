@@ -8,7 +8,6 @@ from bioprop.algorithms.base import Algorithm, Gradients
 from bioprop.algorithms.remedies import Remedies
 from bioprop.errors import UserError
 from bioprop.functional.gradients import stage_gradients
-from bioprop.functional.targets import output_difference
 from bioprop.networks.network import Network
 
 
@@ -53,7 +52,6 @@ class DirectFeedbackAlignment(Algorithm):
             # entries of size 1/sqrt(units): the error of every stage is as long as the output's, whatever its size
             matrix = torch.randn(output.output_shape[0], units) * units**-0.5
             self.backward_weights[name] = nn.Parameter(matrix, requires_grad=False)
-        self.remember(constrain_norm=constrain_norm, batch_manhattan=batch_manhattan)
 
     def _gradients(self, images: Tensor, labels: Tensor) -> Gradients:
         outputs, inputs = [], images
@@ -62,7 +60,7 @@ class DirectFeedbackAlignment(Algorithm):
                 outputs.append(stage(inputs.detach()))  # no graph leads from one stage to another
                 inputs = outputs[-1]
         logits = inputs.detach()
-        error = output_difference(logits, labels, -1.0) / len(images)  # of the mean loss
+        error = self.output_loss.gradient(logits, labels) / len(images)  # of the mean loss
         errors = [
             (error @ self.backward_weights[name]).view_as(output)
             for (name, _), output in zip(self.network.stages()[:-1], outputs[:-1], strict=True)

@@ -1,18 +1,24 @@
 """DTP: difference target propagation with feedback trained to reconstruct."""
 
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
 
-from bioprop.algorithms.layerwise_feedback import LayerwiseFeedback
-from bioprop.algorithms.random_streams import NoiseStream
+from bioprop.algorithms.target_algorithm import TargetAlgorithm
 from bioprop.errors import UserError
-from bioprop.functional.closed_forms import reconstruction_closed_form
-from bioprop.functional.feedback_losses import FeedbackGradient, FeedbackObjective, reconstruction_gradient
-from bioprop.functional.speed import DEFAULT_SPEED, Speed
-from bioprop.networks.layer_pairs import layer_pair, noise_shape
-from bioprop.networks.mirrors import LayerMirror, Mirror
+from bioprop.feedback import losses
+from bioprop.feedback.losses import FeedbackGradient, FeedbackObjective
+from bioprop.feedback.noise import NoiseStream, RandomStreams
+from bioprop.feedback.reconstruction import layer_reconstruction_gradient
+from bioprop.feedback.speed import DEFAULT_SPEED, Speed
+from bioprop.feedback.training import FeedbackTraining, StageBatch
+from bioprop.functional.gradients import preserve_buffers
+from bioprop.networks.mirrors import LayerMirror, Mirror, build_mirror
 from bioprop.networks.network import Network
 from bioprop.networks.outer_mirrors import activation_of, build_outer_mirror
 from bioprop.networks.stages import Stage, StagePass
@@ -21,7 +27,7 @@ ReconstructingMirrorName = Literal["exact", "paper", "outer"]
 PenultimateTarget = Literal["feedback", "gradient"]
 
 
-class DTP(LayerwiseFeedback):
+class DTP(TargetAlgorithm):
     """Difference target propagation (Lee, Zhang, Fischer & Bengio, ECML 2015).
 
     For each stage n >= 2 and some iterations a batch: draw noise ``eps``, then descend the reconstruction loss
@@ -76,47 +82,55 @@ class DTP(LayerwiseFeedback):
         if penultimate_target not in get_args(PenultimateTarget):
             known = ", ".join(get_args(PenultimateTarget))
             raise UserError(f"penultimate_target {penultimate_target!r} is not known: choose one of {known}")
-        super().__init__(
-            network,
-            beta=beta,
-            noise=noise,
-            feedback_lr=feedback_lr,
-            feedback_momentum=feedback_momentum,
-            feedback_step="sgd",
-            iterations=iterations,
-            mirror=mirror,
-            optimizer=optimizer,
-            scheduler=scheduler,
-            speed=speed,
-            gradient_stages=1 if penultimate_target == "gradient" else 0,
-            penultimate_target=penultimate_target,
+        super().__init__(network, beta, optimizer, scheduler)
+        pairs = list(pairwise(network.stages()))
+        for (_, below), (name, stage) in pairs[:-1] if penultimate_target == "gradient" else pairs:
+            if mirror == "outer":  # hands out values in the range of the stage below
+                self.feedback[name] = build_outer_mirror(stage, activation_of(below))
+            else:
+                self.feedback[name] = build_mirror(stage, mirror)
+        self.streams = RandomStreams()
+        self.feedback_training: FeedbackTraining = FeedbackTraining(
+            self.feedback,
+            *(self.streams, self._observers, noise, feedback_lr, iterations, "sgd", feedback_momentum, speed),
         )
+        self.closed_form = speed.closed_form
 
-    def _build_mirror(self, below: Stage, stage: Stage, form: str) -> Mirror:
-        if form != "outer":
-            return super()._build_mirror(below, stage, form)
-        # hands out values in the range of the stage below
-        return build_outer_mirror(stage, activation_of(below))
+    def _train_feedback(self, passes: Sequence[StagePass]) -> dict[str, Tensor]:
+        """Phase 1: every stage that has feedback descends its reconstruction loss on fresh noise."""
+        stages, iterations = self.mirrored_stages(), self.feedback_training.iterations.values()
+        return self.feedback_training.train(
+            [
+                StageBatch(*each, clean, int(count), partial(self.feedback_objective, *each))
+                for each, clean, count in zip(stages, passes[1 : len(stages) + 1], iterations, strict=True)
+            ]
+        )
 
     def feedback_objective(
         self, name: str, stage: Stage, mirror: Mirror, clean: StagePass, noise: NoiseStream
     ) -> FeedbackObjective:
-        """The reconstruction loss, on fresh noise at the stage's input."""
-        sigma = self.setting_of(name, self.noise)
-        shape = noise_shape(stage, clean.inputs)
-        pair = layer_pair(stage, mirror, self.speed)
+        """Prepare the reconstruction loss of one stage and batch, on fresh noise at the stage's input.
 
-        def by_autograd(iteration: int) -> FeedbackGradient:
-            (eps,) = noise.draw(iteration, sigma, shape)
-            return reconstruction_gradient(stage, mirror, clean.inputs, eps.view(clean.inputs.shape))
+        Args:
+            name: of the stage.
+            stage: ``F^n``.
+            mirror: ``G^n``.
+            clean: its clean pass.
+            noise: where noise is drawn from.
 
-        if pair is None or clean.affine is None or not isinstance(mirror, LayerMirror):
-            return by_autograd
-        weight, inputs = pair.products.prepare(pair.weight), pair.products.shape_inputs(clean.inputs)
-        affine = clean.affine
+        Returns:
+            A function from the number of the iteration to the gradient of the loss.
+        """
+        sigma = self.feedback_training.noise[name]
+        shape = stage.noise_shape(clean.inputs)
+        layers = mirror.layers(stage, clean) if isinstance(mirror, LayerMirror) else None
 
-        def in_closed_form(iteration: int) -> FeedbackGradient:
-            (eps,) = noise.draw(iteration, sigma, shape)
-            return reconstruction_closed_form(pair, weight, affine, mirror.weight, mirror.bias, inputs, eps)
+        def gradient_at(iteration: int) -> FeedbackGradient:
+            (eps,) = noise.draw(sigma, shape)
+            if layers is not None and isinstance(mirror, LayerMirror):
+                found = layer_reconstruction_gradient(layers.layers[0], mirror.bias, eps)
+                return FeedbackGradient(*found, None)
+            with preserve_buffers(stage):
+                return losses.reconstruction_gradient(stage, mirror, clean.inputs, eps.view(clean.inputs.shape))
 
-        return in_closed_form
+        return gradient_at

@@ -5,16 +5,14 @@ from functools import partial
 from itertools import pairwise
 from typing import cast
 
-import torch
 from torch import Tensor
 
 from bioprop.algorithms.difference_reconstruction import DifferenceReconstruction, ReconstructionObjective
 from bioprop.errors import UserError
-from bioprop.functional.angles import angle_degrees
-from bioprop.functional.feedback_losses import FeedbackGradient
-from bioprop.functional.reconstruction_losses import difference_reconstruction_gradient
+from bioprop.feedback.losses import FeedbackGradient
+from bioprop.feedback.reconstruction import difference_reconstruction_gradient
 from bioprop.networks.outer_mirrors import OuterMirror, activation_of, build_outer_mirror
-from bioprop.networks.stages import LayerStage, StagePass
+from bioprop.networks.stages import StagePass
 
 
 class DTPDRL(DifferenceReconstruction):
@@ -46,27 +44,18 @@ class DTPDRL(DifferenceReconstruction):
 
     def feedback_objectives(self, passes: Sequence[StagePass]) -> list[ReconstructionObjective]:
         """The difference reconstruction loss of every operator, through all those above it."""
-        return [partial(self._objective, place, passes) for place in range(len(self.feedback))]
+        return [partial(self._objective, place, name, passes) for place, name in enumerate(self.feedback)]
 
     def _objective(
-        self, place: int, passes: Sequence[StagePass], noisy_output: Tensor, noise: Tensor
+        self, place: int, name: str, passes: Sequence[StagePass], noisy_output: Tensor, noise: Tensor
     ) -> FeedbackGradient:
         mirror, clean = self.mirrors()[place], passes[place + 1]
         step = self._send_back(passes, noisy_output - passes[-1].output.detach(), down_to=place + 1)[-1]
         state = clean.output.detach()
         decode = partial(mirror, switches=clean.switches)
         parameters = dict(mirror.named_parameters())
-        sigma, decay = self.noise[place], self.feedback_decay[place]
+        sigma, decay = self.noise[name], self.feedback_decay[name]
         return difference_reconstruction_gradient(decode, parameters, state + step, state, noise, sigma, decay)
-
-    def target_differences(self, passes: Sequence[StagePass], output: Tensor) -> list[Tensor]:
-        """Return ``t^n - s^n`` for every stage, from the input to the output, given the output's.
-
-        Args:
-            passes: the clean pass of every stage.
-            output: ``t^N - s^N``, ``[batch, classes]``.
-        """
-        return self._send_back(passes, output)[::-1]
 
     def _send_back(self, passes: Sequence[StagePass], output: Tensor, down_to: int = 0) -> list[Tensor]:
         """Send ``t^N - s^N`` back as ``t^n - s^n``, from the output to the stage at this place, counted from 0."""
@@ -78,16 +67,3 @@ class DTPDRL(DifferenceReconstruction):
     def mirrors(self) -> list[OuterMirror]:
         """Return the feedback operators, from the input to the output."""
         return cast(list[OuterMirror], list(self.feedback.values()))
-
-    @torch.no_grad()
-    def symmetrize_feedback(self) -> None:
-        """Copy every forward weight into its feedback weight, without the biases: a copy, never the same tensor."""
-        for (_, stage), mirror in zip(self.network.stages()[1:], self.mirrors(), strict=True):
-            mirror.weight.copy_(cast(LayerStage, stage).weight)
-
-    def feedback_angles(self) -> dict[str, float]:
-        """Return degrees between each stage's forward and feedback weights, by name of stage."""
-        pairs = zip(self.network.stages()[1:], self.mirrors(), strict=True)
-        return {
-            name: float(angle_degrees(cast(LayerStage, stage).weight, back.weight)) for (name, stage), back in pairs
-        }

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from bioprop.algorithms.aligned_pass import AlignedPass, Layer
 from bioprop.algorithms.base import Algorithm, Gradients
 from bioprop.algorithms.checkpoints import describe_optimization
-from bioprop.algorithms.random_streams import RandomStreams
 from bioprop.algorithms.remedies import Remedies
-from bioprop.algorithms.settings import check_range, number
 from bioprop.distributed import mean_over_processes
 from bioprop.errors import UserError
+from bioprop.feedback.noise import RandomStreams
 from bioprop.functional.angles import angle_degrees
 from bioprop.functional.backward_matrices import (
     draw_like,
@@ -26,6 +25,7 @@ from bioprop.functional.backward_matrices import (
 from bioprop.functional.gradients import backprop_gradients, preserve_buffers, preserve_state
 from bioprop.networks.network import Network
 from bioprop.networks.stages import LayerStage
+from bioprop.ranges import check_range, number
 
 Rule = Literal["fa", "usf", "frsf", "brsf", "kolen_pollack", "weight_mirror", "transpose"]
 
@@ -117,16 +117,6 @@ class FeedbackAlignment(Algorithm):
             self._shapes[name] = weight.shape
             scale = root_mean_square(weight) if feedback_scale == "initialisation" else torch.tensor(1.0)
             self.backward_weights[_key(name)] = nn.Parameter(self._initial(weight, scale), requires_grad=False)
-        self.remember(
-            rule=rule,
-            feedback_scale=feedback_scale,
-            normalize_feedback=normalize_feedback,
-            constrain_norm=constrain_norm,
-            batch_manhattan=batch_manhattan,
-            decay=self.decay,
-            mirror_rate=self.mirror_rate,
-            mirror_samples=self.mirror_samples,
-        )
 
     def _initial(self, weight: Tensor, scale: Tensor) -> Tensor:
         """What is stored for a layer: ``B``, the magnitudes ``M``, or ``usf``'s one magnitude ``s``."""

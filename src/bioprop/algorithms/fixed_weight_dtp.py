@@ -7,8 +7,7 @@ import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from bioprop.algorithms.mirrored_feedback import MirroredFeedback
-from bioprop.algorithms.settings import check_range, number
+from bioprop.algorithms.target_algorithm import TargetAlgorithm
 from bioprop.errors import UserError
 from bioprop.functional.differences import standardize_difference
 from bioprop.functional.fixed_weights import SCALES, FixedWeightName, draw_fixed_weight
@@ -17,9 +16,10 @@ from bioprop.networks.network import Network
 from bioprop.networks.outer_mirrors import build_outer_mirror
 from bioprop.networks.stages import StagePass
 from bioprop.networks.standardized import StandardizedStage
+from bioprop.ranges import check_range, number
 
 
-class FixedWeightDTP(MirroredFeedback):
+class FixedWeightDTP(TargetAlgorithm):
     """Fixed-weight difference target propagation (Shibuya, Inoue, Kawakami & Sato, AAAI 2023).
 
     Targets are DTP's, ``t^{n-1} = s^{n-1} + G^n(t^n) - G^n(s^n)``, through ``G^n(z) = tanh(z B_n^T)`` with ``B_n`` as
@@ -71,7 +71,6 @@ class FixedWeightDTP(MirroredFeedback):
             self.feedback[name] = mirror.requires_grad_(False)
             if isinstance(below, StandardizedStage):
                 self._standardized.add(name)
-        self.remember(beta=self.beta, feedback_init=feedback_init, feedback_scale=scale, sparsity=self.sparsity)
 
     def difference_below(self, name: str, clean: StagePass, difference: Tensor) -> Tensor:
         """Return ``t^{n-1} - s^{n-1}``, standardised where the stage below is."""

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from bioprop.algorithms.settings import check_range, number
 from bioprop.algorithms.target_algorithm import TargetAlgorithm
 from bioprop.errors import UserError
 from bioprop.functional.gait import gait_difference, orthogonality_gradient
@@ -16,6 +15,7 @@ from bioprop.functional.output_losses import OutputLossName, output_loss
 from bioprop.networks.invertible_mlp import InvertibleStage
 from bioprop.networks.network import Network
 from bioprop.networks.stages import StagePass
+from bioprop.ranges import check_range, number
 
 
 class GAITProp(TargetAlgorithm):
@@ -63,7 +63,6 @@ class GAITProp(TargetAlgorithm):
                     f"GAIT-prop needs stages with an inverse, and {name} is a {type(stage).__name__}: choose the "
                     "network InvertibleMLP"
                 )
-        self.remember(gamma=self.gamma, orthogonality=self.orthogonality, loss=loss)
 
     def _stages(self) -> list[tuple[str, InvertibleStage]]:
         return cast(list[tuple[str, InvertibleStage]], self.network.stages())

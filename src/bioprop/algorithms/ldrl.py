@@ -1,20 +1,23 @@
 """L-DRL: layer-wise difference target propagation with the difference reconstruction loss."""
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Literal, get_args
 
 import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
 
-from bioprop.algorithms.layerwise_feedback import FeedbackStep, LayerwiseFeedback
-from bioprop.algorithms.ldrl_objectives import Rule, SecondNoise, has_curvature, ldrl_objective
-from bioprop.algorithms.random_streams import NoiseStream
+from bioprop.algorithms.target_algorithm import TargetAlgorithm
 from bioprop.distributed import gather_rows, mean_over_processes, process_count, process_rank
 from bioprop.errors import UserError
+from bioprop.feedback.ldrl import has_curvature, ldrl_objective
+from bioprop.feedback.losses import FeedbackObjective
+from bioprop.feedback.noise import ALONE, NoiseStream, Peers, RandomStreams, Rule, SecondNoise, automatic_iterations
+from bioprop.feedback.speed import DEFAULT_SPEED, Speed
+from bioprop.feedback.training import FeedbackStep, FeedbackTraining, StageBatch
 from bioprop.functional.activations import MirrorName
-from bioprop.functional.feedback_losses import FeedbackObjective
-from bioprop.functional.probing import ALONE, Peers, automatic_iterations
-from bioprop.functional.speed import DEFAULT_SPEED, Speed
-from bioprop.networks.mirrors import Mirror
+from bioprop.networks.mirrors import Mirror, build_mirror
 from bioprop.networks.network import Network
 from bioprop.networks.stages import Stage, StagePass
 from bioprop.removed import refuses_removed
@@ -25,7 +28,7 @@ Auto = Literal["auto"]
 
 
 @refuses_removed()
-class LDRL(LayerwiseFeedback):
+class LDRL(TargetAlgorithm):
     """Layer-wise feedback training towards the transposed Jacobian (Ernoult et al., ICML 2022).
 
     For each stage n >= 2 and some iterations a batch: draw noise ``eps`` at the stage's input, take a second noise
@@ -34,7 +37,7 @@ class LDRL(LayerwiseFeedback):
     the forward update tends to the BP gradient as ``beta -> 0`` (Gradient Matching Property).
 
     The ``second_noise`` decides what a batch costs; the mean gradient is the same to first order in the noise
-    (`bioprop.functional.feedback_losses` derives all three, `bioprop.functional.probing` the settings ``auto``):
+    (`bioprop.feedback.losses` derives all three, `bioprop.feedback.noise` the settings ``auto``):
 
     - ``echo`` (ours): what ``G`` itself answers to ``eps``. The gradient's noise then vanishes where ``J_G = J_F^T``,
       and two iterations a batch do what takes hundreds with independent noise. It never reads a forward weight:
@@ -75,10 +78,6 @@ class LDRL(LayerwiseFeedback):
         UserError: if a hyperparameter is out of its range, a list has the wrong length, or a stage has no mirror.
     """
 
-    finds_settings = True
-    #: Draws of the noise that the gradient of an iteration is the mean of.
-    samples = 1
-
     def __init__(
         self,
         network: Network,
@@ -96,22 +95,7 @@ class LDRL(LayerwiseFeedback):
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.02, momentum=0.9, weight_decay=1e-4),
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        super().__init__(
-            network,
-            beta=beta,
-            noise=noise,
-            feedback_lr=feedback_lr,
-            feedback_momentum=feedback_momentum,
-            feedback_step=feedback_step,
-            iterations=iterations,
-            mirror=mirror,
-            optimizer=optimizer,
-            scheduler=scheduler,
-            speed=speed,
-            second_noise=second_noise,
-            switches=switches,
-            noise_at=noise_at,
-        )
+        super().__init__(network, beta, optimizer, scheduler)
         for option, value, known in (
             ("second_noise", second_noise, get_args(SecondNoise)),
             ("switches", switches, get_args(SwitchesOf)),
@@ -121,7 +105,76 @@ class LDRL(LayerwiseFeedback):
                 raise UserError(f"{option} {value!r} is not known: choose one of {', '.join(known)}")
         self.second_noise, self.noise_at = second_noise, noise_at
         self._clean_switches = switches == "clean"
+        for name, stage in network.stages()[1:]:
+            self.feedback[name] = build_mirror(stage, mirror)
+        self.streams = RandomStreams()
+        self.feedback_training: FeedbackTraining = FeedbackTraining(
+            self.feedback,
+            *(self.streams, self._observers, noise, feedback_lr, iterations, feedback_step, feedback_momentum, speed),
+            finds_settings=True,
+        )
+        self.closed_form = speed.closed_form
         self._check_combinations()
+
+    def _train_feedback(self, passes: Sequence[StagePass]) -> dict[str, Tensor]:
+        """Phase 1: every stage n >= 2 descends its feedback loss, on fresh noise in every iteration."""
+        return self.feedback_training.train(
+            [
+                StageBatch(
+                    *(name, stage, mirror, clean, self.iterations_of(name, mirror, clean)),
+                    partial(self.feedback_objective, name, stage, mirror),
+                )
+                for (name, stage, mirror), clean in zip(self.mirrored_stages(), passes[1:], strict=True)
+            ]
+        )
+
+    def iterations_of(self, name: str, mirror: Mirror, clean: StagePass) -> int:
+        """Number of feedback iterations that one stage takes on a batch.
+
+        Args:
+            name: of the stage.
+            mirror: its feedback operator.
+            clean: its clean pass.
+        """
+        given = self.feedback_training.iterations[name]
+        if given is not None:
+            return int(given)
+        fan_in = max(weight[0].numel() for each, weight in mirror.named_parameters() if each != "bias")
+        samples = len(clean.inputs) * self._peers().size * clean.output[0, 0].numel()
+        return automatic_iterations(self.second_noise == "echo", fan_in / samples)
+
+    def feedback_objective(
+        self, name: str, stage: Stage, mirror: Mirror, clean: StagePass, noise: NoiseStream
+    ) -> FeedbackObjective:
+        """Prepare the L-DRL loss of one stage and batch: noise at the stage's input, the second noise at its output.
+
+        Args:
+            name: of the stage.
+            stage: ``F^n``.
+            mirror: ``G^n``.
+            clean: its clean pass: ``s^{n-1}``, ``s^n``, switches.
+            noise: where noise is drawn from.
+
+        Returns:
+            A function from the number of the draw of noise to the gradient of the loss.
+        """
+        training = self.feedback_training
+        rule = Rule(
+            self.second_noise,
+            self._clean_switches,
+            training.noise[name],
+            training.iterations[name] is not None,
+            self.noise_at == "layer",
+            training.samples,
+            self._peers(),
+        )
+        return ldrl_objective(rule, stage, mirror, clean, noise)
+
+    def _peers(self) -> Peers:
+        """The processes that average their feedback gradients."""
+        if self.feedback_training.sharing() != "gradients":
+            return ALONE
+        return Peers(process_count(), process_rank(), mean_over_processes, gather_rows)
 
     def _check_combinations(self) -> None:
         """Refuse what has no meaning together.
@@ -129,8 +182,9 @@ class LDRL(LayerwiseFeedback):
         Raises:
             UserError: naming the setting and what works.
         """
-        settings = {"noise": self.noise, "feedback_lr": self.feedback_lr, "iterations": self.iterations}
-        left = [name for name, values in settings.items() if None in values]
+        training = self.feedback_training
+        settings = {"noise": training.noise, "feedback_lr": training.feedback_lr, "iterations": training.iterations}
+        left = [name for name, values in settings.items() if None in values.values()]
         if self.second_noise == "independent" and left:
             raise UserError(
                 f"{', '.join(left)}: auto follows from the sizes for second_noise echo and expected; independent noise "
@@ -142,12 +196,12 @@ class LDRL(LayerwiseFeedback):
                 f"second_noise {self.second_noise} do not average that out: use switches: clean, or second_noise: "
                 "independent"
             )
-        if self.feedback_step == "sgd" and "feedback_lr" in left:
+        if training.feedback_step == "sgd" and "feedback_lr" in left:
             raise UserError(
                 "feedback_lr: auto is a normalized step: with feedback_step sgd give a number, such as 0.01"
             )
         for name, _, mirror in self.mirrored_stages():
-            if self.feedback_step == "normalized" and not has_curvature(mirror, self.noise_at == "layer"):
+            if training.feedback_step == "normalized" and not has_curvature(mirror, self.noise_at == "layer"):
                 raise UserError(
                     f"noise_at stage has no curvature for each of {name}'s several feedback weights, which the "
                     "normalized step divides by: use feedback_step: sgd, or noise_at: layer"
@@ -157,32 +211,3 @@ class LDRL(LayerwiseFeedback):
                     f"second_noise expected is not known for the feedback of {name} as a whole: use echo, or "
                     "noise_at: layer"
                 )
-
-    def _rule(self, name: str) -> Rule:
-        return Rule(
-            self.second_noise,
-            self._clean_switches,
-            self.setting_of(name, self.noise),
-            self.setting_of(name, self.iterations) is not None,
-            self.noise_at == "layer",
-            self.samples,
-            Peers(process_count(), process_rank(), mean_over_processes, gather_rows)
-            if self._shares("gradients")
-            else ALONE,
-            self.speed,
-        )
-
-    def iterations_of(self, name: str, mirror: Mirror, clean: StagePass) -> int:
-        """How many feedback iterations a batch takes for one stage."""
-        given = self.setting_of(name, self.iterations)
-        if given is not None:
-            return int(given)
-        fan_in = max(weight[0].numel() for each, weight in mirror.named_parameters() if each != "bias")
-        samples = len(clean.inputs) * self._rule(name).peers.size * clean.output[0, 0].numel()
-        return automatic_iterations(self.second_noise == "echo", fan_in / samples)
-
-    def feedback_objective(
-        self, name: str, stage: Stage, mirror: Mirror, clean: StagePass, noise: NoiseStream
-    ) -> FeedbackObjective:
-        """The L-DRL loss, on fresh noise at the stage's input and the second noise at its output."""
-        return ldrl_objective(self._rule(name), stage, mirror, clean, noise)

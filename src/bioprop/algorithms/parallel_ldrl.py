@@ -1,21 +1,15 @@
 """Parallel L-DRL: the feedback of all stages trained at once."""
 
-from collections.abc import Mapping, Sequence
-
 import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor
 
-from bioprop.algorithms.layerwise_feedback import FeedbackStep
 from bioprop.algorithms.ldrl import LDRL, Auto, SwitchesOf
-from bioprop.algorithms.ldrl_objectives import SecondNoise
-from bioprop.algorithms.settings import check_range, number
+from bioprop.feedback.noise import SecondNoise
+from bioprop.feedback.speed import DEFAULT_SPEED, Speed
+from bioprop.feedback.training import FeedbackStep
 from bioprop.functional.activations import MirrorName
-from bioprop.functional.feedback_losses import FeedbackGradient
-from bioprop.functional.feedback_steps import mean_gradient, normalized_steps
-from bioprop.functional.speed import DEFAULT_SPEED, Speed
 from bioprop.networks.network import Network
-from bioprop.networks.stages import StagePass
+from bioprop.ranges import count
 from bioprop.removed import refuses_removed
 
 
@@ -82,49 +76,4 @@ class ParallelLDRL(LDRL):
             optimizer=optimizer,
             scheduler=scheduler,
         )
-        self.samples = int(number("samples", samples, whole=True))
-        check_range("samples", [self.samples], 1)
-        self.remember(samples=self.samples)
-
-    def _train_feedback(self, passes: Sequence[StagePass]) -> dict[str, Tensor]:
-        stages = self.mirrored_stages()
-        course: dict[str, list[Tensor]] = {name: [] for name, _, _ in stages}
-        passes = passes[1:]
-        owners = self._owners(passes)
-        counts = {
-            name: self.iterations_of(name, mirror, clean)
-            for (name, _, mirror), clean in zip(stages, passes, strict=True)
-            if self._trains_here(name, owners)
-        }
-        with torch.no_grad():
-            objectives = {
-                name: self.feedback_objective(name, stage, mirror, clean, self._noise(place, clean))
-                for place, ((name, stage, mirror), clean) in enumerate(zip(stages, passes, strict=True))
-                if counts.get(name)
-            }
-            for iteration in range(max(counts.values(), default=0)):
-                draws = range(iteration * self.samples, (iteration + 1) * self.samples)
-                gradients = {
-                    name: mean_gradient(objective, draws)
-                    for name, objective in objectives.items()
-                    if iteration < counts[name]
-                }
-                self._step_all_stages(gradients := self._averaged(gradients))
-                for name, stage, mirror in stages:
-                    if name in gradients:
-                        course[name].append(gradients[name].loss)
-                        self._tell_observers(name, stage, mirror, iteration, gradients[name].loss)
-        self.streams.next_batch()
-        losses = {name: torch.stack(each).mean() for name, each in course.items() if each}
-        return self._exchange(losses, owners)
-
-    def _step_all_stages(self, gradients: Mapping[str, FeedbackGradient]) -> None:
-        """Take one step of the feedback weights of all stages together."""
-        for (name, _, mirror), lr in zip(self.mirrored_stages(), self.feedback_lr, strict=True):
-            if name in gradients and self._feedback_optimizer is None:
-                normalized_steps(dict(mirror.named_parameters()), gradients[name], lr)
-            elif name in gradients:
-                self._hand_over(mirror, gradients[name])
-        if self._feedback_optimizer is not None:
-            self._feedback_optimizer.step()
-            self._feedback_optimizer.zero_grad()
+        self.feedback_training.samples = count("samples", samples, 1)

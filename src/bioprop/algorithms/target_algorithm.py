@@ -1,31 +1,39 @@
-"""What all methods that learn from targets share: the pass through the stages, and the forward phase."""
+"""Methods that learn from targets: the pass through the stages, the targets that come down, and the forward phase."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor
+from torch import Tensor, nn
 
 from bioprop.algorithms.base import Algorithm, Gradients
 from bioprop.algorithms.precisions import products_in_autocast_type
-from bioprop.algorithms.settings import check_range, number
+from bioprop.distributed import gather_rows, process_count, process_rank
 from bioprop.errors import UserError
-from bioprop.functional.gradients import preserve_buffers
-from bioprop.functional.targets import output_difference
-from bioprop.networks.local_gradients import local_gradients, run_stages
+from bioprop.feedback.training import FeedbackIteration, FeedbackTraining, Observers
+from bioprop.functional.angles import angle_degrees, flatten_all
+from bioprop.functional.gradients import input_gradient
+from bioprop.networks.mirrors import Mirror
 from bioprop.networks.network import Network
-from bioprop.networks.stages import StagePass
+from bioprop.networks.stages import Stage, StagePass
+from bioprop.ranges import check_range, number
 
 
 class TargetAlgorithm(Algorithm):
     """A method that gives every stage a target; subclasses say which, and how feedback weights are trained.
 
     A training step is: one pass through the stages; phase 1, the feedback weights; phase 2, targets for all stages and
-    one local gradient a stage. The gradient of the local loss ``mean_batch 1/2 |F^n(s^{n-1}) - t^n|^2`` carries a
-    factor ``beta``; the optimizer is handed it over ``beta``, in the units of BP's, so that one learning rate means the
-    same for every method. A published update that carries ``beta`` is the same step with ``lr x beta`` and
-    ``weight_decay / beta`` (SGD), or with ``eps / beta`` and ``weight_decay / beta`` (Adam).
+    one local gradient a stage. Targets are those of difference target propagation (Lee et al., 2015),
+    ``t^{n-1} = s^{n-1} + G^n(t^n) - G^n(s^n)``, as differences ``t^n - s^n`` from the activations: they keep the digits
+    that subtracting two nearly equal tensors would lose.
+
+    The gradient of the local loss ``mean_batch 1/2 |F^n(s^{n-1}) - t^n|^2`` carries a factor ``beta``; the optimizer is
+    handed it over ``beta``, in the units of BP's, so that one learning rate means the same for every method. A
+    published update that carries ``beta`` is the same step with ``lr x beta`` and ``weight_decay / beta`` (SGD), or
+    with ``eps / beta`` and ``weight_decay / beta`` (Adam).
 
     Args:
         network: the forward network: a chain of stages.
@@ -33,13 +41,19 @@ class TargetAlgorithm(Algorithm):
         optimizer: makes the optimizer of the forward weights.
         scheduler: makes its learning-rate schedule, stepped once an epoch; None for a constant rate.
 
+    Attributes:
+        feedback: the feedback operators ``G^n`` by name of stage. ``G^1`` would reach the input: nothing needs it.
+
     Raises:
         UserError: if the network is no chain of stages, or ``beta`` is out of its range.
     """
 
     #: Form local gradients in closed form where the kind of stage has one.
     closed_form = True
+    #: How feedback is trained stage by stage, in methods that do so.
+    feedback_training: FeedbackTraining | None = None
 
+    @abstractmethod  # there is no target, nor anything to name on the command line, without a subclass's
     def __init__(
         self, network: Network, beta: float, optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None
     ) -> None:
@@ -52,50 +66,123 @@ class TargetAlgorithm(Algorithm):
         self.network: Network
         self.beta = number("beta", beta)
         check_range("beta", [self.beta], 0.0, low_allowed=False)
+        self.feedback = nn.ModuleDict()
+        self._observers: Observers = []
+
+    # -- the two phases ------------------------------------------------------------------------------------------
+
+    def _learn(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Gradients]:
+        if shared := self._shares_stages():
+            images, labels = gather_rows(images), gather_rows(labels)
+        # both phases see the same forward weights: one pass serves them
+        passes = self.network.clean_passes(images, self.closed_form)
+        with self._profiled("train_feedback"):
+            losses = self._train_feedback(passes)
+        forward, logits, _ = self._local_gradients(passes, labels)
+        return losses, Gradients(forward, logits[process_rank() :: process_count()] if shared else logits, shared)
 
     @products_in_autocast_type
     def train_feedback(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         """Phase 1 on one batch; changes nothing but feedback weights.
 
         Args:
-            images: ``[batch, channels, height, width]``.
+            images: ``[batch, channels, height, width]``, of which each of several processes gives its rows.
             labels: not used; feedback training is unsupervised.
 
         Returns:
             The mean feedback loss, by name of stage, for those that train.
         """
-        with preserve_buffers(self.network):
-            return self._train_feedback(run_stages(self.network, images, self.closed_form))
+        images = gather_rows(images) if self._shares_stages() else images
+        return self._train_feedback(self.network.clean_passes(images, self.closed_form, moves_statistics=False))
+
+    @property
+    def trains_feedback(self) -> bool:
+        """Whether there are feedback weights that learn."""
+        return self.feedback_training is not None
+
+    def _shares_stages(self) -> bool:
+        """Whether each of several processes trains the feedback of some stages, on the images of all."""
+        return self.feedback_training is not None and self.feedback_training.sharing() == "stages"
 
     def _train_feedback(self, passes: Sequence[StagePass]) -> dict[str, Tensor]:
         """Train the feedback weights, if the method has any to train, around the clean pass of one batch."""
         return {}
 
-    def _learn(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Gradients]:
-        # both phases see the same forward weights: one pass serves them
-        passes = run_stages(self.network, images, self.closed_form)
-        # statistics of batch norm are those of clean passes
-        with self._profiled("train_feedback"), preserve_buffers(self.network):
-            losses = self._train_feedback(passes)
-        return losses, self._local_gradients(passes, labels)
-
     def _gradients(self, images: Tensor, labels: Tensor) -> Gradients:
-        return self._local_gradients(run_stages(self.network, images, self.closed_form), labels)
+        return self._local_gradients(self.network.clean_passes(images, self.closed_form), labels)
 
     def _local_gradients(self, passes: Sequence[StagePass], labels: Tensor) -> Gradients:
+        """Phase 2: the step of the output along the loss's gradient, its way down, and one gradient a stage."""
         logits = passes[-1].output.detach()
         with torch.no_grad():
-            output = output_difference(logits, labels, self.beta, self.output_loss)
-            differences = self.target_differences(passes, output)
+            differences = self.target_differences(passes, -self.beta * self.output_loss.gradient(logits, labels))
         # d/ds of mean_batch 1/2 |s - t|^2 is (s - t)/batch; over beta, for the units of the BP gradient
         errors = [difference / (-self.beta * len(labels)) for difference in differences]
-        return Gradients(local_gradients(self.network, passes, errors), logits)
+        return Gradients(self.network.local_gradients(passes, errors), logits)
 
-    @abstractmethod
+    # -- targets -------------------------------------------------------------------------------------------------
+
     def target_differences(self, passes: Sequence[StagePass], output: Tensor) -> list[Tensor]:
         """Return ``t^n - s^n`` for every stage, from the input to the output, given the output's.
+
+        A stage without a feedback operator passes its target down by the gradient.
 
         Args:
             passes: the clean pass of every stage.
             output: ``t^N - s^N``, ``[batch, classes]``.
         """
+        differences = [output]
+        for (name, stage), clean in zip(self.network.stages()[:0:-1], passes[:0:-1], strict=True):
+            if name in self.feedback:
+                differences.append(self.difference_below(name, clean, differences[-1]))
+            else:
+                differences.append(input_gradient(stage, clean.inputs, differences[-1]))
+        return differences[::-1]
+
+    def difference_below(self, name: str, clean: StagePass, difference: Tensor) -> Tensor:
+        """Return ``t^{n-1} - s^{n-1} = G^n(t^n) - G^n(s^n)``.
+
+        Args:
+            name: of stage n, which has a feedback operator.
+            clean: its clean pass.
+            difference: ``t^n - s^n``, like the stage's output.
+        """
+        mirror = cast(Mirror, self.feedback[name])
+        return mirror.difference(clean.output.detach(), difference, clean.switches)
+
+    # -- feedback operators --------------------------------------------------------------------------------------
+
+    def mirrored_stages(self) -> list[tuple[str, Stage, Mirror]]:
+        """Return name, stage and feedback operator of every stage that has one, from the input to the output."""
+        stages = dict(self.network.stages())
+        return [(name, stages[name], cast(Mirror, mirror)) for name, mirror in self.feedback.items()]
+
+    @torch.no_grad()
+    def symmetrize_feedback(self) -> None:
+        """Copy every forward weight into its feedback weight, ``G^n = (F^n)^T``: a copy, never the same tensor."""
+        for _, stage, mirror in self.mirrored_stages():
+            for forward, feedback in mirror.pairs(stage):
+                feedback.copy_(forward)
+
+    def feedback_angles(self) -> dict[str, float]:
+        """Return degrees between each stage's forward and feedback weights, by name of stage."""
+        pairs = {name: zip(*mirror.pairs(stage), strict=True) for name, stage, mirror in self.mirrored_stages()}
+        return {name: float(angle_degrees(*(flatten_all(side) for side in sides))) for name, sides in pairs.items()}
+
+    def configure_optimizers(self) -> Any:
+        """Add the feedback optimizer, if any, behind the forward one, so that checkpoints hold its momentum."""
+        optimizers, schedulers = super().configure_optimizers()
+        feedback = None if self.feedback_training is None else self.feedback_training.restart()
+        return [*optimizers, *([feedback] if feedback else [])], schedulers
+
+    @contextmanager
+    def observe_feedback(self, observer: Callable[[FeedbackIteration], None]) -> Iterator[None]:
+        """Call ``observer`` after every feedback iteration within the context; costs nothing outside of it.
+
+        The angle is NaN where a feedback weight is no forward weight's counterpart.
+        """
+        self._observers.append(observer)
+        try:
+            yield
+        finally:
+            self._observers.remove(observer)

@@ -7,7 +7,7 @@ from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from bioprop.algorithms.dtp import DTP, PenultimateTarget, ReconstructingMirrorName
-from bioprop.functional.speed import DEFAULT_SPEED, Speed
+from bioprop.feedback.speed import DEFAULT_SPEED, Speed
 from bioprop.networks.mirrors import Mirror
 from bioprop.networks.network import Network
 from bioprop.networks.stages import StagePass

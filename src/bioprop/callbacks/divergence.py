@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from bioprop.algorithms.base import Algorithm
-from bioprop.algorithms.difference_reconstruction import DifferenceReconstruction
-from bioprop.algorithms.layerwise_feedback import LayerwiseFeedback
+from bioprop.algorithms.target_algorithm import TargetAlgorithm
 from bioprop.distributed import mean_over_processes
 from bioprop.errors import UserError
 from bioprop.networks.network import named_stages
@@ -63,9 +62,10 @@ def _causes(algorithm: Algorithm, feedback_losses: Mapping[str, Tensor]) -> Iter
     Activations that exploded break the feedback loss too, so both learning rates are named then.
     """
     feedback = nn.ModuleDict()
-    if isinstance(algorithm, LayerwiseFeedback | DifferenceReconstruction):
+    ran_away = set()
+    if isinstance(algorithm, TargetAlgorithm) and algorithm.trains_feedback:
         feedback = algorithm.feedback
-    ran_away = _ran_away(algorithm) if isinstance(algorithm, LayerwiseFeedback) else set()
+        ran_away = _ran_away(algorithm)
     for name, operator in feedback.items():
         broken_loss = name in feedback_losses and not torch.isfinite(feedback_losses[name])
         if broken_loss or name in ran_away or not _finite(operator.parameters()):
@@ -79,7 +79,7 @@ def _causes(algorithm: Algorithm, feedback_losses: Mapping[str, Tensor]) -> Iter
         yield f"the weights of stage {stages} became infinite or NaN: lower the learning rate of model.optimizer"
 
 
-def _ran_away(algorithm: LayerwiseFeedback) -> set[str]:
+def _ran_away(algorithm: TargetAlgorithm) -> set[str]:
     """Names of the stages whose feedback weights, if finite, have left the size of the forward weights far behind."""
     return {
         name

@@ -10,11 +10,11 @@ from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from bioprop.algorithms.difference_reconstruction import DifferenceReconstruction
-from bioprop.algorithms.layerwise_feedback import FeedbackIteration, LayerwiseFeedback
+from bioprop.algorithms.target_algorithm import TargetAlgorithm
 from bioprop.callbacks.run_folder import run_folder
 from bioprop.callbacks.wandb_runs import chart_feedback, wandb_run
 from bioprop.errors import UserError
+from bioprop.feedback.training import FeedbackIteration
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,11 @@ class FeedbackRecord(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin to observe a batch that is to be recorded."""
-        if isinstance(pl_module, LayerwiseFeedback | DifferenceReconstruction) and not batch_idx % self.every_n_batches:
+        if (
+            isinstance(pl_module, TargetAlgorithm)
+            and pl_module.trains_feedback
+            and not batch_idx % self.every_n_batches
+        ):
             self._observing.enter_context(pl_module.observe_feedback(self._seen.append))
 
     def on_train_batch_end(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bioprop.functional.gradients import stage_gradients
-from bioprop.functional.targets import output_difference
+from bioprop.functional.output_losses import cross_entropy_gradient
 
 StageFunction = Callable[[Tensor], Tensor]
 
@@ -89,6 +89,6 @@ def gauss_newton_gradients(
         for stage in stages:
             outputs.append(stage(inputs[-1]))
             inputs.append(outputs[-1].detach().requires_grad_())
-        error = output_difference(outputs[-1].detach(), labels, 1.0)
+        error = -cross_entropy_gradient(outputs[-1].detach(), labels)
         directions = gauss_newton_differences(outputs, inputs[:-1], error, damping)
     return stage_gradients(network, outputs, [direction / -len(images) for direction in directions])

@@ -6,7 +6,7 @@ from bioprop.networks.mirrors import LayerMirror, Mirror, build_mirror
 from bioprop.networks.mlp import MLP
 from bioprop.networks.network import Network, build_network
 from bioprop.networks.outer_mirrors import OuterMirror, build_outer_mirror
-from bioprop.networks.residual_mirrors import BlockMirror, LayeredMirror, PooledLinearMirror, StemMirror
+from bioprop.networks.residual_mirrors import BlockMirror, PooledLinearMirror, StemMirror
 from bioprop.networks.resnet import (
     BasicBlockStage,
     PooledLinearStage,
@@ -28,7 +28,6 @@ __all__ = [
     "InvertibleStage",
     "LayerMirror",
     "LayerStage",
-    "LayeredMirror",
     "LeNet",
     "LinearStage",
     "Mirror",

@@ -10,10 +10,9 @@ stage.weight`` is the symmetric case (``G = F^T`` on a linear stage). Two forms:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from functools import singledispatch
 from math import prod
-from typing import cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,116 @@ from torch import Tensor, nn
 from bioprop.errors import UserError
 from bioprop.functional.activations import MirrorName, feedback_activation, feedback_slope
 from bioprop.functional.pooling import Places, overwriting_places, pick, unpool
-from bioprop.networks.stages import ConvStage, LayerStage, LinearStage, Stage, Switches
+from bioprop.networks.layers import ConvLayer, LinearLayer, unread_border
+from bioprop.networks.stages import ConvStage, LayerStage, LinearStage, Stage, StageOutput, StagePass, Switches
+
+
+class Activates(Protocol):
+    """What follows the products of a forward layer."""
+
+    def activate(self, affine: Tensor) -> StageOutput:
+        """Apply activation and pooling (if any)."""
+
+
+class LeadsBack(Protocol):
+    """What precedes the products of a feedback layer, see `LayerMirror`."""
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether ``phi`` is the identity."""
+
+    @property
+    def overlap(self) -> float:
+        """The mean number of pool windows that a position lies in."""
+
+    def phi(self, outputs: Tensor) -> Tensor:
+        """Apply the activation of the feedback path."""
+
+    def slope(self, outputs: Tensor) -> Tensor:
+        """Compute its derivative."""
+
+    def locate(self, switches: Switches) -> Places | None:
+        """Say where pooled values go back to."""
+
+    def unpool(self, pooled: Tensor, places: Places | None) -> Tensor:
+        """Put pooled values back to their places."""
+
+    def pick(self, maps: Tensor, places: Places | None) -> Tensor:
+        """Read values off their places."""
+
+
+class FeedbackLayer(NamedTuple):
+    """One layer of a feedback operator, the forward layer that it is the counterpart of, and one batch of both.
+
+    Attributes:
+        name: of the feedback weight among the operator's parameters.
+        stage: what follows the forward layer's products.
+        mirror: what precedes the feedback layer's.
+        layer: the forward layer, which knows the products.
+        inputs: of the forward layer, in the shape of the noise that is added to them, ``[batch, ...]``.
+        affine: what ``stage`` activates, ``W x + b``.
+        output: what it makes of that, ``y``.
+        places: where pooled values go back to in the pass that made ``y``.
+        phi: ``phi(y)``.
+        forward_weight: effective ``W``.
+        weight: ``V``, ``[units, ...]``.
+        scale: ``[units]``, where the effective feedback weights are ``scale_o V_o``; None for 1.
+        share: what the layer's loss is multiplied by.
+        input_noise: the number of the noise tensor that enters the forward layer.
+        output_noise: the number of the one that enters the feedback layer.
+    """
+
+    name: str
+    stage: Activates
+    mirror: LeadsBack
+    layer: LinearLayer | ConvLayer
+    inputs: Tensor
+    affine: Tensor
+    output: Tensor
+    places: Places | None
+    phi: Tensor
+    forward_weight: Tensor
+    weight: Tensor
+    scale: Tensor | None = None
+    share: float = 1.0
+    input_noise: int = 0
+    output_noise: int = 1
+
+    def block(self, samples: slice) -> "FeedbackLayer":
+        """Return the part that belongs to some samples of the batch."""
+        return self._replace(
+            inputs=self.inputs[samples],
+            affine=self.affine[samples],
+            output=self.output[samples],
+            places=None if self.places is None else self.places.block(samples),
+            phi=self.phi[samples],
+        )
+
+    @property
+    def effective(self) -> Tensor:
+        """The effective ``V``."""
+        return self.scaled(self.weight)
+
+    def scaled(self, values: Tensor) -> Tensor:
+        """Multiply values of each unit, ``[units, ...]``, by its scale."""
+        return values if self.scale is None else values * self.scale.view(-1, *[1] * (values.dim() - 1))
+
+    @property
+    def size(self) -> torch.Size:
+        """Height and width of the layer's input."""
+        return self.inputs.shape[2:]
+
+    @property
+    def area(self) -> float:
+        """How many positions before pooling there are for each one after it."""
+        return self.affine[0].numel() / self.output[0].numel()
+
+
+class FeedbackLayers(NamedTuple):
+    """All layers of a feedback operator, and the shapes of the noise tensors that they share, batch first."""
+
+    layers: list[FeedbackLayer]
+    noise_shapes: list[tuple[int, ...]]
 
 
 class Mirror(nn.Module, ABC):
@@ -44,6 +152,18 @@ class Mirror(nn.Module, ABC):
     @abstractmethod
     def difference(self, outputs: Tensor, step: Tensor, switches: Switches) -> Tensor:
         """Compute ``G(outputs + step) - G(outputs)``."""
+
+    #: Whether the operator is made of several layers, one after another.
+    is_composed = False
+
+    def layers(self, stage: Stage, clean: StagePass) -> FeedbackLayers | None:
+        """Return the layers of the operator with their counterparts in the stage; None for others than those.
+
+        Args:
+            stage: that of the mirror.
+            clean: its pass of the batch.
+        """
+        return None
 
     def difference_parameters(self) -> dict[str, Tensor]:
         """Return the parameters that a difference of ``G`` depends on, by name: biases cancel."""
@@ -95,14 +215,30 @@ class LayerMirror(Mirror):
     def project(self, features: Tensor, bias: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
         """Apply the feedback weights, or another ``weight`` of their shape: the part of ``G`` that is linear."""
 
+    def layers(self, stage: Stage, clean: StagePass) -> FeedbackLayers | None:
+        """Return the one layer; None in subclasses, which may compute something else, and of a stage without products.
+
+        Args:
+            stage: that of the mirror.
+            clean: its pass of the batch.
+        """
+        inputs, affine, output, switches = clean
+        if affine is None or type(self) not in (LinearMirror, ConvMirror) or not isinstance(stage, LayerStage):
+            return None
+        layer = cast(LinearLayer | ConvLayer, stage.layer)
+        weights = layer.weight.detach(), self.weight
+        inputs, places = inputs.reshape(stage.noise_shape(inputs)), self.locate(switches)
+        layers = FeedbackLayer("weight", stage, self, layer, inputs, affine, output, places, self.phi(output), *weights)
+        return FeedbackLayers([layers], [stage.noise_shape(inputs), tuple(output.shape)])
+
     @property
     def overlap(self) -> float:
-        """How many pool windows a position lies in on average; 1 without pooling."""
+        """The mean number of pool windows that a position lies in; 1 without pooling."""
         return 1.0
 
     @property
     def area(self) -> float:
-        """How many positions before pooling there are for each window; 1 without pooling."""
+        """The number of positions before pooling for each window; 1 without pooling."""
         return 1.0
 
     def locate(self, switches: Switches) -> Places | None:
@@ -184,12 +320,12 @@ class ConvMirror(LayerMirror):
 
     @property
     def overlap(self) -> float:
-        """How many pool windows a position lies in on average."""
+        """The mean number of pool windows that a position lies in."""
         return 1.0 if self.pool is None else max(1.0, (self.pool.kernel_size / self.pool.stride) ** 2)
 
     @property
     def area(self) -> float:
-        """How many positions before pooling there are for each window."""
+        """The number of positions before pooling for each window."""
         return 1.0 if self.pool is None else prod(self.map_size) / prod(self.pool.output_size(*self.map_size))
 
     def features(self, outputs: Tensor, switches: Tensor | None) -> Tensor:
@@ -219,16 +355,6 @@ class ConvMirror(LayerMirror):
     def pick(self, maps: Tensor, places: Places | None) -> Tensor:
         """Read values off their places, ``[batch, out_channels, *pooled size]``: the transpose of `unpool`."""
         return maps if places is None else pick(maps, places)
-
-
-def unread_border(conv: nn.Conv2d, input_size: Sequence[int], output_size: Sequence[int]) -> tuple[int, int]:
-    """Return how many rows and columns at the far border a strided convolution never reads."""
-    (stride, _), (padding, _) = conv.stride, (int(side) for side in conv.padding)
-    rows, columns = (
-        side - ((out - 1) * stride - 2 * padding + kernel)
-        for side, out, kernel in zip(input_size, output_size, conv.weight.shape[2:], strict=True)
-    )
-    return rows, columns
 
 
 @singledispatch

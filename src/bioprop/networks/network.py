@@ -2,12 +2,14 @@
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, overload
 
 from torch import Tensor, nn
 
 from bioprop.errors import UserError
-from bioprop.networks.stages import Stage
+from bioprop.functional.gradients import preserve_buffers
+from bioprop.networks.stages import Stage, StagePass
 
 ImageShape = tuple[int, int, int]
 
@@ -46,6 +48,41 @@ class Network(nn.Sequential):
     def stages(self) -> list[tuple[str, Stage]]:
         """Names and stages, from the input to the output."""
         return [(name, stage) for name, stage in self.named_children() if isinstance(stage, Stage)]
+
+    def clean_passes(self, images: Tensor, closed_form: bool = True, moves_statistics: bool = True) -> list[StagePass]:
+        """Run every stage once, each cut off from the one below.
+
+        Args:
+            images: ``[batch, channels, height, width]``.
+            closed_form: form no graph where `local_gradients` needs none.
+            moves_statistics: whether the pass counts for the running statistics of batch norm.
+
+        Returns:
+            The pass of every stage, from the input to the output.
+        """
+        passes: list[StagePass] = []
+        inputs = images
+        with nullcontext() if moves_statistics else preserve_buffers(self):
+            for _, stage in self.stages():
+                passes.append(stage.clean_pass(inputs, closed_form))
+                inputs = passes[-1].output.detach()
+        return passes
+
+    def local_gradients(self, passes: Sequence[StagePass], errors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Gradients that stay within their stage: each stage's error reaches its own parameters only.
+
+        Args:
+            passes: of every stage, by `clean_passes`.
+            errors: the derivative of the loss with respect to each stage's output, in its shape.
+
+        Returns:
+            The gradient by name of parameter; frozen parameters have none.
+        """
+        gradients: dict[str, Tensor] = {}
+        for (name, stage), clean, error in zip(self.stages(), passes, errors, strict=True):
+            found = stage.local_gradients(clean, error)
+            gradients |= {f"{name}.{parameter}": gradient for parameter, gradient in found.items()}
+        return gradients
 
     @overload
     def __getitem__(self, idx: slice) -> nn.Sequential: ...

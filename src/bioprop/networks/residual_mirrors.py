@@ -22,9 +22,9 @@ training mode too would be another method: below the output of a ResNet-14 with 
 The running statistics belong to the clean pass: feedback training leaves them as they are.
 """
 
-from abc import abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -37,38 +37,17 @@ from bioprop.functional.activations import (
     forward_activation,
     identity,
 )
-from bioprop.functional.closed_forms import LayerPair, clean_pass
-from bioprop.functional.layer_products import LayerProducts, LinearProducts
-from bioprop.functional.layered_feedback import FeedbackLayer, FeedbackLayers
 from bioprop.functional.normalization import NormPass, transposed_norm
-from bioprop.networks.layer_pairs import conv_products
-from bioprop.networks.mirrors import Mirror, build_mirror, unread_border
+from bioprop.functional.pooling import Places
+from bioprop.networks.layers import ConvLayer, LinearLayer, unread_border
+from bioprop.networks.mirrors import FeedbackLayer, FeedbackLayers, Mirror, build_mirror
 from bioprop.networks.resnet import BasicBlockStage, BlockPass, PooledLinearStage, StemPass, StemStage
-from bioprop.networks.stages import Stage, StagePass, Switches
+from bioprop.networks.stages import Stage, StageOutput, StagePass, Switches
 
 Function = Callable[[Tensor], Tensor]
 
 
-class LayeredMirror(Mirror):
-    """A mirror whose layers L-DRL can train one by one."""
-
-    #: Whether there are several of them.
-    is_composed = False
-
-    @abstractmethod
-    def layers(self, stage: Stage, clean: StagePass, reduced: bool) -> FeedbackLayers:
-        """Return the layers of the mirror, each with its counterpart in the stage.
-
-        Around the clean pass, batch norm is taken as a factor for each channel: the minimiser ``V = W`` is the same.
-
-        Args:
-            stage: that of the mirror.
-            clean: its pass of the batch.
-            reduced: whether products are computed in bfloat16.
-        """
-
-
-class BlockMirror(LayeredMirror):
+class BlockMirror(Mirror):
     """Mirror of a `BasicBlockStage`; each weight ``[out_channels, in_channels, kernel, kernel]``, as its counterpart.
 
     Args:
@@ -135,29 +114,29 @@ class BlockMirror(LayeredMirror):
         across = transposed_norm(features, clean.norm_shortcut)
         return branch + F.conv_transpose2d(across, self.shortcut_weight, None, self.stride, 0, self.unread)
 
-    def layers(self, stage: Stage, clean: StagePass, reduced: bool) -> FeedbackLayers:
+    def layers(self, stage: Stage, clean: StagePass) -> FeedbackLayers:
         """Return the convolutions: noise enters at the block's input, between its convolutions, and at its output."""
         block, values = cast(BasicBlockStage, stage), cast(BlockPass, clean.switches)
-        inner, linear = self._rho(values.affine), _linear(clean.output)
-        activation = _Activation(self._rho, self.phi, self._slope, values.affine)
-        products = _products(block.conv1, clean.inputs, inner, reduced)
-        weights = block.conv1.weight, self.conv1_weight
-        layers = [_feedback_layer("conv1_weight", weights, clean.inputs, products, values.norm1, (0, 1), activation)]
-        products = _products(block.conv2, inner, clean.output, reduced)
-        weights = block.conv2.weight, self.conv2_weight
-        layers.append(_feedback_layer("conv2_weight", weights, inner, products, values.norm2, (1, 2), linear))
+        inner = self._rho(values.affine)
+        activation, linear = _Activation(self._rho, self.phi, self._slope), _linear(clean.output)
+        layers = [
+            _feedback_layer(
+                *("conv1_weight", block.conv1, self.conv1_weight, clean.inputs),
+                *(values.norm1, (0, 1), activation, values.affine),
+            ),
+            _feedback_layer("conv2_weight", block.conv2, self.conv2_weight, inner, values.norm2, (1, 2), *linear),
+        ]
         if block.shortcut_conv is not None and self.shortcut_weight is not None:
-            products = _products(block.shortcut_conv, clean.inputs, clean.output, reduced)
-            weights = block.shortcut_conv.weight, self.shortcut_weight
             layers.append(
                 _feedback_layer(
-                    "shortcut_weight", weights, clean.inputs, products, values.norm_shortcut, (0, 2), linear
+                    *("shortcut_weight", block.shortcut_conv, self.shortcut_weight, clean.inputs),
+                    *(values.norm_shortcut, (0, 2), *linear),
                 )
             )
         return FeedbackLayers(layers, [tuple(clean.inputs.shape), tuple(inner.shape), tuple(clean.output.shape)])
 
 
-class PooledLinearMirror(LayeredMirror):
+class PooledLinearMirror(Mirror):
     """``G(y) = V^T y / positions + bias`` at every position: the transposed mean over positions spreads evenly.
 
     Both forms are this; the authors of ``paper`` spread without dividing.
@@ -190,20 +169,19 @@ class PooledLinearMirror(LayeredMirror):
         back = F.linear(outputs, self.weight.t()) / (self.size[0] * self.size[1])
         return back[:, :, None, None].expand(-1, -1, *self.size)
 
-    def layers(self, stage: Stage, clean: StagePass, reduced: bool) -> FeedbackLayers:
+    def layers(self, stage: Stage, clean: StagePass) -> FeedbackLayers:
         """Return the linear layer.
 
         Noise of size ``sigma`` at every position has a mean of size ``sigma / sqrt(positions)``; drawing that mean
         times the root, at size ``sigma``, and dividing the loss by the number of positions is the same.
         """
-        weights = cast(PooledLinearStage, stage).linear.weight, self.weight
-        share = 1.0 / (self.size[0] * self.size[1])
-        inputs, linear = clean.inputs.mean((2, 3)), _linear(clean.output)
-        layer = _feedback_layer("weight", weights, inputs, LinearProducts(reduced), None, (0, 1), linear, share)
+        linear, share = cast(PooledLinearStage, stage).linear, 1.0 / (self.size[0] * self.size[1])
+        inputs = clean.inputs.mean((2, 3))
+        layer = _feedback_layer("weight", linear, self.weight, inputs, None, (0, 1), *_linear(clean.output), share)
         return FeedbackLayers([layer], [tuple(clean.inputs.shape[:2]), tuple(clean.output.shape)])
 
 
-class StemMirror(LayeredMirror):
+class StemMirror(Mirror):
     """``G(y) = V^T phi(y) + bias`` through the transposed batch norm, for stems that are not the first stage.
 
     Args:
@@ -234,63 +212,66 @@ class StemMirror(LayeredMirror):
     def _back(self, features: Tensor, clean: StemPass) -> Tensor:
         return F.conv_transpose2d(transposed_norm(features, clean.norm), self.weight, padding=1)
 
-    def layers(self, stage: Stage, clean: StagePass, reduced: bool) -> FeedbackLayers:
+    def layers(self, stage: Stage, clean: StagePass) -> FeedbackLayers:
         """Return the convolution."""
         stem, values = cast(StemStage, stage), cast(StemPass, clean.switches)
-        products = _products(stem.conv, clean.inputs, clean.output, reduced)
-        activation = _Activation(self._rho, self.phi, self._slope, values.affine)
-        weights = stem.conv.weight, self.weight
-        layer = _feedback_layer("weight", weights, clean.inputs, products, values.norm, (0, 1), activation)
+        activation = _Activation(self._rho, self.phi, self._slope)
+        layer = _feedback_layer(
+            "weight", stem.conv, self.weight, clean.inputs, values.norm, (0, 1), activation, values.affine
+        )
         return FeedbackLayers([layer], [tuple(clean.inputs.shape), tuple(clean.output.shape)])
 
 
-class _Activation(NamedTuple):
-    """Activation of a forward layer, that of its feedback layer and its slope, and what the first was applied to."""
+@dataclass(frozen=True)
+class _Activation:
+    """What lies between a layer and its feedback layer within a block: activations, no pooling."""
 
     rho: Function
     phi: Function
     slope: Function
-    affine: Tensor
+    overlap: float = 1.0
+
+    @property
+    def is_linear(self) -> bool:
+        return self.phi is identity
+
+    def activate(self, affine: Tensor) -> StageOutput:
+        return StageOutput(self.rho(affine), None)
+
+    def locate(self, switches: Switches) -> None:
+        return None
+
+    def unpool(self, pooled: Tensor, places: Places | None) -> Tensor:
+        return pooled
+
+    def pick(self, maps: Tensor, places: Places | None) -> Tensor:
+        return maps
 
 
-def _linear(affine: Tensor) -> _Activation:
+def _linear(affine: Tensor) -> tuple[_Activation, Tensor]:
     """Of a layer without activation, in which changes are the same around zero: no pass is needed."""
-    return _Activation(identity, identity, torch.ones_like, affine.new_zeros(()).expand(affine.shape))
+    return _Activation(identity, identity, torch.ones_like), affine.new_zeros(()).expand(affine.shape)
 
 
 def _feedback_layer(
     name: str,
-    weights: tuple[Tensor, Tensor],
+    layer: nn.Module,
+    feedback: Tensor,
     inputs: Tensor,
-    products: LayerProducts,
     norm: NormPass | None,
     noise: tuple[int, int],
     activation: _Activation,
+    affine: Tensor,
     share: float = 1.0,
 ) -> FeedbackLayer:
-    forward, feedback = weights
+    """Around the clean pass, batch norm is a factor for each channel: the minimiser ``V = W`` is the same."""
+    layer = cast(LinearLayer | ConvLayer, layer)
     scale = None if norm is None else norm.scale
-    effective = forward.detach() if scale is None else forward.detach() * scale.view(-1, 1, 1, 1)
-    rho, phi, slope, affine = activation
-    pair = LayerPair(
-        weight=effective,
-        products=products,
-        activate=lambda values: (rho(values), None),
-        phi=phi,
-        slope=slope,
-        locate=lambda switches: None,
-        unpool=lambda values, places: values,
-        pick=lambda maps, places: maps,
-        phi_is_identity=phi is identity,
-        overlap=1.0,
-    )
-    clean = clean_pass(pair, affine, rho(affine), None, clean_switches=True)
-    return FeedbackLayer(name, pair, inputs, products.prepare(effective), clean, feedback, scale, share, *noise)
-
-
-def _products(conv: nn.Conv2d, inputs: Tensor, outputs: Tensor, reduced: bool) -> LayerProducts:
-    (height, width), (rows, columns) = inputs.shape[2:], outputs.shape[2:]
-    return conv_products(conv, (height, width), (rows, columns), reduced)
+    forward = layer.weight.detach()
+    forward = forward if scale is None else forward * scale.view(-1, 1, 1, 1)
+    output = activation.rho(affine)
+    around = activation, activation, layer, inputs, affine, output, None, activation.phi(output)
+    return FeedbackLayer(name, *around, forward, feedback, scale, share, *noise)
 
 
 def _draw(weight: Tensor) -> nn.Parameter:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bioprop.errors import UserError
 from bioprop.functional.activations import SLOPES, ActivationName, forward_activation
 from bioprop.functional.normalization import NormPass, norm_pass
+from bioprop.networks.layers import ConvLayer, LinearLayer
 from bioprop.networks.network import ImageShape, Network, check_sizes
 from bioprop.networks.stages import Stage, StageOutput
 
@@ -67,7 +68,7 @@ class StemStage(Stage):
         self.input_shape, self.output_shape = input_shape, (channels, *input_shape[1:])
         self.activation = activation
         self._rho = forward_activation(activation)
-        self.conv = nn.Conv2d(input_shape[0], channels, 3, padding=1, bias=not batch_norm)
+        self.conv = ConvLayer(input_shape[0], channels, 3, padding=1, bias=not batch_norm)
         self.norm = _norm(channels, batch_norm)
         self.to(memory_format=torch.channels_last)
 
@@ -109,14 +110,14 @@ class BasicBlockStage(Stage):
         self.activation = activation
         self._rho = forward_activation(activation)
         bias = not batch_norm
-        self.conv1 = nn.Conv2d(input_shape[0], channels, 3, stride, padding=1, bias=bias)
+        self.conv1 = ConvLayer(input_shape[0], channels, 3, stride, padding=1, bias=bias)
         self.norm1 = _norm(channels, batch_norm)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=bias)
+        self.conv2 = ConvLayer(channels, channels, 3, padding=1, bias=bias)
         self.norm2 = _norm(channels, batch_norm)
         self.shortcut: nn.Module = nn.Identity()
         if self.output_shape != tuple(input_shape):
             self.shortcut = nn.Sequential(
-                nn.Conv2d(input_shape[0], channels, 1, stride, bias=bias), _norm(channels, batch_norm)
+                ConvLayer(input_shape[0], channels, 1, stride, bias=bias), _norm(channels, batch_norm)
             )
         self.to(memory_format=torch.channels_last)
 
@@ -162,7 +163,7 @@ class PooledLinearStage(Stage):
     def __init__(self, input_shape: tuple[int, ...], out_features: int) -> None:
         super().__init__()
         self.input_shape, self.output_shape = input_shape, (out_features,)
-        self.linear = nn.Linear(input_shape[0], out_features)
+        self.linear = LinearLayer(input_shape[0], out_features)
 
     def run(self, inputs: Tensor) -> StageOutput:
         """Compute the logits; there are no switches."""

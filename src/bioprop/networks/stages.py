@@ -3,14 +3,16 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from bioprop.errors import UserError
-from bioprop.functional.activations import FLAT, ActivationName, forward_activation
-from bioprop.functional.pooling import Pool, max_pool
+from bioprop.functional.activations import FLAT, SLOPES, ActivationName, forward_activation
+from bioprop.functional.gradients import stage_gradients
+from bioprop.functional.pooling import Pool, max_pool, unpool_adding
+from bioprop.networks.layers import ConvLayer, LinearLayer, blocks, is_plain
 
 #: What a pass hands to the mirror besides the output: max-pool switches (a tensor), for other kinds of stages a tuple
 #: of whatever their mirror needs, or None. Only the stage's own mirror looks into it.
@@ -59,6 +61,29 @@ class Stage(nn.Module, ABC):
         """Compute ``F^n(inputs)`` for inputs ``[batch, *input_shape]``; returns ``[batch, *output_shape]``."""
         return self.run(inputs).output
 
+    def clean_pass(self, inputs: Tensor, closed_form: bool = True) -> StagePass:
+        """Run the stage once for all that learns from a batch.
+
+        Args:
+            inputs: ``s^{n-1}``, ``[batch, *input_shape]``, cut off from the stage below.
+            closed_form: form no graph where `local_gradients` needs none.
+        """
+        with torch.enable_grad():
+            return StagePass(inputs, None, *self.run(inputs))
+
+    def local_gradients(self, clean: StagePass, error: Tensor) -> dict[str, Tensor]:
+        """Gradients of the stage's own parameters by name; frozen ones have none.
+
+        Args:
+            clean: by `clean_pass`.
+            error: the derivative of the loss with respect to the stage's output, in its shape.
+        """
+        return stage_gradients(self, [clean.output], [error])
+
+    def noise_shape(self, inputs: Tensor) -> tuple[int, ...]:
+        """Shape in which noise at the stage's input is drawn: the same numbers however gradients are computed."""
+        return tuple(inputs.shape)
+
 
 class LayerStage(Stage):
     """A stage of one linear or convolutional layer and its activation: what a feedback mirror can be built for.
@@ -72,14 +97,28 @@ class LayerStage(Stage):
     layer_name: str
 
     @property
-    @abstractmethod
-    def weight(self) -> Tensor:
-        """The forward weight that the feedback weight of this stage is the counterpart of."""
+    def layer(self) -> nn.Module:
+        """The linear or convolutional layer."""
+        return self.get_submodule(self.layer_name)
 
     @property
-    @abstractmethod
+    def weight(self) -> Tensor:
+        """The forward weight ``W``, ``[units, ...]``, that the feedback weight is the counterpart of."""
+        return self.layer.weight  # type: ignore[return-value]
+
+    @property
     def bias(self) -> Tensor | None:
-        """The bias of the same layer, if it has one."""
+        """The bias of the same layer, ``[units]``, if it has one."""
+        return self.layer.bias  # type: ignore[return-value]
+
+    @property
+    def products(self) -> LinearLayer | ConvLayer | None:
+        """The layer, where gradients may be formed of its products alone.
+
+        None in subclasses, which may compute something else than their parent, and where the layer was replaced or
+        given hooks.
+        """
+        return None
 
     @abstractmethod
     def affine(self, inputs: Tensor) -> Tensor:
@@ -89,9 +128,41 @@ class LayerStage(Stage):
     def activate(self, affine: Tensor) -> StageOutput:
         """Apply activation and pooling (if any)."""
 
+    def unpool(self, pooled: Tensor, switches: Tensor | None) -> Tensor:
+        """Lead values in the shape of the output back through the transposed pooling (if any)."""
+        return pooled
+
     def run(self, inputs: Tensor) -> StageOutput:
         """Compute ``F^n(inputs)`` together with the switches of this pass."""
         return self.activate(self.affine(inputs))
+
+    def clean_pass(self, inputs: Tensor, closed_form: bool = True) -> StagePass:
+        """Run the stage once for all that learns from a batch; without a graph where there is a closed form."""
+        if not closed_form or self.products is None:
+            return super().clean_pass(inputs)
+        with torch.no_grad():
+            affine = self.affine(inputs)
+            return StagePass(inputs, affine, *self.activate(affine))
+
+    @torch.no_grad()
+    def local_gradients(self, clean: StagePass, error: Tensor) -> dict[str, Tensor]:
+        """``wgrad(x, P^T(rho'(a) error))`` with the slope read off the output, by the name of weight and bias."""
+        if clean.affine is None:
+            return super().local_gradients(clean, error)
+        layer = cast(LinearLayer | ConvLayer, self.layer)
+        axes = [axis for axis in range(error.dim()) if axis != 1]
+        gradients: dict[str, Tensor] = {}
+        # maps before pooling are made for a block of samples at a time, which stays in a processor's cache
+        for samples in blocks(clean.affine, fewest=8):
+            part = error[samples] * SLOPES[self.activation](clean.output[samples])
+            found: dict[str, Tensor] = {}
+            if layer.weight.requires_grad:
+                switches = None if clean.switches is None else clean.switches[samples]
+                found["weight"] = layer.weight_gradient(clean.inputs[samples], self.unpool(part, switches))
+            if layer.bias is not None and layer.bias.requires_grad:
+                found["bias"] = part.sum(axes)
+            gradients = {name: gradients[name].add_(new) if gradients else new for name, new in found.items()}
+        return {f"{self.layer_name}.{name}": gradient for name, gradient in gradients.items()}
 
 
 class LinearStage(LayerStage):
@@ -112,17 +183,16 @@ class LinearStage(LayerStage):
         super().__init__()
         self.input_shape, self.output_shape, self.activation = input_shape, (out_features,), activation
         self._rho = forward_activation(activation)
-        self.linear = nn.Linear(prod(input_shape), out_features, bias=bias)
+        self.linear = LinearLayer(prod(input_shape), out_features, bias=bias)
 
     @property
-    def weight(self) -> Tensor:
-        """``[out_features, in_features]``."""
-        return self.linear.weight
+    def products(self) -> LinearLayer | None:
+        """The layer, where gradients may be formed of its products alone."""
+        return self.linear if type(self) is LinearStage and is_plain(self.linear) else None
 
-    @property
-    def bias(self) -> Tensor | None:
-        """``[out_features]``."""
-        return self.linear.bias
+    def noise_shape(self, inputs: Tensor) -> tuple[int, ...]:
+        """``[batch, in_features]``."""
+        return len(inputs), inputs[0].numel()
 
     def affine(self, inputs: Tensor) -> Tensor:
         """Compute ``W x + b``, ``[batch, *input_shape]`` to ``[batch, out_features]``."""
@@ -168,7 +238,7 @@ class ConvStage(LayerStage):
     ) -> None:
         super().__init__()
         channels, *size = input_shape
-        conv = nn.Conv2d(channels, out_channels, kernel_size, stride, padding, bias=bias)
+        conv = ConvLayer(channels, out_channels, kernel_size, stride, padding, bias=bias)
         # the layout that convolutions are fastest in, and that everything after them then has
         self.conv = conv.to(memory_format=torch.channels_last)
         self.pool = pool
@@ -185,14 +255,15 @@ class ConvStage(LayerStage):
         self.activation = activation
 
     @property
-    def weight(self) -> Tensor:
-        """``[out_channels, in_channels, kernel, kernel]``."""
-        return self.conv.weight
+    def products(self) -> ConvLayer | None:
+        """The layer, where gradients may be formed of its products alone."""
+        return self.conv if type(self) is ConvStage and is_plain(self.conv) else None
 
-    @property
-    def bias(self) -> Tensor | None:
-        """``[out_channels]``."""
-        return self.conv.bias
+    def unpool(self, pooled: Tensor, switches: Tensor | None) -> Tensor:
+        """Lead values back through the transposed pooling, ``[batch, out_channels, *map_size]``."""
+        if self.pool is None or switches is None:
+            return pooled
+        return unpool_adding(pooled, switches, self.pool, self.map_size)
 
     def affine(self, inputs: Tensor) -> Tensor:
         """Compute ``conv(x)``, ``[batch, *input_shape]`` to ``[batch, out_channels, *map_size]``."""

@@ -1,0 +1,1 @@
+"""Training of feedback weights: losses and their gradients, closed forms, noise, steps, and the loop over a batch."""
