@@ -130,11 +130,13 @@ def _stages(name: str, setting: Setting, amounts: Amounts, rate: float | None) -
 def _steps(name: str, setting: Setting, amounts: Amounts, rate: float | None) -> Iterator[Row]:
     images, labels = setting.draw()
     learners = {variant: each.make(setting) for variant, each in VARIANTS.items()}
+    # one feedback iteration a stage: a whole round of steps takes minutes
+    short = {variant: each.make(setting.short()) for variant, each in VARIANTS.items()}
     seconds = interleaved(
         {variant: lambda learner=learner: learner.step(images, labels) for variant, learner in learners.items()},
         amounts.rounds,
         {variant: each.repeats for variant, each in VARIANTS.items()},
-        {variant: lambda learner=learner: learner.warm_up(images, labels) for variant, learner in learners.items()},
+        {variant: lambda learner=learner: learner.step(images, labels) for variant, learner in short.items()},
     )
     for variant, learner in learners.items():
         if not all(bool(weight.isfinite().all()) for weight in learner.weights):

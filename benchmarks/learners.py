@@ -1,7 +1,7 @@
 """Whole training steps outside of Lightning."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -14,22 +14,10 @@ class Learner(NamedTuple):
     Attributes:
         step: one whole training step on images and labels.
         weights: tensors that it moves.
-        method: object that the step belongs to; trains feedback weights if it has ``iterations``, one number a stage.
     """
 
     step: Callable[[Tensor, Tensor], None]
     weights: list[nn.Parameter]
-    method: Any = None
-
-    def warm_up(self, images: Tensor, labels: Tensor) -> None:
-        """Step with one feedback iteration a stage: all that is allocated once, in little time."""
-        iterations = getattr(self.method, "iterations", None)
-        if iterations is None or None in iterations:
-            self.step(images, labels)
-            return
-        self.method.iterations = (1,) * len(iterations)
-        self.step(images, labels)
-        self.method.iterations = iterations
 
 
 def algorithm_learner(algorithm: Algorithm) -> Learner:
@@ -44,4 +32,4 @@ def algorithm_learner(algorithm: Algorithm) -> Learner:
         optimizer.step()
         optimizer.zero_grad()
 
-    return Learner(step, list(algorithm.parameters()), algorithm)
+    return Learner(step, list(algorithm.parameters()))

@@ -1,7 +1,6 @@
 """Peak memory of a whole step, in a process that does nothing else."""
 
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from multiprocessing import get_context
 
 import torch
@@ -17,9 +16,8 @@ def peak_memory(setting: Setting, variant: str, threads: int) -> tuple[float, fl
     Returns:
         Peak memory in MiB, and how much of it came on top of the process with the network and the batch in memory.
     """
-    setting = replace(setting, iterations=(1,) * len(setting.iterations))
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        return process.submit(_measure, setting, variant, threads).result()
+        return process.submit(_measure, setting.short(), variant, threads).result()
 
 
 def _measure(setting: Setting, variant: str, threads: int) -> tuple[float, float]:

@@ -41,7 +41,7 @@ def measure(
     """
     alone = algorithm_learner(PUBLISHED[network].ldrl())
     batch = PUBLISHED[network].draw()
-    alone.warm_up(*batch)
+    algorithm_learner(PUBLISHED[network].short().ldrl()).step(*batch)
     counts = threads, threads // processes
     names = [f"one process, {count} thread(s)" for count in counts]
     names += [f"{processes} processes share {way}" for way in WAYS]
@@ -82,8 +82,9 @@ def _work(network: str, rank: int, processes: int, threads: int, meeting: str, c
     setting = PUBLISHED[network]
     images, labels = (tensor[rank::processes] for tensor in setting.draw())
     learners = {way: algorithm_learner(setting.ldrl(speed=replace(DEFAULT_SPEED, processes=way))) for way in WAYS}
-    for learner in learners.values():
-        learner.warm_up(images, labels)
+    for way in WAYS:  # what is allocated once, in little time
+        short = setting.short().ldrl(speed=replace(DEFAULT_SPEED, processes=way))
+        algorithm_learner(short).step(images, labels)
     while True:
         try:
             way = connection.recv()

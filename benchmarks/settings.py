@@ -1,7 +1,7 @@
 """Settings of a benchmark: a network, the size of its batch and the hyperparameters of feedback training."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,9 @@ from torch import Tensor
 from bioprop.algorithms import DTP, LDRL, Backprop
 from bioprop.feedback.noise import SecondNoise
 from bioprop.networks import LeNet, Network, SimpleVGG
+
+#: Of the published SGD of feedback weights.
+FEEDBACK_MOMENTUM = 0.9
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,10 @@ class Setting:
         count, shape, classes = batch or self.batch, stages[0][1].input_shape, stages[-1][1].output_shape[0]
         return torch.randn(count, *shape, generator=generator), torch.randint(classes, (count,), generator=generator)
 
+    def short(self) -> "Setting":
+        """Return the setting with one feedback iteration a stage."""
+        return replace(self, iterations=(1,) * len(self.iterations))
+
     def ldrl(self, **changes: Any) -> LDRL:
         """Make L-DRL as published: switches of the noisy pass, the paper's mirror, SGD with momentum.
 
@@ -61,6 +68,7 @@ class Setting:
             "switches": "noisy",
             "mirror": "paper",
             "feedback_step": "sgd",
+            "feedback_momentum": FEEDBACK_MOMENTUM,
             "optimizer": partial(torch.optim.SGD, lr=0.02 * self.beta, momentum=0.9, weight_decay=1e-4 / self.beta),
         }
         return self._with_feedback(**(published | changes))

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from benchmarks.settings import Setting
 from benchmarks.twins import plain_twin
+from bioprop.algorithms import LDRL
 
 #: Plain and ours, in the order of the table.
 PLAIN, CLOSED = "plain", "closed form"
@@ -23,7 +24,7 @@ def stage_runs(
         Calls by name of stage and variant.
     """
     ours = setting.ldrl()
-    plain = plain_twin(ours)
+    plain = plain_twin(setting, ours)
     images, _ = setting.draw(batch)
     passes = ours.network.clean_passes(images)
     states, switches = plain.run(images)
@@ -34,10 +35,13 @@ def stage_runs(
         def train_plain(number: int = place + 1) -> None:
             plain.train_stage(number, states[number], states[number + 1], switches[number])
 
-        def train_ours(place: int = place) -> None:
-            # the other stages stay as they are
-            ours.iterations = tuple(iterations * (other == place) for other in range(len(setting.iterations)))
-            ours._train_feedback(passes)
+        # the other stages stay as they are
+        alone = setting.ldrl(
+            iterations=tuple(iterations * (other == place) for other in range(len(setting.iterations)))
+        )
+
+        def train_ours(alone: LDRL = alone) -> None:
+            alone._train_feedback(passes)
 
         runs[name, PLAIN], runs[name, CLOSED] = train_plain, train_ours
     return runs

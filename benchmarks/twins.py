@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.learners import algorithm_learner
-from benchmarks.settings import Setting
+from benchmarks.settings import FEEDBACK_MOMENTUM, Setting
 from bioprop.algorithms import LDRL
 from bioprop.errors import UserError
 from bioprop.feedback.noise import NoiseStream
@@ -30,11 +31,12 @@ Activation = Callable[[Tensor], Tensor]
 ACTIVATIONS: dict[str, Activation] = {"elu": F.elu, "identity": lambda values: values}
 
 
-def plain_twin(algorithm: LDRL, released: bool = False) -> PublishedLDRL:
+def plain_twin(setting: Setting, algorithm: LDRL, released: bool = False) -> PublishedLDRL:
     """Build the plain implementation of a published L-DRL, with copies of its weights in torch's own layers.
 
     Args:
-        algorithm: L-DRL with the paper's mirror, noisy switches and SGD.
+        setting: the hyperparameters.
+        algorithm: the L-DRL that it makes, `Setting.ldrl`.
         released: see `PublishedLDRL`.
 
     Raises:
@@ -46,11 +48,11 @@ def plain_twin(algorithm: LDRL, released: bool = False) -> PublishedLDRL:
     ]
     return PublishedLDRL(
         stages,
-        algorithm.beta,
-        algorithm.noise,
-        algorithm.feedback_lr,
-        algorithm.iterations,
-        algorithm.feedback_momentum,
+        setting.beta,
+        setting.noise,
+        setting.feedback_lr,
+        setting.iterations,
+        FEEDBACK_MOMENTUM,
         lambda parameters: torch.optim.SGD(parameters, lr=0.02, momentum=0.9, weight_decay=1e-4),
         released=released,
     )
@@ -114,12 +116,12 @@ def assert_equal(setting: Setting, change: Callable[[PublishedLDRL], None] = lam
     Raises:
         UserError: naming the weights that differ.
     """
-    iterations = tuple(min(count, COMPARED_ITERATIONS) for count in setting.iterations)
+    setting = replace(setting, iterations=tuple(min(count, COMPARED_ITERATIONS) for count in setting.iterations))
     images, labels = setting.draw(COMPARED_BATCH)
     images = images.double()
     for name, speed in {"closed form": Speed(), "autograd": Speed(closed_form=False)}.items():
-        algorithm = setting.ldrl(iterations=iterations, speed=speed).double()
-        plain = plain_twin(algorithm)
+        algorithm = setting.ldrl(speed=speed).double()
+        plain = plain_twin(setting, algorithm)
         change(plain)
         with recorded_noise() as draws:
             step = algorithm_learner(algorithm).step

@@ -34,13 +34,13 @@ class Variant(NamedTuple):
 
 def plain_learner(setting: Setting, released: bool = False) -> Learner:
     """L-DRL written plainly; with the clean pass in every iteration, as released by its authors, or once a batch."""
-    plain = plain_twin(setting.ldrl(), released=released)
-    return Learner(plain.step, [weight for stage in plain.stages for weight in stage.parameters()], plain)
+    plain = plain_twin(setting, setting.ldrl(), released)
+    return Learner(plain.step, [weight for stage in plain.stages for weight in stage.parameters()])
 
 
 def plain_backprop(setting: Setting) -> Learner:
     """BP written plainly, in torch's default layout."""
-    stages = plain_twin(setting.ldrl()).stages
+    stages = plain_twin(setting, setting.ldrl()).stages
     weights = [weight for stage in stages for weight in stage.layer.parameters()]
     optimizer = torch.optim.SGD(weights, lr=0.05, momentum=0.9, weight_decay=1e-4)
 

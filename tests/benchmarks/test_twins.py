@@ -57,7 +57,7 @@ def test_as_released_the_clean_pass_is_run_again_and_changes_nothing() -> None:
     gigaflop: list[float] = []
     for released in (False, True):
         algorithm = setting.ldrl().double()
-        plain = plain_twin(algorithm, released=released)
+        plain = plain_twin(setting, algorithm, released)
         torch.manual_seed(1)
         gigaflop.append(count_gigaflop(partial(plain.step, images.double(), labels)))
         twins.append(plain)
