@@ -92,8 +92,8 @@ class TargetPropagationContract(AlgorithmContract):
         first, second, same = (self.made_from_seed(3) for _ in range(3))
         second.train_feedback(draw_batch(seed=9)[0])
         second.feedback.load_state_dict(first.feedback.state_dict())
-        if training_of(second).optimizer is not None:
-            training_of(second).optimizer.state.clear()
+        if (optimizer := training_of(second).optimizer) is not None:
+            optimizer.state.clear()
         random_state = torch.get_rng_state()
         losses = [algorithm.train_feedback(draw_batch()[0]) for algorithm in (first, second, same)]
         assert torch.equal(torch.get_rng_state(), random_state)
