@@ -18,21 +18,6 @@ class Learner(NamedTuple):
 
     step: Callable[[Tensor, Tensor], None]
     weights: list[nn.Parameter]
-<<<<<<< HEAD
-=======
-    method: Any = None
-
-    def warm_up(self, images: Tensor, labels: Tensor) -> None:
-        """Step with one feedback iteration a stage: all that is allocated once, in little time."""
-        method = getattr(self.method, "feedback_training", None) or self.method
-        iterations = getattr(method, "iterations", None)
-        if iterations is None or None in (iterations.values() if isinstance(iterations, dict) else iterations):
-            self.step(images, labels)
-            return
-        method.iterations = dict.fromkeys(iterations, 1) if isinstance(iterations, dict) else (1,) * len(iterations)
-        self.step(images, labels)
-        method.iterations = iterations
->>>>>>> main
 
 
 def algorithm_learner(algorithm: Algorithm) -> Learner:

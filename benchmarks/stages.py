@@ -35,7 +35,6 @@ def stage_runs(
         def train_plain(number: int = place + 1) -> None:
             plain.train_stage(number, states[number], states[number + 1], switches[number])
 
-<<<<<<< HEAD
         # the other stages stay as they are
         alone = setting.ldrl(
             iterations=tuple(iterations * (other == place) for other in range(len(setting.iterations)))
@@ -43,12 +42,6 @@ def stage_runs(
 
         def train_ours(alone: LDRL = alone) -> None:
             alone._train_feedback(passes)
-=======
-        def train_ours(name: str = name) -> None:
-            # the other stages stay as they are
-            ours.feedback_training.iterations = {other: iterations * (other == name) for other in ours.feedback}
-            ours._train_feedback(passes)
->>>>>>> main
 
         runs[name, PLAIN], runs[name, CLOSED] = train_plain, train_ours
     return runs
