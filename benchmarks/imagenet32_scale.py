@@ -25,8 +25,7 @@ import numpy as np
 import torch
 
 from bioprop.datamodules import ImageNet32
-from bioprop.datamodules.imagenet32_conversion import open_converted
-from bioprop.datamodules.imagenet32_files import find_source
+from bioprop.datamodules.imagenet32_files import find_source, open_converted
 from bioprop.experiments.environment import processor
 
 BATCH = 256
@@ -176,7 +175,7 @@ def report(folder: Path, options: argparse.Namespace) -> Iterator[str]:
     yield f"{options.images:,} images, {processor()}, torch {torch.__version__}, one thread a process"
     published = options.published or folder
     published.mkdir(parents=True, exist_ok=True)
-    if find_source(published, "train") is None:
+    if not find_source(published, "train"):
         took, _ = alone(write_published, published, options.images, options.form)
         yield f"writing the published files: {took:.0f} s"
     took, peak = alone(open_converted, published, folder, "train", False)

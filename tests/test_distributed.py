@@ -18,18 +18,11 @@ from bioprop.algorithms import Backprop
 from bioprop.callbacks import PredictionsFile
 from bioprop.cli import main
 from bioprop.datamodules import Digits
-from bioprop.distributed import (
-    GradientAveraging,
-    averaging_for_several_devices,
-    from_process,
-    gather_rows,
-    mean_over_processes,
-    process_count,
-    process_rank,
-    refuse_strangers,
-)
+from bioprop.distributed import from_process, gather_rows, mean_over_processes, process_count, process_rank
 from bioprop.errors import UserError
 from bioprop.networks import MLP
+from bioprop.runs import GradientAveraging
+from bioprop.runs.processes import averaging_for_several_devices, refuse_strangers
 from bioprop.testing.processes import COUNT, ProcessPool
 
 CONFIG = Path(__file__).parents[1] / "lightning_configs" / "ldrl_lenet_digits.yaml"

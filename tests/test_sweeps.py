@@ -1,12 +1,13 @@
 """Every file in lightning_configs/sweeps/: wandb's own functions turn it into the commands that are run here."""
 
 import contextlib
+import inspect
 import itertools
 import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -15,8 +16,10 @@ import yaml
 from PIL import Image
 from wandb.apis.public.sweeps import _validate_config_and_fill_distribution
 
-from bioprop.callbacks import DivergenceError
+from bioprop import algorithms
+from bioprop.algorithms.feedback_alignment import Rule
 from bioprop.cli import main
+from bioprop.errors import DivergenceError
 from tests.test_configs import ALGORITHMS, CONFIGS
 from tests.wandb_log import offline_runs
 
@@ -77,12 +80,13 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     wandb.teardown()
 
 
-def test_every_algorithm_has_a_sweep() -> None:
-    rules = {"fa", "usf", "frsf", "brsf", "kolenpollack", "weightmirror"}
-    configured = {path.stem.split("_")[0] for path in CONFIGS.glob("*_*_*.yaml")}
+def test_every_algorithm_and_rule_has_a_sweep() -> None:
+    exported = {getattr(algorithms, name) for name in algorithms.__all__}
+    found = {cls for cls in exported if not inspect.isabstract(cls)}
 
-    assert configured == set(ALGORITHMS) | rules
-    assert set(SWEEPS) == configured - {"ldrlpublished"}  # its figures are those of its authors
+    assert {cls for cls, _ in ALGORITHMS.values()} == found
+    assert {rule for _, rule in ALGORITHMS.values() if rule} == set(get_args(Rule)) - {"transpose"}  # a control
+    assert set(SWEEPS) == set(ALGORITHMS) - {"ldrlpublished"}  # its figures are those of its authors
 
 
 def test_all_sweeps_have_the_same_budget_and_search() -> None:

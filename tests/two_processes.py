@@ -16,11 +16,11 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from bioprop.algorithms import LDRL
-from bioprop.callbacks import AlignmentToBackprop, RunCheckpoints
+from bioprop.callbacks import AlignmentToBackprop
 from bioprop.datamodules.loader import ResidentLoader
-from bioprop.distributed import GradientAveraging
-from bioprop.metrics_file import MetricsFile
 from bioprop.networks import LeNet
+from bioprop.runs import GradientAveraging, RunCheckpoints
+from bioprop.runs.metrics import MetricsFile
 
 
 class Befall(Callback):

@@ -18,32 +18,17 @@ from pytorch_lightning.loggers import CSVLogger
 
 from bioprop.algorithms import Algorithm
 from bioprop.algorithms.precisions import check_precision
-from bioprop.callbacks import (
-    AlignmentToBackprop,
-    DivergenceGuard,
-    EpochSeconds,
-    PredictionsFile,
-    RunCheckpoints,
-    RunReport,
-    SaveRunConfig,
-)
-from bioprop.callbacks.earlier_runs import go_on_in_its_folder, newest_checkpoint, run_settings
-from bioprop.callbacks.run_folder import run_labels
-from bioprop.callbacks.wandb_runs import WandbSummary, reported_to_wandb
-from bioprop.checkpoint_files import read_checkpoint
+from bioprop.callbacks import AlignmentToBackprop, DivergenceGuard, EpochSeconds, PredictionsFile
 from bioprop.cli_parser import OneSentenceParser, in_order, resolve_values
 from bioprop.datamodules import ImageDataModule
-from bioprop.distributed import (
-    LostProcessError,
-    averaging_for_several_devices,
-    is_lost_process,
-    process_rank,
-    refuse_strangers,
-)
+from bioprop.distributed import LostProcessError, is_lost_process, process_rank
 from bioprop.errors import UserError
 from bioprop.faults import as_user_error
-from bioprop.launching import refuse_copies
-from bioprop.metrics_file import MetricsFile, NoMetrics
+from bioprop.files import read_checkpoint
+from bioprop.runs import MetricsFile, NoMetrics, RunCheckpoints, RunReport, SaveRunConfig, WandbSummary
+from bioprop.runs.folder import go_on_in_its_folder, newest_checkpoint, run_labels, run_settings
+from bioprop.runs.processes import averaging_for_several_devices, refuse_copies, refuse_strangers
+from bioprop.runs.wandb import reported_to_wandb
 
 #: Arguments of a network that flow from the data.
 DECIDED_BY_DATA = ("image_shape", "num_classes")
@@ -127,7 +112,7 @@ class BiopropCLI(LightningCLI):
         if config.trainer.logger in (None, True, False):
             writes = NoMetrics if config.trainer.logger is False else MetricsFile
             arguments = Namespace(save_dir=str(root), name=run_labels(config).name)  # type: ignore[no-untyped-call]
-            path = f"{writes.__module__}.{writes.__name__}"
+            path = f"bioprop.runs.{writes.__name__}"
             config.trainer.logger = Namespace(class_path=path, init_args=arguments)  # type: ignore[no-untyped-call]
         loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
         for each in loggers:
@@ -136,7 +121,7 @@ class BiopropCLI(LightningCLI):
                 arguments.save_dir = root if arguments.save_dir in (None, ".") else arguments.save_dir
                 Path(arguments.save_dir).mkdir(parents=True, exist_ok=True)  # or W&B warns, and writes elsewhere
             if locate(each.class_path) is CSVLogger:  # ours takes the same arguments
-                each.class_path = f"{MetricsFile.__module__}.{MetricsFile.__name__}"
+                each.class_path = "bioprop.runs.MetricsFile"
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer.

@@ -44,7 +44,29 @@ def subclasses(kind: type) -> Iterator[type]:
 
 def arguments(cls: type) -> list[str]:
     """The names of the arguments of a class."""
-    return [name for name in inspect.signature(cls).parameters if name not in ("self", "args", "kwargs")]
+    return [name for name in parameters(cls) if name not in ("self", "args", "kwargs")]
+
+
+def parameters(factory: Any) -> dict[str, inspect.Parameter]:
+    """The parameters of a function or class; where a class passes ``**`` on, those of its base that have a default."""
+    in_order = [factory]
+    if inspect.isclass(factory):
+        in_order = [vars(cls)["__init__"] for cls in inspect.getmro(factory) if "__init__" in vars(cls)]
+    found: dict[str, inspect.Parameter] = {}
+    for function in in_order:
+        try:
+            own = inspect.signature(function, eval_str=True).parameters
+        except NameError:  # of what is imported for type checkers alone
+            own = inspect.signature(function).parameters
+        named = {name: each for name, each in own.items() if each.kind != each.VAR_KEYWORD}
+        found |= {
+            name: each
+            for name, each in named.items()
+            if name not in found and (function is in_order[0] or each.default is not each.empty)
+        }
+        if len(named) == len(own):
+            break
+    return found
 
 
 def why_not(key: str, given: str, message: str) -> str:

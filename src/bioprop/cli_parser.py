@@ -9,12 +9,13 @@ from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from pydoc import locate
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn, get_args
 
 import yaml
 from jsonargparse import Namespace, get_loader, set_loader
 from pytorch_lightning.cli import LightningArgumentParser
 
+from bioprop.cli_classes import parameters
 from bioprop.cli_messages import explain
 from bioprop.errors import UserError
 
@@ -176,14 +177,11 @@ def _null(key: str) -> UserError:
 
 def _takes_null(factory: Any, name: str) -> bool:
     """Whether an argument of a class or function may be null: by its default, or else by its type."""
-    parameter = inspect.signature(factory).parameters.get(name)
+    parameter = parameters(factory).get(name)
     if parameter is None or parameter.default is None or parameter.default is inspect.Parameter.empty:
         return True  # what is required is missed elsewhere
-    try:
-        hint = get_type_hints(factory.__init__ if inspect.isclass(factory) else factory).get(name, Any)
-    except NameError:  # of what is imported for type checkers alone
-        return True
-    return hint is Any or type(None) in get_args(hint)
+    hint = parameter.annotation
+    return isinstance(hint, str) or hint in (Any, inspect.Parameter.empty) or type(None) in get_args(hint)
 
 
 def _is_no_text(path: str) -> bool:

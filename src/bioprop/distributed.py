@@ -1,41 +1,23 @@
-"""Training in several processes: what they exchange, and the strategy that starts them.
+"""The exchanges of processes that train together.
 
 Every process holds the whole model and sees its rows of every batch. Algorithms average gradients themselves, not by
 hooks of autograd: they form many gradients a batch, most of them in closed form.
 """
 
-import atexit
-import os
-import signal
-import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from pytorch_lightning.strategies import DDPStrategy, StrategyRegistry
-from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from bioprop.errors import UserError
-from bioprop.launching import WatchfulLauncher
 
-#: Longest time that a process waits for the others: the longest that one of them may be busy alone (converting a data
-#: set, say). A process that died is noticed at once where it closed its connections, within seconds on one machine.
-PATIENCE = timedelta(minutes=30)
-#: Seconds between two looks at whether the process that started this one still lives.
-WATCH_SECONDS = 2.0
 #: Seconds that a process other than the first waits before it says what went wrong: the first says it for all, unless
 #: it was not the same for all.
 AFTER_THE_FIRST = 3.0
 #: What the libraries underneath say where another process is gone.
 GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "Timed out")
-#: Environment variable that tells processes which one started them.
-LAUNCHER = "BIOPROP_LAUNCHER"
 
 
 def process_count() -> int:
@@ -121,97 +103,3 @@ def wait_for_the_first() -> None:
     """Leave the first process time to say what went wrong, and to end this one."""
     if process_rank():
         time.sleep(AFTER_THE_FIRST)
-
-
-class GradientAveraging(DDPStrategy):
-    """One process a device; algorithms average their gradients themselves (`mean_over_processes`).
-
-    Lightning's own DDP hooks into autograd's backward pass, and algorithms here have none or many a batch: processes
-    would drift apart silently. This strategy brings all to the same initial state and leaves the rest to the algorithm.
-    ``--trainer.devices N`` chooses it by itself; in Python, give ``Trainer(strategy=GradientAveraging())``.
-
-    Args:
-        settings: of Lightning's `DDPStrategy`.
-    """
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**({"timeout": PATIENCE} | settings))
-
-    def _configure_launcher(self) -> None:
-        super()._configure_launcher()
-        if self.cluster_environment is not None and not self.cluster_environment.creates_processes_externally:
-            self._launcher = WatchfulLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
-            os.environ[LAUNCHER] = str(os.getpid())
-
-    def setup_distributed(self) -> None:
-        """Join the other processes; one that the first process started ends when that does."""
-        if os.environ.get(LAUNCHER) == str(os.getppid()):
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # as in `conduct`, for scripts
-            _end_with_parent()
-        super().setup_distributed()
-        if isinstance(self._launcher, WatchfulLauncher):
-            self._launcher.have_met = True
-        atexit.register(_leave)  # gloo's threads must not outlive the interpreter, which would abort
-
-    def configure_ddp(self) -> None:
-        """Give every process the weights and buffers of the first, in place of wrapping the model."""
-        assert self.model is not None
-        for tensor in self.model.state_dict().values():
-            if tensor.device.type == self.root_device.type:
-                dist.broadcast(tensor, 0)
-            else:  # counters that stay on the CPU, which NCCL does not reach
-                tensor.copy_(self.broadcast(tensor))
-
-    def on_exception(self, exception: BaseException) -> None:
-        """End the processes that this one started: they would wait for it, unless all were told to stop."""
-        super().on_exception(exception)
-        if isinstance(exception, SIGTERMException):
-            return
-        if isinstance(self._launcher, WatchfulLauncher):
-            for process in self._launcher.procs:
-                process.kill()
-
-
-def _leave() -> None:
-    if process_count() > 1:
-        dist.destroy_process_group()
-
-
-def _end_with_parent() -> None:
-    parent = os.getppid()
-
-    def watch() -> None:
-        pause = threading.Event()
-        while os.getppid() == parent:
-            pause.wait(WATCH_SECONDS)
-        # no clean-up: the main thread may wait in an exchange that never comes
-        sys.stderr.write("bioprop: error: this process ends, since the one that started it has ended\n")
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True, name="parent-watch").start()
-
-
-def refuse_strangers(world_size: int) -> None:
-    """Compare the number of processes that a trainer counts on with what torchrun has started.
-
-    Raises:
-        UserError: if they differ: each process would train alone.
-    """
-    started = int(os.environ.get("WORLD_SIZE", 1)) if "TORCHELASTIC_RUN_ID" in os.environ else world_size
-    if started != world_size:
-        raise UserError(
-            f"torchrun started {started} processes, but the trainer counts on {world_size}: give --trainer.devices "
-            "(for each node) and --trainer.num_nodes as torchrun has them"
-        )
-
-
-@contextmanager
-def averaging_for_several_devices() -> Iterator[None]:
-    """Make `GradientAveraging` what a trainer built within the context takes for more than one device."""
-    name = "ddp"
-    lightnings = dict(StrategyRegistry[name])
-    StrategyRegistry.register(name, GradientAveraging, override=True, start_method="popen")
-    try:
-        yield
-    finally:
-        StrategyRegistry[name] = lightnings

@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The command line prints the sentence and exits with status 2, without a traceback.
     """
+
+
+class DivergenceError(UserError):
+    """A loss or a weight became infinite or NaN."""

@@ -17,7 +17,6 @@ from bioprop.algorithms.hyperparameters import plain
 from bioprop.cli import main
 from bioprop.errors import UserError
 from bioprop.testing.helpers import (
-    WITHOUT_VALIDATION,
     KilledError,
     changed,
     copy_state,
@@ -28,8 +27,6 @@ from bioprop.testing.helpers import (
     small_lenet,
 )
 from bioprop.testing.resuming import differences
-
-pytestmark = WITHOUT_VALIDATION
 
 STRANGER = '''
 import torch

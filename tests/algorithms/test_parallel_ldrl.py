@@ -23,22 +23,6 @@ class TestParallelLDRL(TargetPropagationContract):
     def make(self, network: Network, **settings: Any) -> ParallelLDRL:
         return ParallelLDRL(network, **({"samples": 3} | settings))
 
-    def test_observers_see_every_iteration(self) -> None:
-        """Iteration by iteration, since all stages step together."""
-        algorithm, events = self.make(small_lenet(), iterations=(2, 0, 3)), []
-        with algorithm.observe_feedback(events.append):
-            losses = algorithm.train_feedback(draw_batch()[0])
-        assert [(event.iteration, event.stage) for event in events] == [
-            (0, "conv2"),
-            (0, "fc2"),
-            (1, "conv2"),
-            (1, "fc2"),
-            (2, "fc2"),
-        ]
-        for name in ("conv2", "fc2"):
-            mean = torch.stack([event.loss for event in events if event.stage == name]).mean()
-            torch.testing.assert_close(losses[name], mean)
-
 
 class SGDSuite(TestParallelLDRL):
     """The checks that look at the feedback optimizer, with one."""

@@ -1,7 +1,7 @@
 """L-DRL by each second noise: forward stages as black boxes, settings that follow from the sizes, what it learns."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -50,13 +50,13 @@ class BlackBox(Stage):
         return self._answer(inputs)
 
 
-class BuiltFromTwins(LDRL):
-    """Builds each mirror from the stage that the black box stands for."""
+TWINS: dict[BlackBox, Stage] = {}
 
-    twins: Sequence[Stage] = ()
 
-    def _build_mirror(self, below: Stage, stage: Stage, form: str) -> Mirror:
-        return build_mirror(self.twins[len(self.feedback)], form)
+@build_mirror.register
+def _(stage: BlackBox, form: str) -> Mirror:
+    """Build the mirror from the stage that the black box stands for."""
+    return build_mirror(TWINS[stage], form)
 
 
 def conv_network() -> Network:
@@ -82,13 +82,14 @@ def trained(algorithm: LDRL) -> dict[str, Tensor]:
 def test_no_forward_weight_is_ever_read(rules: dict[str, Any], build: Callable[[], Network]) -> None:
     network = build().double()
     (name, below), *upper = network.stages()
-    hidden = Network({name: below} | {each: BlackBox(stage) for each, stage in upper}, {})
+    boxes = {each: BlackBox(stage) for each, stage in upper}
+    hidden = Network({name: below} | boxes, {})
     assert not [each for each, _ in hidden.named_parameters() if not each.startswith(name)]
-    BuiltFromTwins.twins = [stage for _, stage in upper]
+    TWINS.update({boxes[each]: stage for each, stage in upper})
     ends = []
-    for make, given in ((LDRL, network), (BuiltFromTwins, hidden)):
+    for given in (network, hidden):
         torch.manual_seed(3)
-        algorithm = make(given, **rules).double()
+        algorithm = LDRL(given, **rules).double()
         before = copy_state(algorithm.feedback)
         ends.append(trained(algorithm))
     assert list(ends[0]) == list(ends[1])
@@ -208,7 +209,7 @@ def test_several_samples_are_averaged() -> None:
         for iteration in range(2):
             mirror.weight.copy_(expected)
             draws = [gradient_at(3 * iteration + sample) for sample in range(3)]
-            gradient = sum(each.weight for each in draws) / 3
+            gradient = sum(each.parameters["weight"] for each in draws) / 3
             expected = expected - gradient / (sum(each.curvature["weight"] for each in draws) / 3)[:, None]
         mirror.weight.copy_(start)
     algorithm.train_feedback(images)

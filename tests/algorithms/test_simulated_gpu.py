@@ -109,7 +109,7 @@ def device_generators(monkeypatch: pytest.MonkeyPatch) -> None:
 
     normal = Tensor.normal_
     monkeypatch.setattr(torch, "Generator", Generator)
-    monkeypatch.setattr(Tensor, "normal_", lambda self, mean, sigma, generator: normal(self, mean, sigma))
+    monkeypatch.setattr(Tensor, "normal_", lambda self, mean, sigma, generator=None: normal(self, mean, sigma))
 
 
 def make(method: str, build: Callable[[], Network]) -> TargetAlgorithm:

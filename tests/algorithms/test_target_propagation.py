@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from bioprop.functional.targets import output_difference
 from torch import Tensor
 
 from bioprop.algorithms import DTP, TargetPropagation
+from bioprop.functional.output_losses import cross_entropy_gradient
 from bioprop.networks import MLP, Network
 from bioprop.testing import TargetPropagationContract
 from bioprop.testing.helpers import CLASSES
@@ -75,7 +75,7 @@ def targets_of(algorithm: DTP) -> list[Tensor]:
     passes = algorithm.network.clean_passes(images)
     logits = passes[-1].output.detach()
     with torch.no_grad():
-        differences = algorithm.target_differences(passes, output_difference(logits, labels, algorithm.beta))
+        differences = algorithm.target_differences(passes, -algorithm.beta * cross_entropy_gradient(logits, labels))
         return [clean.output.detach() + step for clean, step in zip(passes, differences, strict=True)]
 
 

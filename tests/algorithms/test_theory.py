@@ -77,7 +77,7 @@ class FlippedLearning(LDRL):
 
         def climbing(iteration: int) -> FeedbackGradient:
             gradient = gradient_at(iteration)
-            return gradient._replace(parameters={"weight": -gradient.weight})
+            return gradient._replace(parameters={"weight": -gradient.parameters["weight"]})
 
         return climbing
 

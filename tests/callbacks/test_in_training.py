@@ -12,13 +12,13 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import CSVLogger
 
 from bioprop.algorithms import DTPDRL, LDRL, Algorithm, Backprop, DDTPLinear
-from bioprop.callbacks import AlignmentToBackprop, DivergenceError, DivergenceGuard, EpochSeconds, FeedbackRecord
-from bioprop.callbacks.run_folder import run_folder
+from bioprop.callbacks import AlignmentToBackprop, DivergenceGuard, EpochSeconds, FeedbackRecord
 from bioprop.datamodules import Digits
-from bioprop.errors import UserError
+from bioprop.errors import DivergenceError, UserError
 from bioprop.experiments.figures import draw_feedback_training
 from bioprop.functional.angles import angle_degrees
 from bioprop.networks import LeNet
+from bioprop.runs.folder import run_folder
 
 
 def fit(folder: Path, algorithm: Algorithm, *callbacks: Callback, epochs: int = 1) -> Trainer:

@@ -11,11 +11,11 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+import scipy.io
 from torchvision import datasets
 
 from bioprop.datamodules import imagenet32_files, mnist
-from bioprop.datamodules.cifar10 import CLASSES as CIFAR10_CLASSES
-from bioprop.datamodules.cifar100 import CLASSES as CIFAR100_CLASSES
+from bioprop.datamodules.cifar import CIFAR10_CLASSES, CIFAR100_CLASSES
 
 
 def write_cifar(root: Path, monkeypatch: pytest.MonkeyPatch, name: str = "CIFAR10", train: int = 200) -> Path:
@@ -66,6 +66,21 @@ def write_mnist(root: Path, monkeypatch: pytest.MonkeyPatch, name: str = "MNIST"
         array = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8) if "images" in file else labels
         resources.append((file, write_idx(folder / file, array)))
     monkeypatch.setattr(cls, "resources", resources)
+    return root
+
+
+def write_svhn(root: Path, monkeypatch: pytest.MonkeyPatch, train: int = 200) -> Path:
+    """Writes SVHN as MATLAB files (version 5), in which the digit 0 has the label 10, with 40 test images."""
+    root.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    files = {}
+    for split, count in (("train", train), ("test", 40)):
+        url, file, _ = datasets.SVHN.split_list[split]
+        pixels = rng.integers(0, 256, (32, 32, 3, count), dtype=np.uint8)
+        labels = (np.arange(count, dtype=np.uint8) % 10 + 1)[:, None]
+        scipy.io.savemat(root / file, {"X": pixels, "y": labels}, do_compression=True)
+        files[split] = [url, file, hashlib.md5((root / file).read_bytes()).hexdigest()]
+    monkeypatch.setattr(datasets.SVHN, "split_list", files)
     return root
 
 
@@ -150,8 +165,7 @@ def write_imagenet32(
                     opened.writestr(f"{archive.stem}/{file}", raw)
             digest = hashlib.sha256(archive.read_bytes()).hexdigest()
             if kind == "npz":
-                known = imagenet32_files.Archive(archive.stat().st_size, digest)
-                monkeypatch.setitem(imagenet32_files.ARCHIVES, archive.name, known)
+                monkeypatch.setitem(imagenet32_files.ARCHIVES, archive.name, (archive.stat().st_size, digest))
         else:
             for file, raw in files.items():
                 (root / file).write_bytes(raw)

@@ -8,7 +8,7 @@ import torch
 from torchvision import datasets
 
 from bioprop.datamodules import CIFAR10
-from bioprop.datamodules.cifar10 import CLASSES
+from bioprop.datamodules.cifar import CIFAR10_CLASSES
 from bioprop.errors import UserError
 
 PER_BATCH = 40
@@ -33,14 +33,14 @@ def root(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.CIFAR10, "train_list", [batch(f"data_batch_{number}") for number in range(1, 6)])
     monkeypatch.setattr(datasets.CIFAR10, "test_list", [batch("test_batch")])
     meta = {"filename": "batches.meta", "key": "label_names"}
-    meta["md5"] = write("batches.meta", {"label_names": list(CLASSES), "num_vis": 3072})
+    meta["md5"] = write("batches.meta", {"label_names": list(CIFAR10_CLASSES), "num_vis": 3072})
     monkeypatch.setattr(datasets.CIFAR10, "meta", meta)
     return tmp_path
 
 
 def test_constants_and_published_defaults():
     data = CIFAR10()
-    assert (data.image_shape, data.num_classes, data.classes) == ((3, 32, 32), 10, CLASSES)
+    assert (data.image_shape, data.num_classes, data.classes) == ((3, 32, 32), 10, CIFAR10_CLASSES)
     assert (data.horizontal_flip, data.crop_padding, data.normalization, data.batch_size) == (True, 4, "cifar10", 128)
     mean, std = data.statistics(torch.device("cpu"))
     assert torch.equal(mean, torch.tensor([0.4914, 0.4822, 0.4465]))
@@ -48,7 +48,7 @@ def test_constants_and_published_defaults():
 
 
 def test_classes_are_torchvisions(root):
-    assert tuple(datasets.CIFAR10(root).classes) == CLASSES
+    assert tuple(datasets.CIFAR10(root).classes) == CIFAR10_CLASSES
 
 
 def test_images_and_labels_are_those_of_the_files(root):

@@ -150,7 +150,8 @@ def test_prediction_names_are_indices():
 
 
 def test_text_form():
-    assert str(Digits(batch_size=7)).startswith("Digits(image_size=16, batch_size=7, ")
+    assert str(Digits(batch_size=7)).startswith("Digits(batch_size=7, ")
+    assert str(Digits()).endswith(", image_size=16)")
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import json
 import logging
 import multiprocessing
 import os
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torchvision.models._meta import _IMAGENET_CATEGORIES
 
-from bioprop.datamodules import ImageNet32, imagenet32_conversion
+from bioprop.datamodules import ImageNet32, imagenet32_files
 from bioprop.datamodules.imagenet32 import class_names
 from bioprop.datamodules.imagenet32_files import ARCHIVES, COUNTS
 from bioprop.datamodules.images import DeviceImages, MappedImages, blocks
@@ -40,7 +41,7 @@ def test_classes_are_those_of_the_development_kit_in_its_order():
     assert names[:3] == ("kit_fox", "English_setter", "Siberian_husky")
     assert names[999] == "dumbbell"
     assert len(set(names)) == 1000
-    lines = (Path(imagenet32_conversion.__file__).parent / "imagenet32_classes.txt").read_text()
+    lines = (Path(imagenet32_files.__file__).parent / "imagenet32_classes.txt").read_text()
     rows = [line.split() for line in lines.splitlines()]
     # sorted by WordNet number they are torchvision's, but for what tells the two maillots apart
     for (_, name), theirs in zip(sorted(rows), _IMAGENET_CATEGORIES, strict=True):
@@ -162,7 +163,7 @@ def test_a_full_disk_is_noticed_before(tmp_path, monkeypatch):
 
 def convert_in_a_process(folder, delay, results):
     """Converts with a pause in the middle, and says how often this process did so."""
-    read, calls = imagenet32_conversion.read_part, []
+    read, calls = imagenet32_files.read_part, []
 
     def slow(*args):
         calls.append(args)
@@ -170,7 +171,7 @@ def convert_in_a_process(folder, delay, results):
         time.sleep(delay)
         return read(*args)
 
-    imagenet32_conversion.read_part = slow
+    imagenet32_files.read_part = slow
     data = ImageNet32(str(folder), verify=False)
     data.setup("test")
     results.put((len(calls), len(data.resident["test"].labels)))
@@ -206,7 +207,7 @@ class TestProcesses:
         begin, results = start
         process = begin(2.0)
         self.wait_for(tmp_path / "started")
-        monkeypatch.setattr(imagenet32_conversion, "read_part", lambda *args: pytest.fail("converted twice"))
+        monkeypatch.setattr(imagenet32_files, "read_part", lambda *args: pytest.fail("converted twice"))
         with caplog.at_level(logging.INFO):
             assert len(ready(tmp_path, "test", verify=False).resident["test"].labels) == 20
         assert "Another process is converting the val images of ImageNet 32x32: waiting for it." in caplog.messages
@@ -225,36 +226,35 @@ class TestProcesses:
         assert not list(tmp_path.glob("*.part"))
 
 
+def test_what_an_earlier_version_converted_is_read(tmp_path):
+    """The files and the record as version 0.1 wrote them."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (1000, 3, 32, 32), dtype=np.uint8), rng.permutation(1000)
+    header = b"\x93NUMPY\x01\x00v\x00{'descr': '|u1', 'fortran_order': False, 'shape': (1000, 3, 32, 32), }"
+    (tmp_path / "imagenet32_val_images.npy").write_bytes(header.ljust(127) + b"\n" + images.tobytes())
+    np.save(tmp_path / "imagenet32_val_labels.npy", labels)
+    record = {"images": 1000, "verified": True, "source": {"Imagenet32_val_npz.zip": [3075691, 1795791274532527438]}}
+    (tmp_path / "imagenet32_val.json").write_text(json.dumps(record, indent=2))
+    data = ready(tmp_path, "test")
+    assert torch.equal(every(data.resident["test"].images), torch.from_numpy(images))
+    assert data.resident["test"].labels.tolist() == labels.tolist()
+
+
 def test_an_interruption_leaves_nothing(tmp_path, monkeypatch):
     write_imagenet32(tmp_path, monkeypatch, "npz", ("train",))
-    read = imagenet32_conversion.read_part
+    read = imagenet32_files.read_part
 
-    def interrupted(source, part, *args):
-        if part.endswith("_5.npz"):
+    def interrupted(part):
+        if part.name.endswith("_5.npz"):
             raise KeyboardInterrupt
-        return read(source, part, *args)
+        return read(part)
 
-    monkeypatch.setattr(imagenet32_conversion, "read_part", interrupted)
+    monkeypatch.setattr(imagenet32_files, "read_part", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ready(tmp_path, "fit")
     assert not list(tmp_path.glob("imagenet32_*"))
-    monkeypatch.setattr(imagenet32_conversion, "read_part", read)
+    monkeypatch.setattr(imagenet32_files, "read_part", read)
     ready(tmp_path, "fit")
-
-
-def test_conversion_holds_no_whole_part_in_memory(tmp_path, monkeypatch):
-    written = []
-    read = imagenet32_conversion.read_part
-
-    def record(source, part, scratch, write):
-        return read(source, part, scratch, lambda data: written.append(len(data)) or write(data))
-
-    monkeypatch.setattr(imagenet32_conversion, "read_part", record)
-    monkeypatch.setattr("bioprop.datamodules.imagenet32_parts.CHUNK", 100_000)
-    write_imagenet32(tmp_path, monkeypatch, "npz", **TEST)
-    ready(tmp_path, "test")
-    assert max(written) <= 100_000
-    assert sum(written) == 3_072_000
 
 
 def test_train_statistics_are_those_of_the_training_images(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from torchvision import datasets
 
 from bioprop.cli import main
 from bioprop.datamodules import CIFAR100, KMNIST, MNIST, FashionMNIST
-from bioprop.datamodules.cifar100 import CLASSES
+from bioprop.datamodules.cifar import CIFAR100_CLASSES
 from bioprop.errors import UserError
 from bioprop.networks import MLP, InvertibleMLP, LeNet, ResNet18, SimpleVGG
 from tests.datamodules.published_files import write_cifar, write_mnist
@@ -95,7 +95,7 @@ def test_damaged_files(tmp_path, monkeypatch, length):
 def test_cifar100_has_the_fine_labels(tmp_path, monkeypatch):
     write_cifar(tmp_path, monkeypatch, "CIFAR100", train=1000)
     data = ready(CIFAR100(str(tmp_path)), "fit", "test")
-    assert data.classes == CLASSES == tuple(datasets.CIFAR100(tmp_path).classes)
+    assert data.classes == CIFAR100_CLASSES == tuple(datasets.CIFAR100(tmp_path).classes)
     assert (data.image_shape, data.num_classes, data.normalization) == ((3, 32, 32), 100, "train")
     assert (data.horizontal_flip, data.crop_padding) == (True, 4)
     assert torch.bincount(data.resident["val"].labels).tolist() == [1] * 100

@@ -16,7 +16,6 @@ import pytest
 import torch
 from filelock import FileLock
 
-from bioprop.algorithms.checkpoints import read_checkpoint
 from bioprop.errors import UserError
 from bioprop.experiments import processes
 from bioprop.experiments.configs import CONFIGS, resolve
@@ -24,6 +23,7 @@ from bioprop.experiments.plan import TRIAL_SEED, Comparison
 from bioprop.experiments.processes import run_jobs
 from bioprop.experiments.results import Result
 from bioprop.experiments.worker import Job
+from bioprop.files import read_checkpoint
 from tests.experiments.runs import LENET, TINY, compare, read_csv, table, write_config
 
 ROOT = Path(__file__).parents[2]

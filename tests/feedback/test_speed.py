@@ -117,9 +117,9 @@ def test_bfloat16_is_close_and_leaves_float32(algorithm: Callable[..., TargetAlg
 def test_speed_is_set_from_the_command_line_and_free_to_change(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     first = main(["fit", *LDRL_TINY, "--model.speed.bfloat16=true", "--trainer.max_epochs=1"])
-    assert first.model.speed == Speed(bfloat16=True)
+    assert first.model.feedback_training.speed == Speed(bfloat16=True)
     path = first.trainer.checkpoint_callback.last_model_path
-    assert LDRL.load_from_checkpoint(path).speed == Speed()
+    assert LDRL.load_from_checkpoint(path).feedback_training.speed == Speed()
     resumed = main(["fit", *LDRL_TINY, "--model.speed.closed_form=false", "--trainer.max_epochs=2", "--ckpt_path=last"])
-    assert resumed.model.speed == Speed(closed_form=False)
+    assert resumed.model.feedback_training.speed == Speed(closed_form=False)
     assert resumed.trainer.global_step == 2 * first.trainer.global_step

@@ -7,6 +7,7 @@ from bioprop.algorithms.ddtp_linear import DDTPLinear
 from bioprop.algorithms.ddtp_rhl import DDTPRHL
 from bioprop.algorithms.difference_reconstruction import DifferenceReconstruction
 from bioprop.algorithms.direct_feedback_alignment import DirectFeedbackAlignment
+from bioprop.algorithms.direct_random_target_projection import DirectRandomTargetProjection
 from bioprop.algorithms.dtp import DTP
 from bioprop.algorithms.dtp_drl import DTPDRL
 from bioprop.algorithms.feedback_alignment import FeedbackAlignment
@@ -28,6 +29,7 @@ __all__ = [
     "DDTPLinear",
     "DifferenceReconstruction",
     "DirectFeedbackAlignment",
+    "DirectRandomTargetProjection",
     "FeedbackAlignment",
     "FixedWeightDTP",
     "GAITProp",

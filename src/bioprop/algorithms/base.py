@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bioprop.algorithms.checkpoints import describe_optimization
 from bioprop.algorithms.evaluation import PER_EPOCH, Batch, Evaluated
 from bioprop.algorithms.precisions import check_precision, products_in_autocast_type
-from bioprop.distributed import GradientAveraging, mean_over_processes, process_count
+from bioprop.distributed import mean_over_processes, process_count
 from bioprop.errors import UserError
 from bioprop.faults import refused_by_library
 from bioprop.functional.gradients import preserve_state
@@ -192,7 +192,7 @@ class Algorithm(Evaluated, ABC):
         """
         self.refuse_other_optimization()
         self.check_schedule(self.trainer)
-        if self.trainer.world_size > 1 and not isinstance(self.trainer.strategy, GradientAveraging):
+        if self.trainer.world_size > 1 and not hasattr(self.trainer.strategy, "leaves_averaging_to_algorithms"):
             raise UserError(
                 f"strategy {type(self.trainer.strategy).__name__} does not average the gradients of "
                 f"{type(self).__name__}: leave --trainer.strategy out, or give Trainer(strategy=GradientAveraging())"

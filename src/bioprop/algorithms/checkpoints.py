@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from bioprop.algorithms.hyperparameters import collect_hyperparameters, plain
-from bioprop.algorithms.resuming import capture_progress, ends_epoch, restore_progress
-from bioprop.checkpoint_files import read_checkpoint
+from bioprop.algorithms.resuming import capture_progress, end_epoch_once, restore_progress
 from bioprop.errors import UserError
+from bioprop.files import read_checkpoint
 from bioprop.networks.network import build_network, describe_network
 from bioprop.removed import refuse_removed
 
@@ -88,7 +88,7 @@ class Checkpointed(LightningModule):
             if classes := checkpoint.get("metrics_classes"):
                 self.make_metrics(classes)
             if self.trainer.max_steps != -1:
-                ends_epoch(checkpoint["loops"])
+                end_epoch_once(checkpoint["loops"])
 
     def on_train_start(self) -> None:
         """Bring back the metrics of the epoch so far, and the random states."""
@@ -97,7 +97,7 @@ class Checkpointed(LightningModule):
             restore_progress(self, progress)
 
     def _trained_on(self) -> dict[str, Any]:
-        """What trainer and images decide about a run, besides the hyperparameters."""
+        """Return the settings that trainer and images decide about a run, besides the hyperparameters."""
         settings = {f"trainer.{name}": getattr(self.trainer, name) for name in OF_TRAINER}
         resident = getattr(getattr(self.trainer, "datamodule", None), "resident", {})
         for split in ("train", "val"):

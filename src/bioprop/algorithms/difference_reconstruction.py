@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from pytorch_lightning.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -61,8 +61,7 @@ class DifferenceReconstruction(TargetAlgorithm):
         forward_lr: learning rates of the forward weights, one for each stage, in place of the optimizer's; None for
             the optimizer's.
         optimizer: makes the optimizer of the forward weights.
-        scheduler: makes its learning-rate schedule, stepped after each epoch that trains forward weights; None for a
-            constant rate.
+        settings: the other arguments of `TargetAlgorithm`.
 
     Raises:
         UserError: if a hyperparameter is out of its range, or a list has the wrong length.
@@ -87,9 +86,9 @@ class DifferenceReconstruction(TargetAlgorithm):
         feedback_optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params),
         forward_lr: float | tuple[float, ...] | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-3),
-        scheduler: LRSchedulerCallable | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__(network, beta, optimizer, scheduler)
+        super().__init__(network, beta, optimizer, **settings)
         self.feedback = nn.ModuleDict(self.make_feedback())
         operators = list(self.feedback)
         self.noise = per_stage("noise", noise, operators)

@@ -61,12 +61,25 @@ class DirectFeedbackAlignment(Algorithm):
                 inputs = outputs[-1]
         logits = inputs.detach()
         error = self.output_loss.gradient(logits, labels) / len(images)  # of the mean loss
+        projected = self.projected(error, labels)
         errors = [
-            (error @ self.backward_weights[name]).view_as(output)
+            (projected @ self.backward_weights[name]).view_as(output)
             for (name, _), output in zip(self.network.stages()[:-1], outputs[:-1], strict=True)
         ]
         gradients = stage_gradients(self.network, outputs, [*errors, error])
         return Gradients(gradients, logits)
+
+    def projected(self, error: Tensor, labels: Tensor) -> Tensor:
+        """Return the signal that the matrices send to the hidden stages: the output error.
+
+        Args:
+            error: ``e / batch`` with ``e = softmax(s^N) - onehot(y)``, ``[batch, classes]``.
+            labels: ``[batch]``.
+
+        Returns:
+            ``[batch, classes]``.
+        """
+        return error
 
     def _direction(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         return self.remedies.direction(gradients)

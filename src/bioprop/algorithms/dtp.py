@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from pytorch_lightning.cli import OptimizerCallable
 from torch import Tensor
 
 from bioprop.algorithms.target_algorithm import TargetAlgorithm
@@ -54,7 +54,7 @@ class DTP(TargetAlgorithm):
         feedback_momentum: of the feedback weights' SGD.
         speed: how the gradients are computed; changes rounding, not the method.
         optimizer: makes the optimizer of the forward weights.
-        scheduler: makes its learning-rate schedule, stepped once an epoch; None for a constant rate.
+        settings: the other arguments of `TargetAlgorithm`.
 
     Raises:
         UserError: if a hyperparameter is out of its range, a list has the wrong length, or a stage has no mirror.
@@ -74,7 +74,7 @@ class DTP(TargetAlgorithm):
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(
             params, lr=0.025, momentum=0.9, weight_decay=2e-4
         ),
-        scheduler: LRSchedulerCallable | None = None,
+        **settings: Any,
     ) -> None:
         if mirror not in get_args(ReconstructingMirrorName):
             known = ", ".join(get_args(ReconstructingMirrorName))
@@ -82,7 +82,7 @@ class DTP(TargetAlgorithm):
         if penultimate_target not in get_args(PenultimateTarget):
             known = ", ".join(get_args(PenultimateTarget))
             raise UserError(f"penultimate_target {penultimate_target!r} is not known: choose one of {known}")
-        super().__init__(network, beta, optimizer, scheduler)
+        super().__init__(network, beta, optimizer, **settings)
         pairs = list(pairwise(network.stages()))
         for (_, below), (name, stage) in pairs[:-1] if penultimate_target == "gradient" else pairs:
             if mirror == "outer":  # hands out values in the range of the stage below

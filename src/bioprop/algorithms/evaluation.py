@@ -1,8 +1,9 @@
-"""What a run says about itself: loss and accuracy on every split, and predictions."""
+"""Loss and accuracy on every split, and predictions."""
 
 from typing import Any, cast
 
 import torch
+from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
@@ -30,7 +31,7 @@ class Evaluated(Checkpointed):
         super().__init__(network)
         self.losses = nn.ModuleDict({f"{split}_set": MeanMetric(nan_strategy="disable") for split in SPLITS})
         self.accuracies = nn.ModuleDict()  # filled by the first batch, which shows the number of classes
-        self._validated = False  # in this epoch
+        self._logged_in: dict[str, int] = {}  # the last epoch in which a metric was logged
 
     @products_in_autocast_type
     def forward(self, images: Tensor) -> Tensor:
@@ -42,33 +43,38 @@ class Evaluated(Checkpointed):
         """Log loss and accuracy; trains nothing."""
         self._evaluate("val", batch)
 
-    def on_train_epoch_start(self) -> None:
-        """Forget the validations of earlier epochs."""
-        self._validated = False
+    def log(self, name: str, *args: Any, **kwargs: Any) -> None:
+        """Note the epoch in which a metric is logged: not every epoch need have a validation."""
+        fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if fitting and not self.trainer.sanity_checking:
+            self._logged_in[name] = self.trainer.current_epoch
+        super().log(name, *args, **kwargs)
 
-    def on_validation_epoch_end(self) -> None:
-        """Note that the epoch has a validation: not every one need have."""
-        self._validated = not self.trainer.sanity_checking
+    def on_train_start(self) -> None:
+        """Forget an earlier fit."""
+        super().on_train_start()
+        if self.trainer.ckpt_path is None:
+            self._logged_in = {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add whether the epoch so far has a validation."""
+        """Add the metrics of the epoch so far."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["validated"] = self._validated
+        checkpoint["logged_in"] = self._logged_in
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on within an epoch."""
         super().on_load_checkpoint(checkpoint)
-        self._validated = checkpoint.get("validated", False)
+        self._logged_in = checkpoint.get("logged_in", {})
 
     def logged_this_epoch(self, metric: str) -> bool:
-        """Whether a metric's value is of the training epoch that ends, and not left from an earlier one."""
-        if metric in self.trainer._logger_connector.metrics["callback"]:  # logged in training
-            return True
-        return self._validated and metric in self.trainer.callback_metrics
+        """Return whether a metric's value is of the training epoch that ends, and not left from an earlier one."""
+        name = metric.removesuffix("_step").removesuffix("_epoch")  # Lightning's for a metric that is logged as both
+        in_epoch = (self._logged_in.get(each) == self.trainer.current_epoch for each in (metric, name))
+        return metric in self.trainer.callback_metrics and any(in_epoch)
 
     def _may_be_logged(self, metric: str) -> bool:
-        """Whether a metric was logged before, or may be by a validation that is still to come."""
-        to_come = self.trainer.enable_validation and not self._validated
+        """Return whether a metric was logged before, or may be by a validation that is still to come."""
+        to_come = self.trainer.enable_validation and not self.logged_this_epoch("val/loss")
         return to_come or metric in self.trainer.callback_metrics
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:

@@ -1,10 +1,10 @@
 """FW-DTP: difference targets through feedback weights that are never trained."""
 
 from itertools import pairwise
-from typing import cast
+from typing import Any, cast
 
 import torch
-from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from pytorch_lightning.cli import OptimizerCallable
 from torch import Tensor
 
 from bioprop.algorithms.target_algorithm import TargetAlgorithm
@@ -40,7 +40,7 @@ class FixedWeightDTP(TargetAlgorithm):
             ``orthogonal``, above 0; None for what is published: 1e-3, and 1 for ``orthogonal``.
         sparsity: share of the weights that ``sparse`` sets to zero, from 0 to 1.
         optimizer: makes the optimizer of the forward weights.
-        scheduler: makes its learning-rate schedule, stepped once an epoch; None for a constant rate.
+        settings: the other arguments of `TargetAlgorithm`.
 
     Raises:
         UserError: if a hyperparameter is out of its range, or a stage has no mirror.
@@ -54,9 +54,9 @@ class FixedWeightDTP(TargetAlgorithm):
         feedback_scale: float | None = None,
         sparsity: float = 0.9,
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-3),
-        scheduler: LRSchedulerCallable | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__(network, beta, optimizer, scheduler)
+        super().__init__(network, beta, optimizer, **settings)
         scale = SCALES.get(feedback_init, 1.0) if feedback_scale is None else number("feedback_scale", feedback_scale)
         self.sparsity = number("sparsity", sparsity)
         check_range("feedback_scale", [scale], 0.0, low_allowed=False)

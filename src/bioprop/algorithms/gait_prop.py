@@ -1,11 +1,11 @@
 """GAIT-prop: targets through exact inverses that give the gradient."""
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from pytorch_lightning.cli import OptimizerCallable
 from torch import Tensor
 
 from bioprop.algorithms.target_algorithm import TargetAlgorithm
@@ -35,7 +35,7 @@ class GAITProp(TargetAlgorithm):
         orthogonality: ``lambda``, the weight of the regulariser, 0 for none.
         loss: ``squared_error`` (published) or ``cross_entropy``.
         optimizer: makes the optimizer of the forward weights.
-        scheduler: makes its learning-rate schedule, stepped once an epoch; None for a constant rate.
+        settings: the other arguments of `TargetAlgorithm`.
 
     Raises:
         UserError: if a stage has no inverse, or a hyperparameter is out of its range.
@@ -48,9 +48,9 @@ class GAITProp(TargetAlgorithm):
         orthogonality: float = 0.1,
         loss: OutputLossName = "squared_error",
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-4, betas=(0.9, 0.99)),
-        scheduler: LRSchedulerCallable | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__(network, beta=1.0, optimizer=optimizer, scheduler=scheduler)
+        super().__init__(network, 1.0, optimizer, **settings)
         self.output_loss = output_loss(loss)
         self.gamma, self.orthogonality = number("gamma", gamma), number("orthogonality", orthogonality)
         check_range("gamma", [self.gamma], 0.0, low_allowed=False)

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from pytorch_lightning.cli import OptimizerCallable
 from torch import Tensor
 
 from bioprop.algorithms.target_algorithm import TargetAlgorithm
@@ -72,7 +72,7 @@ class LDRL(TargetAlgorithm):
             ``V = W`` for its one minimiser: factors that cancel between two layers leave the whole as it is.
         speed: how the gradients are computed; changes rounding, not the method.
         optimizer: makes the optimizer of the forward weights.
-        scheduler: makes its learning-rate schedule, stepped once an epoch; None for a constant rate.
+        settings: the other arguments of `TargetAlgorithm`.
 
     Raises:
         UserError: if a hyperparameter is out of its range, a list has the wrong length, or a stage has no mirror.
@@ -93,9 +93,9 @@ class LDRL(TargetAlgorithm):
         noise_at: NoiseAt = "layer",
         speed: Speed = DEFAULT_SPEED,
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.02, momentum=0.9, weight_decay=1e-4),
-        scheduler: LRSchedulerCallable | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__(network, beta, optimizer, scheduler)
+        super().__init__(network, beta, optimizer, **settings)
         for option, value, known in (
             ("second_noise", second_noise, get_args(SecondNoise)),
             ("switches", switches, get_args(SwitchesOf)),

@@ -1,4 +1,4 @@
-"""What a run needs to go on bit for bit, besides weights and optimizers: the epoch's metrics so far, random states.
+"""The state that a run goes on from bit for bit, besides weights and optimizers: the epoch's metrics, random states.
 
 Lightning 2.6.6 saves neither the running means of what was logged, nor the metrics' counts, nor random states; a run
 that it resumes within an epoch logs the means of what is left of it. Private parts of its loops are used here, and
@@ -6,7 +6,7 @@ only here.
 """
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from lightning_fabric.utilities.apply_func import convert_tensors_to_scalars
@@ -16,7 +16,6 @@ from torch import Tensor, distributed
 from torchmetrics import Metric
 
 from bioprop.errors import UserError
-from bioprop.metrics_file import MetricsFile
 
 CPU = torch.device("cpu")
 #: What Lightning keeps about a logged value, in terms of the arguments of `LightningModule.log`.
@@ -29,6 +28,23 @@ LOGGED_HOW = (
     "add_dataloader_idx",
     "metric_attribute",
 )
+
+
+@runtime_checkable
+class KeepsRows(Protocol):
+    """A logger whose file goes on where a checkpoint was, as `bioprop.runs.MetricsFile`."""
+
+    def rows(self) -> int:
+        """Return the number of rows so far."""
+
+    def keep(self, rows: int) -> bool:
+        """Keep the first rows of the file in the run's folder, and return whether there was one."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Add a row."""
+
+    def save(self) -> None:
+        """Write the rows that are not in the file yet."""
 
 
 def capture_progress(module: LightningModule) -> dict[str, Any]:
@@ -44,7 +60,7 @@ def capture_progress(module: LightningModule) -> dict[str, Any]:
         "should_stop": trainer.should_stop,
         "validation": trainer.fit_loop.epoch_loop.val_loop.batch_progress.state_dict(),
         "next_row": _next_row(trainer),
-        "rows": [logger.rows() for logger in trainer.loggers if isinstance(logger, MetricsFile)],
+        "rows": [logger.rows() for logger in trainer.loggers if isinstance(logger, KeepsRows)],
     }
 
 
@@ -62,7 +78,7 @@ def restore_progress(module: LightningModule, progress: Mapping[str, Any]) -> No
             f"{trainer.world_size}: resume with as many, or from a checkpoint at the end of an epoch"
         )
     if not within_epoch(trainer):
-        trainer.fit_loop.epoch_loop.restarting = False  # see `ends_epoch`
+        trainer.fit_loop.epoch_loop.restarting = False  # see `end_epoch_once`
         # Lightning's look at two batches of validation before training has set it back
         trainer.fit_loop.epoch_loop.val_loop.batch_progress.load_state_dict(progress["validation"])
     shown = progress["shown"]
@@ -82,7 +98,7 @@ def restore_progress(module: LightningModule, progress: Mapping[str, Any]) -> No
         _restore_random_state(own["random"], module.device)
 
 
-def ends_epoch(loops: dict[str, Any]) -> None:
+def end_epoch_once(loops: dict[str, Any]) -> None:
     """Mark the finished epoch of a checkpoint made at its end as such.
 
     With ``max_steps``, Lightning takes every checkpoint for one from within an epoch, and would end a finished one a
@@ -95,9 +111,26 @@ def ends_epoch(loops: dict[str, Any]) -> None:
 
 
 def within_epoch(trainer: Trainer) -> bool:
-    """Whether an epoch of training was begun and its last batch is not behind."""
+    """Return whether an epoch of training was begun and its last batch is not behind."""
     progress = cast(_ProcessedTracker, trainer.fit_loop.epoch_progress.current)
     return progress.ready > progress.processed
+
+
+def validation_follows(trainer: Trainer) -> bool:
+    """Return whether the trainer validates after the batch that just ended."""
+    loop = trainer.fit_loop
+    return loop._data_fetcher is not None and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+
+
+def has_validated(trainer: Trainer) -> bool:
+    """Return whether the trainer has validated since training began."""
+    return trainer.fit_loop.epoch_loop.val_loop._has_run
+
+
+def epoch_ends_here(trainer: Trainer) -> bool:
+    """Return whether the batch that just ended is the epoch's last."""
+    stops = trainer.should_stop and trainer.fit_loop._can_stop_early
+    return bool(trainer.is_last_batch or stops or 0 <= trainer.max_steps <= trainer.global_step)
 
 
 # -- what was logged so far in an epoch ------------------------------------------------------------------------------
@@ -165,7 +198,7 @@ def _next_row(trainer: Trainer) -> dict[str, Any] | None:
 
 def _restore_rows(trainer: Trainer, progress: Mapping[str, Any]) -> None:
     """Drop the rows written after the checkpoint, where the run goes on in its own folder."""
-    files = [logger for logger in trainer.loggers if isinstance(logger, MetricsFile)]
+    files = [logger for logger in trainer.loggers if isinstance(logger, KeepsRows)]
     if len(files) != len(progress["rows"]):
         return
     for file, rows in zip(files, progress["rows"], strict=True):

@@ -55,7 +55,11 @@ class TargetAlgorithm(Algorithm):
 
     @abstractmethod  # there is no target, nor anything to name on the command line, without a subclass's
     def __init__(
-        self, network: Network, beta: float, optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None
+        self,
+        network: Network,
+        beta: float,
+        optimizer: OptimizerCallable,
+        scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(network, optimizer, scheduler)
         if not isinstance(network, Network):

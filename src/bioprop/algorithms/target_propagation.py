@@ -1,13 +1,12 @@
 """TP: target propagation, without the difference correction."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
-from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from pytorch_lightning.cli import OptimizerCallable
 from torch import Tensor
 
-from bioprop.algorithms.dtp import DTP, PenultimateTarget, ReconstructingMirrorName
-from bioprop.feedback.speed import DEFAULT_SPEED, Speed
+from bioprop.algorithms.dtp import DTP
 from bioprop.networks.mirrors import Mirror
 from bioprop.networks.network import Network
 from bioprop.networks.stages import StagePass
@@ -23,21 +22,12 @@ class TargetPropagation(DTP):
     that does not mind the size of a gradient (Adam). The output stage can hardly be inverted, having fewer units than
     it reads: ``penultimate_target="gradient"`` goes around it.
 
-    Hyperparameters of feedback training are one value for all stages or exactly one for each stage that has feedback.
-
     Args:
         network: the forward network.
         beta: step of the output target along the gradient, above 0. Where errors of reconstruction prevail, updates of
             hidden stages grow as ``1 / beta`` in units of the BP gradient.
-        noise: standard deviation of the noise that feedback learns to reconstruct through, see `DTP`.
-        feedback_lr: learning rate of the feedback weights (SGD).
-        iterations: feedback iterations a batch, 0 to leave a stage's feedback as it was drawn.
-        mirror: the form of the feedback operator, see `DTP`.
-        penultimate_target: where the last hidden stage has its target from, see `DTP`.
-        feedback_momentum: of the feedback weights' SGD.
-        speed: how the gradients are computed; changes rounding, not the method.
         optimizer: makes the optimizer of the forward weights.
-        scheduler: makes its learning-rate schedule, stepped once an epoch; None for a constant rate.
+        settings: the other arguments of `DTP`.
 
     Raises:
         UserError: if a hyperparameter is out of its range, a list has the wrong length, or a stage has no mirror.
@@ -47,29 +37,10 @@ class TargetPropagation(DTP):
         self,
         network: Network,
         beta: float = 10.0,
-        noise: float | tuple[float, ...] = 0.1,
-        feedback_lr: float | tuple[float, ...] = 1e-3,
-        iterations: int | tuple[int, ...] = 1,
-        mirror: ReconstructingMirrorName = "exact",
-        penultimate_target: PenultimateTarget = "feedback",
-        feedback_momentum: float = 0.9,
-        speed: Speed = DEFAULT_SPEED,
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-4),
-        scheduler: LRSchedulerCallable | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            network,
-            beta=beta,
-            noise=noise,
-            feedback_lr=feedback_lr,
-            iterations=iterations,
-            mirror=mirror,
-            penultimate_target=penultimate_target,
-            feedback_momentum=feedback_momentum,
-            speed=speed,
-            optimizer=optimizer,
-            scheduler=scheduler,
-        )
+        super().__init__(network, beta=beta, optimizer=optimizer, **settings)
 
     def difference_below(self, name: str, clean: StagePass, difference: Tensor) -> Tensor:
         """Return ``t^{n-1} - s^{n-1} = G^n(t^n) - s^{n-1}``."""

@@ -11,15 +11,11 @@ from torch.nn.utils import get_total_norm
 from bioprop.algorithms.base import Algorithm
 from bioprop.algorithms.target_algorithm import TargetAlgorithm
 from bioprop.distributed import mean_over_processes
-from bioprop.errors import UserError
+from bioprop.errors import DivergenceError
 from bioprop.networks.network import named_stages
 
 #: Feedback weights this many times larger than the forward weights are the cause, even if still finite.
 RUNAWAY = 1e4
-
-
-class DivergenceError(UserError):
-    """A loss or a weight became infinite or NaN."""
 
 
 class DivergenceGuard(Callback):

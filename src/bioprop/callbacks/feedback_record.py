@@ -11,10 +11,10 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from bioprop.algorithms.target_algorithm import TargetAlgorithm
-from bioprop.callbacks.run_folder import run_folder
-from bioprop.callbacks.wandb_runs import chart_feedback, wandb_run
 from bioprop.errors import UserError
 from bioprop.feedback.training import FeedbackIteration
+from bioprop.runs.folder import run_folder
+from bioprop.runs.wandb import chart_feedback, wandb_run
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from bioprop.callbacks.run_folder import run_folder
 from bioprop.distributed import gather_rows
 from bioprop.files import readable, replacing
+from bioprop.runs.folder import run_folder
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,6 @@
 import pickle
 import re
 from collections.abc import Callable
-from pathlib import PurePath
 from typing import IO, Any
 
 import numpy as np
@@ -11,75 +10,58 @@ import numpy as np
 from bioprop.errors import UserError
 
 
+class _Refused(pickle.UnpicklingError):
+    """The pickle names something that is not allowed."""
+
+
 class _Dtype:
     """Stands in for `numpy.dtype`, whose own way back from a pickle believes whatever the pickle says of memory."""
 
     def __init__(self, code: str | bytes, *_: object) -> None:
-        text = code.decode("latin1") if isinstance(code, bytes) else code
-        if not re.fullmatch("[iuf][1248]|b1", text):
-            raise _Refused(f"numpy.dtype({text!r})")
-        self.dtype = np.dtype(text)
+        self.code = code.decode("latin1") if isinstance(code, bytes) else code
+        if not re.fullmatch("[iuf][1248]|b1", self.code):
+            raise _Refused(f"numpy.dtype({self.code!r})")
+        self.order = "<"
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        if state[1] in (">", b">"):  # else little-endian, or of one byte
-            self.dtype = self.dtype.newbyteorder(">")
+        self.order = ">" if state[1] in (">", b">") else "<"  # the latter also of one byte
 
 
 class _Array:
     """Stands in for `numpy.ndarray`: made empty, then given shape, type and bytes."""
 
-    array: np.ndarray
+    def __init__(self, *_: object) -> None:
+        self.array = np.empty(0)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, fortran, raw = state
-        self.array = _from_buffer(raw, dtype, shape, "F" if fortran else "C").array
+        self.array = _from_buffer(raw, dtype, shape, "F" if fortran else "C")
 
 
-def _reconstruct(*_: object) -> _Array:
-    return _Array()
+def _from_buffer(raw: bytes, dtype: _Dtype, shape: tuple[int, ...] = (), order: Any = "C") -> np.ndarray:
+    return np.frombuffer(raw, dtype.order + dtype.code).reshape(shape, order=order)
 
 
-def _from_buffer(raw: bytes, dtype: _Dtype, shape: tuple[int, ...], order: str) -> _Array:
-    result = _Array()
-    result.array = np.frombuffer(raw, dtype.dtype).reshape(shape, order="F" if order == "F" else "C")
-    return result
-
-
-def _scalar(dtype: _Dtype, raw: bytes) -> Any:
-    return np.frombuffer(raw, dtype.dtype)[0]
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    """What Python 3 writes bytes as in an old protocol: `_codecs.encode`, of the one encoding that it uses."""
-    if encoding != "latin1":
-        raise _Refused(f"_codecs.encode(..., {encoding!r})")
-    return text.encode("latin1")
-
-
-ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
-    ("numpy", "ndarray"): _Array,
-    ("numpy", "dtype"): _Dtype,
-    ("_codecs", "encode"): _encode,
+ALLOWED: dict[str, Callable[..., Any]] = {
+    "numpy.ndarray": _Array,
+    "numpy.dtype": _Dtype,
+    # bytes in an old protocol of Python 3, which are written in this encoding alone
+    "_codecs.encode": lambda text, encoding: text.encode({"latin1": "latin1"}[encoding]),
 }
-for _core in ("core", "_core"):  # of numpy 1 and numpy 2
-    ALLOWED[f"numpy.{_core}.multiarray", "_reconstruct"] = _reconstruct
-    ALLOWED[f"numpy.{_core}.multiarray", "scalar"] = _scalar
-    ALLOWED[f"numpy.{_core}.numeric", "_frombuffer"] = _from_buffer
-
-
-class _Refused(pickle.UnpicklingError):
-    """The pickle names something that is not allowed."""
+for _core in ("numpy.core", "numpy._core"):  # of numpy 1 and numpy 2
+    ALLOWED[f"{_core}.multiarray._reconstruct"] = _Array
+    ALLOWED[f"{_core}.multiarray.scalar"] = lambda dtype, raw: _from_buffer(raw, dtype)[()]
+    ALLOWED[f"{_core}.numeric._frombuffer"] = _from_buffer
 
 
 class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str, /) -> Any:
-        try:
-            return ALLOWED[module, name]
-        except KeyError:
-            raise _Refused(f"{module}.{name}") from None
+        if f"{module}.{name}" not in ALLOWED:
+            raise _Refused(f"{module}.{name}")
+        return ALLOWED[f"{module}.{name}"]
 
 
-def load_arrays(file: IO[bytes], path: PurePath) -> dict[str, Any]:
+def load_arrays(file: IO[bytes], path: str) -> dict[str, Any]:
     """Reads a pickled dictionary of numpy arrays, lists, numbers and strings, written by Python 2 or 3.
 
     A pickle is a program. This one is run by an interpreter that knows plain containers and stand-ins for what numpy
@@ -102,15 +84,12 @@ def load_arrays(file: IO[bytes], path: PurePath) -> dict[str, Any]:
             f"'{path}' asks for {error}, which no file of images needs: nothing was run and the file is not read; get "
             "it anew from where it is published."
         ) from error
-    # a cut or garbled pickle raises almost anything
-    except Exception as error:
+    except Exception as error:  # a cut or garbled pickle raises almost anything
         raise UserError(f"'{path}' is not a readable pickle ({error}): download it again.") from error
     if not isinstance(content, dict):
         raise UserError(
             f"'{path}' holds a {type(content).__name__}, but a dictionary of images and labels is expected: is it "
             "another file of the same name?"
         )
-    return {
-        key.decode("latin1") if isinstance(key, bytes) else str(key): getattr(value, "array", value)
-        for key, value in content.items()
-    }
+    texts = {key.decode("latin1") if isinstance(key, bytes) else str(key): value for key, value in content.items()}
+    return {key: getattr(value, "array", value) for key, value in texts.items()}

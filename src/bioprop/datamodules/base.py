@@ -3,6 +3,7 @@
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -46,24 +47,26 @@ class ImageDataModule(LightningDataModule, ABC):
     """Images in memory as bytes, with a stratified validation split and per-sample augmentation on the batch's device.
 
     Every batch reaches the algorithm as `(images, labels)`: float32 [batch, channels, height, width], normalised, and
-    int64 [batch]. Which images are used is decided from the labels before any image is decoded. A subclass says what
-    the images are, by `_labels` and `_decode` (and `_has_val_images` if the data set has its own validation images).
+    int64 [batch]. Which images are used is decided from the labels before any image is decoded. A subclass hands over
+    `image_shape` and `classes`, says what the images are, by `_labels` and `_decode` (and `_has_val_images` if the data
+    set has its own validation images), and passes all other arguments on. Every argument of every constructor is kept
+    in checkpoints, paths as text, but for arrays.
 
     Args:
         image_shape: (channels, height, width).
         classes: Names of the classes, in the order of the labels.
         batch_size: Images in a batch, those of all processes together. In training, an epoch's images that do not fill
             its last batch wait for another epoch; evaluation has them all.
-        val_fraction: Fraction of the training images set aside for validation, stratified by class; None where a
-            subclass says otherwise which they are, by `_held_out`.
+        val_fraction: Fraction of the training images set aside for validation, stratified by class.
         normalization: "train" for mean and standard deviation of each channel of the training images (those left by
-            split and limit, not augmented), "cifar10" or "imagenet32" for the published ones, "none" for [0, 1] alone.
-        horizontal_flip: Mirror each training image with probability 1/2.
+            split and limit, not augmented), "cifar10" or "imagenet32" for the published ones of three channels, "none"
+            for [0, 1] alone.
+        horizontal_flip: Mirror each training image with probability 1/2 (mirrored digits and letters are none).
         crop_padding: Crop each training image at random out of itself padded by this many pixels of its edge.
         seed: Seed of the validation split, the limits, the order of the training images and their augmentation.
-        limit_train: Use so many training images, stratified by class; None for all. Likewise the next two.
-        limit_val: Validation images to use.
-        limit_test: Test images to use.
+        limit_train: Use so many training images, stratified by class; None for all. The others are not decoded.
+        limit_val: Use so many validation images, stratified by class; None for all.
+        limit_test: Use so many test images, stratified by class; None for all.
 
     Raises:
         UserError: An argument is out of range, or the statistics have another number of channels than the images.
@@ -74,15 +77,15 @@ class ImageDataModule(LightningDataModule, ABC):
         *,
         image_shape: tuple[int, int, int],
         classes: tuple[str, ...],
-        batch_size: int,
-        val_fraction: float | None,
-        normalization: Normalization,
-        horizontal_flip: bool,
-        crop_padding: int,
-        seed: int,
-        limit_train: int | None,
-        limit_val: int | None,
-        limit_test: int | None,
+        batch_size: int = 128,
+        val_fraction: float = 0.1,
+        normalization: Normalization = "train",
+        horizontal_flip: bool = False,
+        crop_padding: int = 0,
+        seed: int = 0,
+        limit_train: int | None = None,
+        limit_val: int | None = None,
+        limit_test: int | None = None,
     ) -> None:
         super().__init__()
         limits: dict[Split, int | None] = {"train": limit_train, "val": limit_val, "test": limit_test}
@@ -94,6 +97,7 @@ class ImageDataModule(LightningDataModule, ABC):
         ):
             if value < least:
                 raise UserError(f"{name} is {value}, which is too small: choose {least} or more.")
+        # a subclass that has a `_held_out` of its own passes None
         if val_fraction is not None and not 0 < val_fraction < 1:
             raise UserError(
                 f"val_fraction is {val_fraction}, which leaves no images for validation or none for training: choose "
@@ -120,6 +124,12 @@ class ImageDataModule(LightningDataModule, ABC):
         self.resident: dict[Split, Resident] = {}
         self._statistics: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._loaded_statistics: tuple[Sequence[float], Sequence[float]] | None = None
+        ignored = ["image_shape", "classes", *(["val_fraction"] if val_fraction is None else [])]
+        self.save_hyperparameters(ignore=ignored)  # the arguments of all constructors on the way here
+        ignored += [key for key, value in self.hparams.items() if isinstance(value, Tensor | np.ndarray)]
+        self.save_hyperparameters(ignore=ignored)
+        # a Path would make the checkpoint unreadable under weights_only=True
+        self.save_hyperparameters({key: str(value) for key, value in self.hparams.items() if isinstance(value, Path)})
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -294,7 +304,6 @@ class ImageDataModule(LightningDataModule, ABC):
                     f"class '{name}' has {count} training image(s), too few to split into training and validation: "
                     "give it 2 or more."
                 )
-        assert self.val_fraction is not None, "a subclass without a fraction has a `_held_out` of its own"
         size = max(1, round(self.val_fraction * len(labels)))
         most = len(labels) - self.num_classes
         if size > most:

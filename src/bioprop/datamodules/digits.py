@@ -1,6 +1,6 @@
 """The data set that needs no download: scikit-learn's handwritten digits."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -9,7 +9,6 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from bioprop.datamodules.base import ImageDataModule, Split
-from bioprop.datamodules.normalization import Normalization
 from bioprop.datamodules.sampling import complement, stratified_sample
 from bioprop.errors import UserError
 
@@ -29,17 +28,7 @@ class Digits(ImageDataModule):
 
     Args:
         image_size: Height and width of the images in pixels, 16 or 32.
-        batch_size: Images in a batch. In training, an epoch's images that do not fill its last batch wait for another
-            epoch; evaluation has them all.
-        val_fraction: Fraction of the training images set aside for validation, stratified by class.
-        normalization: "train" for mean and standard deviation of the training images, "none" for values in [0, 1].
-            The published statistics ("cifar10", "imagenet32") are for three channels and refused.
-        horizontal_flip: Mirror each training image with probability 1/2 (mirrored digits are no digits).
-        crop_padding: Crop each training image at random out of itself padded by this many pixels of its edge.
-        seed: Seed of the validation split, the limits, the order of the training images and their augmentation.
-        limit_train: Use so many training images, stratified by class; None for all.
-        limit_val: Use so many validation images, stratified by class; None for all.
-        limit_test: Use so many test images, stratified by class; None for all.
+        shared: Arguments of `ImageDataModule`.
 
     Raises:
         UserError: An argument is out of range.
@@ -49,14 +38,7 @@ class Digits(ImageDataModule):
         self,
         image_size: Literal[16, 32] = 16,
         batch_size: int = 64,
-        val_fraction: float = 0.1,
-        normalization: Normalization = "train",
-        horizontal_flip: bool = False,
-        crop_padding: int = 0,
-        seed: int = 0,
-        limit_train: int | None = None,
-        limit_val: int | None = None,
-        limit_test: int | None = None,
+        **shared: Any,
     ) -> None:
         if image_size not in (16, 32):
             raise UserError(
@@ -66,16 +48,8 @@ class Digits(ImageDataModule):
             image_shape=(1, image_size, image_size),
             classes=tuple("0123456789"),
             batch_size=batch_size,
-            val_fraction=val_fraction,
-            normalization=normalization,
-            horizontal_flip=horizontal_flip,
-            crop_padding=crop_padding,
-            seed=seed,
-            limit_train=limit_train,
-            limit_val=limit_val,
-            limit_test=limit_test,
+            **shared,
         )
-        self.save_hyperparameters()
         digits = load_digits()
         self._images = torch.from_numpy(digits.images)
         labels = torch.from_numpy(digits.target)

@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pytorch_lightning.utilities import rank_zero_only
@@ -20,7 +20,6 @@ from bioprop.datamodules.image_files import (
     look,
 )
 from bioprop.datamodules.image_splits import OPTIONAL_SPLITS, list_splits, unknown_class
-from bioprop.datamodules.normalization import Normalization
 from bioprop.datamodules.tally import Tally
 from bioprop.errors import UserError
 from bioprop.files import readable
@@ -48,17 +47,7 @@ class ImageFolder(ImageDataModule):
             headers, and RGB otherwise.
         background: Colour that transparent images are put over, a name or '#rrggbb': set it where the shapes are as
             white as the default.
-        batch_size: Images in a batch. In training, an epoch's images that do not fill its last batch wait for another
-            epoch; evaluation has them all.
-        val_fraction: Fraction of the training images set aside for validation, stratified by class.
-        normalization: "train" for mean and standard deviation of each channel of the training images, "cifar10" or
-            "imagenet32" for the published ones (3 channels), "none" for values in [0, 1].
-        horizontal_flip: Mirror each training image with probability 1/2.
-        crop_padding: Crop each training image at random out of itself padded by this many pixels of its edge.
-        seed: Seed of the validation split, the limits, the order of the training images and their augmentation.
-        limit_train: Use so many training images, stratified by class; None for all. The others are not decoded.
-        limit_val: Use so many validation images, stratified by class; None for all.
-        limit_test: Use so many test images, stratified by class; None for all.
+        shared: Arguments of `ImageDataModule`.
 
     Raises:
         UserError: An argument is out of range; a folder is missing, empty or may not be read; classes of `val` differ
@@ -72,15 +61,7 @@ class ImageFolder(ImageDataModule):
         image_size: int | None = None,
         channels: Literal[1, 3] | None = None,
         background: str = "white",
-        batch_size: int = 128,
-        val_fraction: float = 0.1,
-        normalization: Normalization = "train",
-        horizontal_flip: bool = False,
-        crop_padding: int = 0,
-        seed: int = 0,
-        limit_train: int | None = None,
-        limit_val: int | None = None,
-        limit_test: int | None = None,
+        **shared: Any,
     ) -> None:
         if channels not in (None, 1, 3):
             raise UserError(f"channels is {channels}, but images are grey or RGB: choose 1, 3 or null.")
@@ -97,21 +78,11 @@ class ImageFolder(ImageDataModule):
         super().__init__(
             image_shape=(channels or (1 if grey else 3), image_size or height, image_size or width),
             classes=classes,
-            batch_size=batch_size,
-            val_fraction=val_fraction,
-            normalization=normalization,
-            horizontal_flip=horizontal_flip,
-            crop_padding=crop_padding,
-            seed=seed,
-            limit_train=limit_train,
-            limit_val=limit_val,
-            limit_test=limit_test,
+            **shared,
         )
-        check_memory(min(len(others) + 1, limit_train or len(others) + 1), self.image_shape)
+        check_memory(min(len(others) + 1, self.limits["train"] or len(others) + 1), self.image_shape)
         if grey:
             _inform("all training images are grey, and so are those that the network sees")
-        data_dir = str(data_dir)  # a Path would make the checkpoint unreadable under weights_only=True
-        self.save_hyperparameters()
         self._root = root
         self._splits = splits
         self._form = Form(self.image_shape, image_size is not None, background)

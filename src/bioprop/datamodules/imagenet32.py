@@ -2,14 +2,13 @@
 
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bioprop.datamodules.base import VAL_STREAM, ImageDataModule, Split
-from bioprop.datamodules.imagenet32_conversion import Converted, open_converted
-from bioprop.datamodules.imagenet32_files import StoredSet
-from bioprop.datamodules.imagenet32_parts import IMAGE_BYTES, IMAGE_SHAPE
+from bioprop.datamodules.imagenet32_files import IMAGE_BYTES, IMAGE_SHAPE, Converted, StoredSet, open_converted
 from bioprop.datamodules.images import Images, MappedImages
 from bioprop.datamodules.normalization import Normalization
 from bioprop.datamodules.sampling import equal_sample
@@ -31,15 +30,11 @@ class ImageNet32(ImageDataModule):
     The files are yours to download, because that needs a login: at image-net.org, under Download, Downsampled image
     data, either as npz (`Imagenet32_train_npz.zip`, `Imagenet32_val_npz.zip`) or as pickles (`Imagenet32_train.zip`,
     `Imagenet32_val.zip`). Put them into `data_dir`, as they are or unpacked. At first use each set is converted to one
-    file (3.94 GB for training), which all processes map into memory together: a process holds labels and order alone,
-    and the images are in the operating system's cache once. The downloaded files can go then.
+    file (3.94 GB for training), which all processes map into memory together. The downloaded files can go then.
 
-    The test images are the official validation images; validation images are taken out of the training images, the same
-    number of each class. Labels are 0..999 in the order of the ILSVRC2012 development kit (kit fox, English setter,
-    ...), which is not the alphabetical one of torchvision's models.
-
-    The defaults are the published recipe (Ernoult et al., ICML 2022): 50 validation images a class, mirrored with
-    probability 1/2, cropped at random out of the image padded by 4 pixels of its edge, batches of 256.
+    The test images are the official validation images; validation images are taken out of the training images. Labels
+    are 0..999 in the order of the ILSVRC2012 development kit (kit fox, English setter, ...), not in the alphabetical
+    one of torchvision's models. The defaults are the published recipe (Ernoult et al., ICML 2022).
 
     Source: P. Chrabaszcz, I. Loshchilov and F. Hutter, A downsampled variant of ImageNet as an alternative to the CIFAR
     datasets, 2017.
@@ -51,17 +46,10 @@ class ImageNet32(ImageDataModule):
             archives (none are published of the others), the number of images in each file of all.
         on_device: Copy the images to the accelerator that trains (3.8 GB of its memory, in each process) and put the
             batches together there. Without an accelerator it changes nothing.
-        batch_size: Images in a batch. In training, an epoch's images that do not fill its last batch wait for another
-            epoch; evaluation has them all.
         num_val_per_class: Training images of each class set aside for validation.
         normalization: "imagenet32" for the published mean (0.485, 0.456, 0.406) and standard deviation (0.229, 0.224,
             0.225), "cifar10" for those of CIFAR-10, "train" for those of the training images, "none" for [0, 1].
-        horizontal_flip: Mirror each training image with probability 1/2.
-        crop_padding: Crop each training image at random out of itself padded by this many pixels of its edge.
-        seed: Seed of the validation split, the limits, the order of the training images and their augmentation.
-        limit_train: Use so many training images, stratified by class; None for all.
-        limit_val: Use so many validation images, stratified by class; None for all.
-        limit_test: Use so many test images, stratified by class; None for all.
+        shared: Arguments of `ImageDataModule`.
 
     Raises:
         UserError: An argument is out of range; the files are missing, damaged or others; there is no room for the
@@ -71,6 +59,7 @@ class ImageNet32(ImageDataModule):
     def __init__(
         self,
         data_dir: str = "data",
+        *,
         converted_dir: str | None = None,
         verify: bool = True,
         on_device: bool = False,
@@ -79,10 +68,7 @@ class ImageNet32(ImageDataModule):
         normalization: Normalization = "imagenet32",
         horizontal_flip: bool = True,
         crop_padding: int = 4,
-        seed: int = 0,
-        limit_train: int | None = None,
-        limit_val: int | None = None,
-        limit_test: int | None = None,
+        **shared: Any,
     ) -> None:
         if num_val_per_class < 1:
             raise UserError(f"num_val_per_class is {num_val_per_class}, which is too small: choose 1 or more.")
@@ -90,18 +76,12 @@ class ImageNet32(ImageDataModule):
             image_shape=IMAGE_SHAPE,
             classes=class_names(),
             batch_size=batch_size,
-            val_fraction=None,
+            val_fraction=None,  # type: ignore[arg-type]  # see _held_out
             normalization=normalization,
             horizontal_flip=horizontal_flip,
             crop_padding=crop_padding,
-            seed=seed,
-            limit_train=limit_train,
-            limit_val=limit_val,
-            limit_test=limit_test,
+            **shared,
         )
-        data_dir = str(data_dir)  # a Path would make the checkpoint unreadable under weights_only=True
-        converted_dir = None if converted_dir is None else str(converted_dir)
-        self.save_hyperparameters()
         self.data_dir = Path(data_dir).expanduser()
         self.converted_dir = self.data_dir if converted_dir is None else Path(converted_dir).expanduser()
         self.verify = verify

@@ -1,126 +1,262 @@
-"""The published files of ImageNet 32x32: where they are found, and whether they are whole."""
+"""The published files of ImageNet 32x32, and the one file of pixels that is made of each set.
+
+Many processes can map that one into memory at once.
+"""
 
 import hashlib
-import re
+import json
+import logging
+import shutil
 import zipfile
-from collections.abc import Callable
+import zlib
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
+import numpy as np
+from filelock import FileLock, Timeout
+
+from bioprop.datamodules.array_pickles import load_arrays
 from bioprop.errors import UserError
+from bioprop.files import replacing
+
+logger = logging.getLogger(__name__)
 
 StoredSet = Literal["train", "val"]
+Part = Path | zipfile.Path  # an unpacked file, or one inside an archive
 
-CHUNK = 2**22
-
-
-class Archive(NamedTuple):
-    """What is known of a published archive."""
-
-    size: int  # bytes
-    sha256: str
-
-
-#: The zip archives of npz files, as published. No checksums are published of the pickles.
-ARCHIVES = {
-    "Imagenet32_train_npz.zip": Archive(
-        3_580_435_279, "94226337ecc1b0309d9fcd0167127aaadc931587035fbcb53925235edbaec4fc"
-    ),
-    "Imagenet32_val_npz.zip": Archive(139_697_668, "013990e6dec1237dcd1f9beadbab81ead6604cc119af5cacbfb59ae28148377a"),
-}
+IMAGE_SHAPE = (3, 32, 32)
+IMAGE_BYTES = 3 * 32 * 32
+NUM_CLASSES = 1000
 #: Images in each part of each set, in order.
 COUNTS: dict[StoredSet, tuple[int, ...]] = {"train": (128_116,) * 9 + (128_123,), "val": (50_000,)}
+#: Size in bytes and sha256 of the zip archives of npz files, as published; of the pickles none are.
+ARCHIVES = {
+    "Imagenet32_train_npz.zip": (
+        3_580_435_279,
+        "94226337ecc1b0309d9fcd0167127aaadc931587035fbcb53925235edbaec4fc",
+    ),
+    "Imagenet32_val_npz.zip": (139_697_668, "013990e6dec1237dcd1f9beadbab81ead6604cc119af5cacbfb59ae28148377a"),
+}
+ANOTHER = "download it again, or set verify to false if you mean to use another"
 
 
-class Source(NamedTuple):
-    """The files that one set can be read from.
+class Converted(NamedTuple):
+    """A set, ready for use: uint8 [images, 3, 32, 32] mapped from its file, and int64 [images], in memory."""
 
-    Attributes:
-        archive: The zip archive that holds the parts; None where the parts lie in the folder themselves.
-        parts: The files of images and labels, in order: paths, or names inside the archive.
+    images: np.ndarray
+    labels: np.ndarray
+
+
+def open_converted(data_dir: Path, folder: Path, stored: StoredSet, check: bool) -> Converted:
+    """Opens a set, after converting it where that has not been done yet.
+
+    Of several processes that come here at once, one converts and the others wait. The lock is the operating system's
+    and ends with the process that holds it. An interrupted conversion leaves nothing that is read: the files get their
+    names when they are whole, the record of them last.
+
+    Args:
+        data_dir: Folder of the published files.
+        folder: Folder of the converted files.
+        stored: Name of the set.
+        check: Compare sizes and checksums with the published ones, unless that was done before the conversion.
+
+    Raises:
+        UserError: The files are missing, damaged or others than the published ones, or there is no place to convert to.
     """
+    stem = folder / f"imagenet32_{stored}"
+    if (ready := _ready(stem, data_dir, stored, check)) is not None:
+        return ready
+    parts = find_source(data_dir, stored)
+    if not parts:
+        raise UserError(
+            f"ImageNet 32x32's {stored} images are not in '{data_dir}' and cannot be downloaded without you: log in at "
+            f"image-net.org, go to Download, Downsampled image data, and get Imagenet32_{stored}_npz.zip (or "
+            f"Imagenet32_{stored}.zip, the pickles), and put it there, as it is or unpacked."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder / f".{stem.name}.lock", stored):
+            if (ready := _ready(stem, data_dir, stored, check)) is None:
+                _convert(stem, parts, stored, check)
+    except (OSError, NotImplementedError) as error:  # the second: a network file system without locks
+        raise UserError(
+            f"ImageNet 32x32 cannot be converted into '{folder}' ({error}): name a folder that can be written to, with "
+            "room for the files, as converted_dir."
+        ) from error
+    return ready or Converted(np.asarray(np.load(f"{stem}_images.npy", mmap_mode="r")), np.load(f"{stem}_labels.npy"))
 
-    archive: Path | None
-    parts: tuple[str, ...]
 
-    @property
-    def npz(self) -> bool:
-        """Whether the parts are npz files; otherwise they are pickles."""
-        return self.parts[0].endswith(".npz")
-
-    @property
-    def files(self) -> list[Path]:
-        """The files on the disk."""
-        return [self.archive] if self.archive is not None else [Path(part) for part in self.parts]
-
-    def stamps(self) -> dict[str, list[int]]:
-        """Returns size in bytes and time of change of each file, which tell whether it is the same as another time."""
-        return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in self.files}
-
-
-def find_source(folder: Path, stored: StoredSet) -> Source | None:
-    """Finds the files of a set: the archive of npz files (the only one whose checksum is published) before others.
+def find_source(folder: Path, stored: StoredSet) -> list[Part]:
+    """Finds the parts of a set, in order: the archive of npz files (whose checksum is published) before others.
 
     Unpacked files may lie in `folder` or in the archive's own folder, `folder/Imagenet32_train_npz` and so on.
-
-    Returns:
-        None if there are none at all.
 
     Raises:
         UserError: Some parts are there and others are missing.
     """
-    stem = f"Imagenet32_{stored}"
-    names = [f"train_data_batch_{number}" for number in range(1, len(COUNTS["train"]) + 1)]
-    names = names if stored == "train" else ["val_data"]
+    stems = [f"train_data_batch_{number}" for number in range(1, 11)] if stored == "train" else ["val_data"]
     for suffix, extension in (("_npz", ".npz"), ("", "")):
-        archive = folder / f"{stem}{suffix}.zip"
+        archive = folder / f"Imagenet32_{stored}{suffix}.zip"
+        names = [stem + extension for stem in stems]
         if archive.is_file():
-            return Source(archive, _members(archive, [name + extension for name in names]))
-        for place in (folder, folder / f"{stem}{suffix}", folder / stored):
-            parts = [place / (name + extension) for name in names]
+            return _members(archive, names)
+        for place in (folder, archive.with_suffix(""), folder / stored):
+            parts: list[Part] = [place / name for name in names]
             missing = [part for part in parts if not part.is_file()]
             if not missing:
-                return Source(None, tuple(map(str, parts)))
+                return parts
             if len(missing) < len(parts):
                 raise UserError(
                     f"'{missing[0]}' is missing, though other parts of ImageNet 32x32 are there: put all {len(parts)} "
                     "parts into one folder, or the archive as it was downloaded."
                 )
-    return None
+    return []
 
 
-def _members(archive: Path, names: list[str]) -> tuple[str, ...]:
+def _members(archive: Path, names: list[str]) -> list[Part]:
     try:
-        with zipfile.ZipFile(archive) as opened:
-            inside = {re.sub(r".*/", "", member): member for member in opened.namelist()}
+        root = zipfile.Path(archive)
+        inside = {member.rpartition("/")[2]: root / member for member in root.root.namelist()}
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(f"'{archive}' is not a readable zip archive ({error}): download it again.") from error
     for name in names:
         if name not in inside:
             raise UserError(f"'{archive}' has no '{name}' in it, which the published archive has: download it again.")
-    return tuple(inside[name] for name in names)
+    return [inside[name] for name in names]
 
 
-def verify(source: Source, advance: Callable[[float], None]) -> None:
+def _stamps(parts: list[Part]) -> dict[str, list[int]]:
+    """Returns size in bytes and time of change of each file, which tell whether it is the same as another time."""
+    files = {_on_disk(part): None for part in parts}
+    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+
+
+def _on_disk(part: Part) -> Path:
+    return part if isinstance(part, Path) else Path(str(part.root.filename))
+
+
+def _ready(stem: Path, data_dir: Path, stored: StoredSet, check: bool) -> Converted | None:
+    """Opens the converted files if they are whole, checked if they have to be, and of the files that lie there now."""
+    with suppress(OSError, ValueError, TypeError, KeyError):  # a file that is no record of ours counts as none
+        record = json.loads(stem.with_suffix(".json").read_text())
+        images, labels = np.load(f"{stem}_images.npy", mmap_mode="r"), np.load(f"{stem}_labels.npy")
+        count, verified, stamps = record["images"], record["verified"], record["source"]
+        if images.shape == (count, *IMAGE_SHAPE) and len(labels) == count:
+            source = None if verified or check else find_source(data_dir, stored)
+            if verified or (not check and (not source or _stamps(source) == stamps)):
+                return Converted(np.asarray(images), labels)
+    return None
+
+
+def _locked(path: Path, stored: StoredSet) -> AbstractContextManager[object]:
+    lock = FileLock(path)
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        logger.info("Another process is converting the %s images of ImageNet 32x32: waiting for it.", stored)
+        return lock.acquire()
+
+
+def _convert(stem: Path, parts: list[Part], stored: StoredSet, check: bool) -> None:
+    """Checks the published files; writes the images, part by part, then the labels, then the record of both."""
+    stamps, labels, need = _stamps(parts), [], sum(COUNTS[stored]) * IMAGE_BYTES
+    if (free := shutil.disk_usage(stem.parent).free) < need:
+        raise UserError(
+            f"converting ImageNet 32x32 needs {need / 1e9:.1f} GB in '{stem.parent}', where {free / 1e9:.1f} GB are "
+            "free: make room, or name another folder as converted_dir."
+        )
+    logger.info("Converting the %s images of ImageNet 32x32, which is done once and takes a while.", stored)
+    if check:
+        verify(_on_disk(parts[0]))
+    stem.with_suffix(".json").unlink(missing_ok=True)
+    with replacing(f"{stem}_images.npy") as file:
+        _write_header(file, 0)
+        for part, expected in zip(parts, COUNTS[stored], strict=True):
+            images, of_part = read_part(part)
+            if check and len(images) != expected:
+                raise UserError(f"'{part}' has {len(images):,} images and the published one {expected:,}: {ANOTHER}.")
+            file.write(np.ascontiguousarray(images))
+            labels.append(of_part)
+        count = sum(map(len, labels))
+        file.seek(0)
+        _write_header(file, count)
+    with replacing(f"{stem}_labels.npy") as file:
+        np.save(file, np.concatenate(labels))
+    with replacing(stem.with_suffix(".json"), "w") as file:
+        json.dump({"images": count, "verified": check, "source": stamps}, file, indent=2)
+
+
+def _write_header(file: IO[bytes], count: int) -> None:
+    """Writes the beginning of a .npy file, which is as long for any number of images."""
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (count, *IMAGE_SHAPE)})
+
+
+def verify(archive: Path) -> None:
     """Compares an archive with the published size and checksum; of other files none are published.
-
-    Args:
-        source: What to check.
-        advance: Called with each share of the whole that has been done, 1 in all.
 
     Raises:
         UserError: A difference.
     """
-    if source.archive is None or source.archive.name not in ARCHIVES:
+    if archive.name not in ARCHIVES:
         return
-    expected, size = ARCHIVES[source.archive.name], source.archive.stat().st_size
-    remedy = "download it again, or set verify to false if you mean to use another"
-    if size != expected.size:
-        raise UserError(f"'{source.archive}' is {size:,} bytes long and the published one {expected.size:,}: {remedy}.")
-    digest = hashlib.sha256()
-    with source.archive.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-            advance(len(chunk) / size)
-    if digest.hexdigest() != expected.sha256:
-        raise UserError(f"'{source.archive}' is damaged or not the published one, by its sha256 checksum: {remedy}.")
+    size, sha256 = ARCHIVES[archive.name]
+    if (found := archive.stat().st_size) != size:
+        raise UserError(f"'{archive}' is {found:,} bytes long and the published one {size:,}: {ANOTHER}.")
+    with archive.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            raise UserError(f"'{archive}' is damaged or not the published one, by its sha256 checksum: {ANOTHER}.")
+
+
+def read_part(part: Part) -> tuple[np.ndarray, np.ndarray]:
+    """Reads one part of a set into memory (394 MB of images).
+
+    Returns:
+        The images, uint8 [images, 3072], planes red, green and blue; and the labels, int64 [images], counted from 0
+        (in the files: from 1).
+
+    Raises:
+        UserError: The file is damaged, or is not of the published format.
+    """
+    try:
+        with part.open("rb") as file:
+            content = _read_npz(file) if part.name.endswith(".npz") else load_arrays(file, str(part))
+            file.read()  # to the end, where an archive's checksum is compared
+    except UserError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, KeyError, MemoryError) as error:
+        raise UserError(f"'{part}' is damaged ({error}): download it again.") from error
+    if difference := _difference(content):
+        raise UserError(
+            f"'{part}' is not a file of ImageNet 32x32, because {difference}: is it of another size (64x64, 16x16), or "
+            "another file of the same name?"
+        )
+    return content["data"], np.asarray(content["labels"]).astype(np.int64) - 1
+
+
+def _read_npz(file: IO[bytes]) -> dict[str, Any]:
+    content = {}
+    with zipfile.ZipFile(file) as archive:
+        for key in ("data", "labels"):
+            with archive.open(f"{key}.npy") as member:
+                content[key] = np.lib.format.read_array(member, allow_pickle=False)
+                member.read()
+    return content
+
+
+def _difference(content: dict[str, Any]) -> str | None:
+    """Returns what is wrong with the content of a part, to stand behind "because"."""
+    if missing := {"data", "labels"} - content.keys():
+        return f"it has no '{min(missing)}'"
+    data, labels = content["data"], np.asarray(content["labels"])
+    if not isinstance(data, np.ndarray):
+        return "its 'data' is no array"
+    if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != IMAGE_BYTES:
+        return f"its images are {data.dtype} {list(data.shape)}, not uint8 [images, {IMAGE_BYTES}]"
+    if labels.dtype.kind not in "iu":
+        return "its labels are not whole numbers"
+    if labels.shape != (len(data),):
+        return f"it has {len(data)} images and labels of shape {labels.shape}"
+    if len(data) and not 1 <= labels.min() <= labels.max() <= NUM_CLASSES:
+        return f"its labels are from {labels.min()} to {labels.max()}, not 1 to {NUM_CLASSES}"
+    return None

@@ -1,12 +1,13 @@
-"""What the data sets that torchvision downloads and reads have in common."""
+"""The data sets that torchvision downloads and reads."""
 
+from abc import abstractmethod
+from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torchvision import datasets
 
 from bioprop.datamodules.base import ImageDataModule, Split
 from bioprop.errors import UserError
@@ -15,38 +16,41 @@ from bioprop.errors import UserError
 class TorchvisionSet(ImageDataModule):
     """A data set with official training and test images, downloaded and read by torchvision, which checks MD5 sums.
 
-    A subclass says which class of torchvision's reads it, what it is called, in which folder below `data_dir` its files
-    lie and where they come from; and offers, as its own arguments, what a user may choose.
+    A subclass names torchvision's class as `reader`, the set's `title`, the `folder` below `data_dir` that its files
+    lie in ("" for none), the address that they come from as `origin`, and the classes as `class_names`. Both of
+    torchvision's protocols are read: `train=` or `split=`, `.targets` or `.labels`, channels last, first or absent.
 
     Args:
         data_dir: Folder that holds the set's own folder, or into which it is downloaded.
         download: Download the files if they are not there.
-        border: Black pixels to add on each side of the stored images.
         shared: Arguments of `ImageDataModule`.
 
     Raises:
         UserError: An argument is out of range; the files are missing or damaged and are not, or cannot be, downloaded.
     """
 
-    reader: ClassVar[type[datasets.CIFAR10] | type[datasets.MNIST]]
     title: ClassVar[str]
     folder: ClassVar[str]
     origin: ClassVar[str]
+    class_names: ClassVar[tuple[str, ...]]
 
-    def __init__(self, *, data_dir: str, download: bool, border: int = 0, **shared: Any) -> None:
-        super().__init__(**shared)
-        self.save_hyperparameters(ignore=["image_shape", "classes", "border"])
-        # a Path would make the checkpoint unreadable under weights_only=True
-        self.save_hyperparameters({"data_dir": str(data_dir)})
+    @property
+    @abstractmethod
+    def reader(self) -> Callable[..., Any]:
+        """The class of torchvision that reads the set; a subclass names it as a plain attribute."""
+
+    def __init__(self, data_dir: str = "data", download: bool = True, **shared: Any) -> None:
+        super().__init__(classes=self.class_names, **shared)
         self.data_dir = Path(data_dir).expanduser()
         self.download = download
-        self.border = border
-        self._stored: dict[Split, datasets.CIFAR10 | datasets.MNIST] = {}
+        self._stored: dict[Split, Any] = {}
 
     def prepare_data(self) -> None:
         """Downloads the files if asked to; Lightning calls this once a machine, before `setup`."""
         if self.download:
-            self._open("train", download=True)
+            both: tuple[Split, ...] = ("train", "test")
+            for split in both if self._by_split() else both[:1]:  # the other protocol has one download for both
+                self._open(split, download=True)
 
     def setup(self, stage: str) -> None:
         """Reads the splits that a stage needs and that are not in memory yet.
@@ -55,25 +59,31 @@ class TorchvisionSet(ImageDataModule):
             stage: "fit", "validate", "test" or "predict".
         """
         super().setup(stage)
-        self._stored.clear()  # what is used of them is resident by now
+        self._stored.clear()  # the images in use are resident by now
 
     def _labels(self, split: Split) -> Tensor:
-        return torch.as_tensor(self._load(split).targets)
+        stored = self._load(split)
+        return torch.as_tensor(stored.labels if hasattr(stored, "labels") else stored.targets)
 
     def _decode(self, split: Split, indices: Tensor) -> Tensor:
-        # uint8 [images, height, width, channels] of the CIFAR sets, [images, height, width] of the MNIST ones
         images = torch.as_tensor(self._load(split).data)[indices]
-        images = images.permute(0, 3, 1, 2) if images.dim() == 4 else images.unsqueeze(1)
-        return F.pad(images, (self.border,) * 4).contiguous()
+        if images.dim() == 3:
+            return images.unsqueeze(1)
+        channels_first = images.shape[1:] == self.image_shape
+        return (images if channels_first else images.permute(0, 3, 1, 2)).contiguous()
 
-    def _load(self, split: Split) -> datasets.CIFAR10 | datasets.MNIST:
+    def _by_split(self) -> bool:
+        return "split" in signature(self.reader).parameters
+
+    def _load(self, split: Split) -> Any:
         if split not in self._stored:
             self._stored[split] = self._open(split, download=False)
         return self._stored[split]
 
-    def _open(self, split: Split, download: bool) -> datasets.CIFAR10 | datasets.MNIST:
+    def _open(self, split: Split, download: bool) -> Any:
+        which = {"split": split} if self._by_split() else {"train": split == "train"}
         try:
-            return self.reader(self.data_dir, train=split == "train", download=download)
+            return self.reader(self.data_dir, **which, download=download)
         # No network is an OSError, torchvision's word for missing or damaged files is RuntimeError; its readers of cut
         # files raise EOFError, ValueError, AssertionError and others.
         except Exception as error:
@@ -89,5 +99,5 @@ class TorchvisionSet(ImageDataModule):
             ) from error
 
     def _remedy(self) -> str:
-        """How to put the files in their place by hand."""
+        """Describes the way to put the files in their place by hand."""
         return f"unpack {self.origin} into '{self.data_dir}'"

@@ -23,16 +23,16 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.cli import ArgsType
 from torch import Tensor
 
-from bioprop.callbacks import AlignmentToBackprop, DivergenceError
-from bioprop.callbacks.run_folder import LAST, RUN_FILES
-from bioprop.checkpoint_files import read_checkpoint
+from bioprop.callbacks import AlignmentToBackprop
 from bioprop.cli import BiopropCLI, main
 from bioprop.commands import STREAMS, secure_output, unbreakable
 from bioprop.datamodules import ImageDataModule
-from bioprop.errors import UserError
+from bioprop.errors import DivergenceError, UserError
 from bioprop.experiments.costs import PeakMemory, StepTimes
 from bioprop.experiments.environment import hardware
 from bioprop.experiments.results import FAILURE, Epoch, Result, Status, Test
+from bioprop.files import read_checkpoint
+from bioprop.runs.folder import LAST, RUN_FILES
 
 Report = Callable[[int, float | None], None]
 

@@ -15,80 +15,14 @@ The mean gradient of all three, to first order in the noise, is that of ``sigma^
 a forward weight: ``F`` is a black box that answers to ``s + eps``.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-
-class RunsStage(Protocol):
-    """A forward stage ``F^n``."""
-
-    def run(self, inputs: Tensor) -> tuple[Tensor, Any]:
-        """Return the output and the switches of this pass."""
-
-
-class MapsBack(Protocol):
-    """A feedback operator ``G^n``, linear in ``weight`` and ``bias`` after the activation ``phi``."""
-
-    @property
-    def weight(self) -> Tensor:
-        """The feedback weight ``V``."""
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The feedback bias, if there is one."""
-
-    @property
-    def is_linear(self) -> bool:
-        """Whether ``phi`` is the identity."""
-
-    @property
-    def phi(self) -> Callable[[Tensor], Tensor]:
-        """The activation of the feedback path."""
-
-    @property
-    def slope(self) -> Callable[[Tensor], Tensor]:
-        """Its derivative."""
-
-    def features(self, outputs: Tensor, switches: Tensor | None) -> Tensor:
-        """Return what the weights are applied to: the unpooled ``phi(outputs)``."""
-
-    def locate(self, switches: Tensor | None) -> Any:
-        """Say where pooled values go back to."""
-
-    def unpool(self, pooled: Tensor, places: Any) -> Tensor:
-        """Put pooled values back to their places."""
-
-    def project(self, features: Tensor, bias: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
-        """Apply the weights, or another weight of their shape."""
-
-    def __call__(self, outputs: Tensor, switches: Tensor | None) -> Tensor:
-        """Compute ``G^n``."""
-
-
-class MapsDifferenceBack(Protocol):
-    """A feedback operator ``G^n`` of any kind."""
-
-    def difference_parameters(self) -> dict[str, Tensor]:
-        """Return the parameters that differences of ``G`` depend on, by name."""
-
-    def difference(self, outputs: Tensor, step: Tensor, switches: Any) -> Tensor:
-        """Compute ``G(outputs + step) - G(outputs)``."""
-
-    def __call__(self, outputs: Tensor, switches: Any) -> Tensor:
-        """Compute ``G``."""
-
-
-class Reconstructs(Protocol):
-    """A feedback operator ``G^n`` of any kind."""
-
-    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Return its parameters by name."""
-
-    def __call__(self, outputs: Tensor, switches: Any) -> Tensor:
-        """Compute ``G^n``."""
+from bioprop.networks.mirrors import LayerMirror, Mirror
+from bioprop.networks.stages import Stage
 
 
 class FeedbackGradient(NamedTuple):
@@ -117,8 +51,8 @@ def unit_square_sums(values: Tensor) -> Tensor:
 
 
 def ldrl_gradient(
-    stage: RunsStage,
-    mirror: MapsDifferenceBack,
+    stage: Stage,
+    mirror: Mirror,
     inputs: Tensor,
     output: Tensor,
     switches: Any,
@@ -162,7 +96,7 @@ def ldrl_gradient(
 
 
 @torch.no_grad()
-def curvature_of_samples(mirror: MapsBack, output: Tensor, output_noise: Tensor, sigma: float) -> Tensor:
+def curvature_of_samples(mirror: LayerMirror, output: Tensor, output_noise: Tensor, sigma: float) -> Tensor:
     """``2 mean_batch sum_positions (phi(s^n + eta) - phi(s^n))_o^2``: of the second term, from its noise.
 
     Args:
@@ -180,8 +114,8 @@ def curvature_of_samples(mirror: MapsBack, output: Tensor, output_noise: Tensor,
 
 
 def echo_gradient(
-    stage: RunsStage,
-    mirror: MapsDifferenceBack,
+    stage: Stage,
+    mirror: Mirror,
     inputs: Tensor,
     output: Tensor,
     switches: Any,
@@ -233,7 +167,7 @@ def echo_gradient(
 
 
 def curvature_by_autograd(
-    mirror: MapsBack, output: Tensor, switches: Tensor | None, variance: float | Tensor, images: int, by_taps: bool
+    mirror: LayerMirror, output: Tensor, switches: Tensor | None, variance: float | Tensor, images: int, by_taps: bool
 ) -> Tensor:
     """Curvature of ``sigma^2 |J_G|^2`` in the feedback weights, as `closed_forms.curvature_of_units` has it.
 
@@ -259,7 +193,7 @@ def curvature_by_autograd(
     return 2.0 * variance * curvature
 
 
-def _squared_slopes(mirror: MapsBack, output: Tensor, switches: Tensor | None) -> tuple[Tensor, Tensor]:
+def _squared_slopes(mirror: LayerMirror, output: Tensor, switches: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return ``phi'(s^n)``, zero where unpooling drops the value, and its square unpooled."""
     places, slope = mirror.locate(switches), mirror.slope(output)
     if places is not None and places.kept is not None:
@@ -268,8 +202,8 @@ def _squared_slopes(mirror: MapsBack, output: Tensor, switches: Tensor | None) -
 
 
 def expected_gradient(
-    stage: RunsStage,
-    mirror: MapsBack,
+    stage: Stage,
+    mirror: LayerMirror,
     inputs: Tensor,
     output: Tensor,
     switches: Tensor | None,
@@ -307,9 +241,7 @@ def expected_gradient(
     return FeedbackGradient({"weight": weight}, loss.detach(), None)
 
 
-def reconstruction_gradient(
-    stage: RunsStage, mirror: Reconstructs, inputs: Tensor, input_noise: Tensor
-) -> FeedbackGradient:
+def reconstruction_gradient(stage: Stage, mirror: Mirror, inputs: Tensor, input_noise: Tensor) -> FeedbackGradient:
     """Gradient of the reconstruction loss of difference target propagation (Lee et al., 2015).
 
     ``L = mean_batch |s + eps - G(F(s + eps))|^2``, with the switches of the noisy pass.

@@ -10,53 +10,62 @@ stage.weight`` is the symmetric case (``G = F^T`` on a linear stage). Two forms:
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import singledispatch
 from math import prod
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bioprop.errors import UserError
-from bioprop.functional.activations import MirrorName, feedback_activation, feedback_slope
+from bioprop.functional.activations import MirrorName, feedback_activation, feedback_slope, identity
 from bioprop.functional.pooling import Places, overwriting_places, pick, unpool
 from bioprop.networks.layers import ConvLayer, LinearLayer, unread_border
 from bioprop.networks.stages import ConvStage, LayerStage, LinearStage, Stage, StageOutput, StagePass, Switches
 
-
-class Activates(Protocol):
-    """What follows the products of a forward layer."""
-
-    def activate(self, affine: Tensor) -> StageOutput:
-        """Apply activation and pooling (if any)."""
+Function = Callable[[Tensor], Tensor]
 
 
-class LeadsBack(Protocol):
-    """What precedes the products of a feedback layer, see `LayerMirror`."""
+@dataclass(frozen=True)
+class Activation:
+    """What lies between a layer and its feedback layer within a stage of several: no pooling.
+
+    It stands for both `LayerStage` and `LayerMirror` in a `FeedbackLayer`.
+
+    Attributes:
+        rho: activation of the forward layer.
+        phi: activation before the feedback layer.
+        slope: derivative of ``phi``.
+        overlap: the mean number of pool windows that a position lies in.
+    """
+
+    rho: Function
+    phi: Function
+    slope: Function
+    overlap: float = 1.0
 
     @property
     def is_linear(self) -> bool:
         """Whether ``phi`` is the identity."""
+        return self.phi is identity
 
-    @property
-    def overlap(self) -> float:
-        """The mean number of pool windows that a position lies in."""
+    def activate(self, affine: Tensor) -> StageOutput:
+        """Apply ``rho``."""
+        return StageOutput(self.rho(affine), None)
 
-    def phi(self, outputs: Tensor) -> Tensor:
-        """Apply the activation of the feedback path."""
-
-    def slope(self, outputs: Tensor) -> Tensor:
-        """Compute its derivative."""
-
-    def locate(self, switches: Switches) -> Places | None:
-        """Say where pooled values go back to."""
+    def locate(self, switches: Switches) -> None:
+        """Return None: nothing was pooled."""
 
     def unpool(self, pooled: Tensor, places: Places | None) -> Tensor:
-        """Put pooled values back to their places."""
+        """Return the values as they are."""
+        return pooled
 
     def pick(self, maps: Tensor, places: Places | None) -> Tensor:
-        """Read values off their places."""
+        """Return the values as they are."""
+        return maps
 
 
 class FeedbackLayer(NamedTuple):
@@ -81,8 +90,8 @@ class FeedbackLayer(NamedTuple):
     """
 
     name: str
-    stage: Activates
-    mirror: LeadsBack
+    stage: "LayerStage | Activation"
+    mirror: "LayerMirror | Activation"
     layer: LinearLayer | ConvLayer
     inputs: Tensor
     affine: Tensor

@@ -22,8 +22,6 @@ training mode too would be another method: below the output of a ResNet-14 with 
 The running statistics belong to the clean pass: feedback training leaves them as they are.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -38,13 +36,10 @@ from bioprop.functional.activations import (
     identity,
 )
 from bioprop.functional.normalization import NormPass, transposed_norm
-from bioprop.functional.pooling import Places
 from bioprop.networks.layers import ConvLayer, LinearLayer, unread_border
-from bioprop.networks.mirrors import FeedbackLayer, FeedbackLayers, Mirror, build_mirror
+from bioprop.networks.mirrors import Activation, FeedbackLayer, FeedbackLayers, Mirror, build_mirror
 from bioprop.networks.resnet import BasicBlockStage, BlockPass, PooledLinearStage, StemPass, StemStage
-from bioprop.networks.stages import Stage, StageOutput, StagePass, Switches
-
-Function = Callable[[Tensor], Tensor]
+from bioprop.networks.stages import Stage, StagePass, Switches
 
 
 class BlockMirror(Mirror):
@@ -118,7 +113,7 @@ class BlockMirror(Mirror):
         """Return the convolutions: noise enters at the block's input, between its convolutions, and at its output."""
         block, values = cast(BasicBlockStage, stage), cast(BlockPass, clean.switches)
         inner = self._rho(values.affine)
-        activation, linear = _Activation(self._rho, self.phi, self._slope), _linear(clean.output)
+        activation, linear = Activation(self._rho, self.phi, self._slope), _linear(clean.output)
         layers = [
             _feedback_layer(
                 *("conv1_weight", block.conv1, self.conv1_weight, clean.inputs),
@@ -215,42 +210,16 @@ class StemMirror(Mirror):
     def layers(self, stage: Stage, clean: StagePass) -> FeedbackLayers:
         """Return the convolution."""
         stem, values = cast(StemStage, stage), cast(StemPass, clean.switches)
-        activation = _Activation(self._rho, self.phi, self._slope)
+        activation = Activation(self._rho, self.phi, self._slope)
         layer = _feedback_layer(
             "weight", stem.conv, self.weight, clean.inputs, values.norm, (0, 1), activation, values.affine
         )
         return FeedbackLayers([layer], [tuple(clean.inputs.shape), tuple(clean.output.shape)])
 
 
-@dataclass(frozen=True)
-class _Activation:
-    """What lies between a layer and its feedback layer within a block: activations, no pooling."""
-
-    rho: Function
-    phi: Function
-    slope: Function
-    overlap: float = 1.0
-
-    @property
-    def is_linear(self) -> bool:
-        return self.phi is identity
-
-    def activate(self, affine: Tensor) -> StageOutput:
-        return StageOutput(self.rho(affine), None)
-
-    def locate(self, switches: Switches) -> None:
-        return None
-
-    def unpool(self, pooled: Tensor, places: Places | None) -> Tensor:
-        return pooled
-
-    def pick(self, maps: Tensor, places: Places | None) -> Tensor:
-        return maps
-
-
-def _linear(affine: Tensor) -> tuple[_Activation, Tensor]:
+def _linear(affine: Tensor) -> tuple[Activation, Tensor]:
     """Of a layer without activation, in which changes are the same around zero: no pass is needed."""
-    return _Activation(identity, identity, torch.ones_like), affine.new_zeros(()).expand(affine.shape)
+    return Activation(identity, identity, torch.ones_like), affine.new_zeros(()).expand(affine.shape)
 
 
 def _feedback_layer(
@@ -260,7 +229,7 @@ def _feedback_layer(
     inputs: Tensor,
     norm: NormPass | None,
     noise: tuple[int, int],
-    activation: _Activation,
+    activation: Activation,
     affine: Tensor,
     share: float = 1.0,
 ) -> FeedbackLayer:

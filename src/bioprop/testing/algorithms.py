@@ -17,10 +17,11 @@ from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import Tensor
 
 from bioprop.algorithms import Algorithm
-from bioprop.callbacks import AlignmentToBackprop, DivergenceGuard, RunCheckpoints
+from bioprop.callbacks import AlignmentToBackprop, DivergenceGuard
 from bioprop.datamodules.loader import ResidentLoader
-from bioprop.metrics_file import MetricsFile
 from bioprop.networks import LeNet, Network
+from bioprop.runs import RunCheckpoints
+from bioprop.runs.metrics import MetricsFile
 from bioprop.testing.helpers import (
     CLASSES,
     SHAPE,

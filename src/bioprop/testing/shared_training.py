@@ -10,8 +10,9 @@ from pytorch_lightning import Trainer
 from torch import Tensor
 
 from bioprop.algorithms import Algorithm
-from bioprop.distributed import GradientAveraging, process_count, process_rank
+from bioprop.distributed import process_count, process_rank
 from bioprop.feedback.noise import NoiseStream, RandomStreams
+from bioprop.runs import GradientAveraging
 from bioprop.testing.algorithms import AlgorithmContract
 from bioprop.testing.helpers import Batch, Weights, copy_state, draw_batch
 

@@ -23,6 +23,7 @@ from bioprop.testing.helpers import (
 
 
 def training_of(algorithm: TargetAlgorithm) -> FeedbackTraining:
+    """Return the training of feedback stage by stage, which the suite is for."""
     assert algorithm.feedback_training is not None
     return algorithm.feedback_training
 

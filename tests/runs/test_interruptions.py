@@ -12,8 +12,8 @@ import pytest
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from bioprop.callbacks import RunStopped
 from bioprop.cli import main
+from bioprop.runs import RunStopped
 from bioprop.testing.resuming import differences
 
 TINY = [
@@ -49,7 +49,7 @@ class Kill(Callback):
 class KillWhileSaving(Callback):
     """Kills the process when half of its second checkpoint is on the disk."""
     def on_train_start(self, trainer, pl_module):
-        import bioprop.checkpoint_files as files
+        import bioprop.files as files
         saved, save = [], files.torch.save
         def half(checkpoint, file):
             saved.append(checkpoint)
@@ -132,7 +132,7 @@ def test_a_run_told_to_stop_finishes_its_batch_saves_and_says_how_to_go_on(
 ) -> None:
     number, handler = signal.Signals[name], signal.getsignal(signal.Signals[name])
     with pytest.raises(RunStopped) as stopped:
-        fit("--trainer.callbacks+=tests.test_interruptions.Signal", f"--trainer.callbacks.number={number.value}")
+        fit("--trainer.callbacks+=tests.runs.test_interruptions.Signal", f"--trainer.callbacks.number={number.value}")
     assert stopped.value.code == status
     assert step_of(RUN / "checkpoints" / "last.ckpt") == 5
     *_, said = capfd.readouterr().err.strip().splitlines()

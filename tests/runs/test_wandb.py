@@ -17,9 +17,9 @@ import yaml
 from pytorch_lightning import LightningModule
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from bioprop.callbacks.wandb_runs import WandbSummary, exit_status, flatten
 from bioprop.cli import main
 from bioprop.errors import UserError
+from bioprop.runs.wandb import WandbSummary, exit_status, flatten
 from bioprop.testing.helpers import KilledError
 from tests.test_cli import LDRL_TINY, TINY
 from tests.wandb_log import WandbLog, offline_runs
@@ -109,7 +109,7 @@ def test_summary_is_the_best_accuracy_not_the_last() -> None:
 
 def test_summary_rises_and_never_falls(monkeypatch: pytest.MonkeyPatch) -> None:
     run = SimpleNamespace(summary={})
-    monkeypatch.setattr("bioprop.callbacks.wandb_runs.wandb_run", lambda trainer: run)
+    monkeypatch.setattr("bioprop.runs.wandb.wandb_run", lambda trainer: run)
     callback, shown = WandbSummary(), []
     for accuracy in (0.2, 0.5, 0.3, 0.6):
         run.summary["val/accuracy"] = accuracy  # what logging the metric does

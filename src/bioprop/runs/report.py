@@ -7,8 +7,8 @@ from pathlib import Path
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import EarlyStopping
 
-from bioprop.callbacks.checkpointing import RunCheckpoints
-from bioprop.callbacks.run_folder import CONFIG_FILE, run_folder
+from bioprop.runs.checkpointing import RunCheckpoints
+from bioprop.runs.folder import CONFIG_FILE, run_folder
 
 logger = logging.getLogger(__name__)
 

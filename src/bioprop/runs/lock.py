@@ -5,6 +5,7 @@ import os
 import socket
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from filelock import FileLock, Timeout
 
@@ -24,28 +25,35 @@ class FolderLock:
         self._holder = Path()
 
     def take(self, folder: Path) -> str | None:
-        """Hold the folder until `release`.
+        """Hold the folder of a run's checkpoints until `release`, and with it the run's own where that is the parent.
 
         Args:
-            folder: made if need be.
+            folder: folder of the checkpoints, made if need be.
 
         Returns:
-            Which other process holds it, as ``process 12 on host, since 2026-01-31 12:00``; None where this one does.
+            A sentence that says why this process cannot have it: it cannot be written, or another run is in it.
         """
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            return f"no checkpoint can be written in {folder} ({error.strerror}): choose another folder"
+        locked = folder.parent if folder.name == "checkpoints" else folder
         own = f"process {os.getpid()} on {socket.gethostname()}"
-        lock = FileLock(folder / LOCK)
+        lock = FileLock(locked / LOCK)
         try:
             lock.acquire(blocking=False)
         except Timeout:
-            holder = _read(folder / HOLDER)
-            return None if holder.startswith(f"{own},") else holder
+            holder = _read(locked / HOLDER)
+            if holder.startswith(f"{own},"):
+                return None
+            return f"a run is writing into {folder} already ({holder}): wait until it ends, or stop it"
         except (OSError, NotImplementedError) as error:
-            logger.warning("%s cannot be locked (%s): start no second run in it", folder, error)
+            logger.warning("%s cannot be locked (%s): start no second run in it", locked, error)
             return None
         self.release()
-        self._lock = lock
-        self._holder = folder / HOLDER
+        self._lock, self._holder = lock, locked / HOLDER
         self._holder.write_text(f"{own}, since {datetime.now():%Y-%m-%d %H:%M}")
         return None
 

@@ -16,11 +16,12 @@ from pytorch_lightning.cli import ReduceLROnPlateau
 from torch import Tensor, nn
 
 from bioprop.algorithms import DTPDRL, LDRL, Algorithm, Backprop, FeedbackAlignment
-from bioprop.callbacks import AlignmentToBackprop, DivergenceGuard, EpochSeconds, FeedbackRecord, RunCheckpoints
+from bioprop.callbacks import AlignmentToBackprop, DivergenceGuard, EpochSeconds, FeedbackRecord
 from bioprop.datamodules import Digits
 from bioprop.errors import UserError
-from bioprop.metrics_file import MetricsFile
 from bioprop.networks import LeNet
+from bioprop.runs import RunCheckpoints
+from bioprop.runs.metrics import MetricsFile
 from bioprop.testing.helpers import KillAfter, KilledError, cosine
 from bioprop.testing.resuming import differences
 

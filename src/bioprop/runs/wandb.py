@@ -16,9 +16,9 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from bioprop.callbacks.run_folder import run_labels
 from bioprop.errors import UserError
 from bioprop.feedback.training import FeedbackIteration
+from bioprop.runs.folder import run_labels
 
 if TYPE_CHECKING:
     from wandb import Run

@@ -28,9 +28,11 @@ class StopSignals:
     """
 
     def __init__(self) -> None:
+        self.stopping = 0  # number of the signal that all processes stop for, from the end of a batch on
+        self.requeue: Callable[[], Any] | None = None  # to be called when the state is saved
         self._received = 0
-        self._requeue: Callable[[], Any] | None = None
         self._requeue_received = False
+        self._requeue_job: Callable[[], Any] | None = None
         self._before: Any = signal.SIG_DFL
         self._speaks = True
 
@@ -49,7 +51,8 @@ class StopSignals:
         SIGHUP stays ignored where it was, which is how ``nohup`` lets a run outlive its terminal.
         Where Lightning requeues a SLURM job, its handler is put off until the batch is over and called then.
         """
-        self._received, self._requeue, self._speaks = 0, None, trainer.is_global_zero
+        self.stopping, self.requeue = 0, None
+        self._received, self._requeue_job, self._speaks = 0, None, trainer.is_global_zero
         if not _in_main_thread():
             return
         for number in STOPPING:
@@ -59,20 +62,18 @@ class StopSignals:
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
             number, handler = environment.requeue_signal, signal.getsignal(environment.requeue_signal)
             if callable(handler):
-                self._requeue = lambda: handler(number, None)
+                self._requeue_job = lambda: handler(number, None)
                 signal.signal(number, self._note_requeue)
 
-    def told(self, trainer: Trainer) -> tuple[int, Callable[[], Any] | None]:
-        """Return the number of the signal to stop for, or 0; and what to call to requeue the job, or None.
-
-        Every process gets the answer of all: whichever was told, all stop after the same batch.
-        """
+    def look(self, trainer: Trainer) -> None:
+        """Set ``stopping`` and ``requeue`` to what any process was told, in all of them after the same batch."""
         number, requeue = self._received, int(self._requeue_received)
         self._requeue_received = False
         if trainer.world_size > 1:
             told = torch.tensor([number, requeue], device=trainer.strategy.root_device)
             number, requeue = torch.as_tensor(trainer.strategy.reduce(told, reduce_op="max")).tolist()
-        return number, self._requeue if requeue else None
+        self.stopping = self.stopping or number
+        self.requeue = self._requeue_job if requeue else self.requeue
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._received:

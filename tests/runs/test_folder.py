@@ -15,15 +15,15 @@ import yaml
 from PIL import Image
 from pytorch_lightning import Trainer
 
-from bioprop.callbacks import RunCheckpoints, folder_lock
 from bioprop.cli import main
 from bioprop.datamodules import Digits
 from bioprop.errors import UserError
-from bioprop.metrics_file import MetricsFile
+from bioprop.runs import RunCheckpoints, lock
+from bioprop.runs.metrics import MetricsFile
 from bioprop.testing.helpers import KilledError
 from bioprop.testing.resuming import differences, read_metrics
-from tests.test_checkpoint_faults import BATCHES, TINY, step_of
-from tests.test_resuming import backprop
+from tests.runs.test_checkpoint_faults import BATCHES, TINY, step_of
+from tests.runs.test_resuming import backprop
 
 RUNS = Path("runs/backprop_lenet_digits")
 RUN = RUNS / "version_0"
@@ -233,7 +233,7 @@ def test_going_on_without_some_of_the_images_is_refused() -> None:
 
 def test_two_runs_cannot_go_on_in_one_folder_at_once() -> None:
     fit()
-    script = f"import runpy, time; from pathlib import Path; lock = runpy.run_path({folder_lock.__file__!r})"
+    script = f"import runpy, time; from pathlib import Path; lock = runpy.run_path({lock.__file__!r})"
     script += f"['FolderLock'](); print(lock.take(Path({str(RUN)!r})), flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
@@ -243,7 +243,7 @@ def test_two_runs_cannot_go_on_in_one_folder_at_once() -> None:
             fit("--ckpt_path=last", epochs=2)
         other.kill()
     assert fit("--ckpt_path=last", epochs=2).global_step == 2 * BATCHES
-    assert runpy.run_path(folder_lock.__file__)["FolderLock"]().take(RUN) is None  # the run let go of it
+    assert runpy.run_path(lock.__file__)["FolderLock"]().take(RUN) is None  # the run let go of it
 
 
 # -- what is said ----------------------------------------------------------------------------------------------------

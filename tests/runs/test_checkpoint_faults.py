@@ -15,14 +15,14 @@ import pytest
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from bioprop import checkpoint_files
+from bioprop import files
 from bioprop.algorithms import Backprop
-from bioprop.callbacks import RunCheckpoints
-from bioprop.checkpoint_files import read_checkpoint
 from bioprop.cli import main
 from bioprop.datamodules import Digits
 from bioprop.errors import UserError
+from bioprop.files import read_checkpoint
 from bioprop.networks import LeNet
+from bioprop.runs import RunCheckpoints
 from bioprop.testing.helpers import KilledError, make_trainer
 from bioprop.testing.resuming import differences, read_metrics
 
@@ -178,7 +178,7 @@ def limited() -> Iterator[None]:
 
 def limit(first: int, last: int) -> list[str]:
     at = [f"--trainer.callbacks.first={first}", f"--trainer.callbacks.last={last}"]
-    return ["--trainer.callbacks+=tests.test_checkpoint_faults.LimitFileSize", *at]
+    return ["--trainer.callbacks+=tests.runs.test_checkpoint_faults.LimitFileSize", *at]
 
 
 @pytest.mark.usefixtures("limited")
@@ -232,7 +232,7 @@ def fill_disk(monkeypatch: pytest.MonkeyPatch, kind: str, times: int) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         save(checkpoint, file)
 
-    monkeypatch.setattr(checkpoint_files.torch, "save", full)
+    monkeypatch.setattr(files.torch, "save", full)
 
 
 def test_a_disk_full_at_the_end_is_tried_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +245,7 @@ def test_a_disk_full_at_the_end_is_tried_once_more(monkeypatch: pytest.MonkeyPat
 def test_a_best_checkpoint_that_could_not_be_written_is_not_believed_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """The next good one is compared with the one on the disk."""
     fill_disk(monkeypatch, "best", times=1)
-    monkeypatch.setattr("bioprop.callbacks.RunCheckpoints._monitor_candidates", rising_then_between)
+    monkeypatch.setattr("bioprop.runs.RunCheckpoints._monitor_candidates", rising_then_between)
     trainer = fit(epochs=3)
     assert step_of(BEST) == 3 * BATCHES
     assert trainer.checkpoint_callback.best_model_score == 0.5
@@ -282,7 +282,7 @@ def test_weights_that_are_not_finite_are_never_saved() -> None:
 
 def test_divergence_is_named_before_it_is_saved() -> None:
     with pytest.raises(UserError, match=rf"diverged in epoch 0, batch 2: .*\(the last good checkpoint is {LAST}"):
-        fit("--trainer.callbacks+=tests.test_checkpoint_faults.Break", "--checkpoint.every_n_batches=1")
+        fit("--trainer.callbacks+=tests.runs.test_checkpoint_faults.Break", "--checkpoint.every_n_batches=1")
     assert step_of(LAST) == 2
 
 

@@ -4,8 +4,8 @@ import yaml
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.cli import SaveConfigCallback
 
-from bioprop.callbacks.run_folder import goes_on, refuse_to_replace, run_folder
-from bioprop.callbacks.wandb_runs import describe_run, leave_hyperparameters
+from bioprop.runs.folder import goes_on, refuse_to_replace, run_folder
+from bioprop.runs.wandb import describe_run, leave_hyperparameters
 
 
 class SaveRunConfig(SaveConfigCallback):

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from bioprop import launching
-from bioprop.launching import WatchfulLauncher
+from bioprop.runs import processes
+from bioprop.runs.processes import WatchfulLauncher
 
 
 class Ended(Exception):  # noqa: N818
@@ -33,8 +33,8 @@ def test_the_first_process_ends_with_what_ended_another(
         statuses.append(status)
         raise Ended
 
-    monkeypatch.setattr(launching, "BEFORE_THEY_MET", 0.0)
-    monkeypatch.setattr(launching.os, "_exit", end)
+    monkeypatch.setattr(processes, "BEFORE_THEY_MET", 0.0)
+    monkeypatch.setattr(processes.os, "_exit", end)
     launcher = WatchfulLauncher.__new__(WatchfulLauncher)
     script = f"import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); {last_words}"
     launcher.procs = [

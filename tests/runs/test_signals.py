@@ -13,9 +13,9 @@ from lightning_fabric.plugins.environments import SLURMEnvironment
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from bioprop.algorithms import Backprop
-from bioprop.callbacks import RunCheckpoints, RunStopped
 from bioprop.datamodules import Digits
 from bioprop.networks import LeNet
+from bioprop.runs import RunCheckpoints, RunStopped
 from bioprop.testing.helpers import changed, copy_state, make_trainer
 
 
@@ -111,7 +111,7 @@ def test_a_signal_is_answered_where_nobody_can_be_told(tmp_path: Path, monkeypat
     def refuse(descriptor: int, content: bytes) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr("bioprop.callbacks.stop_signals.os.write", refuse)
+    monkeypatch.setattr("bioprop.runs.signals.os.write", refuse)
     with pytest.raises(RunStopped) as stopped:
         fit(tmp_path, Send(signal.SIGHUP))
     assert stopped.value.code == 129

@@ -1,30 +1,37 @@
-"""When a run saves its state, and what it does where that fails."""
+"""When a run saves its state, under which names, and what it does where that fails."""
 
 import logging
+import re
 import signal
 import warnings
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
+from lightning_fabric.utilities.rank_zero import rank_zero_only
 from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.trainer.states import TrainerFn
 from torch.nn.utils import get_total_norm
 
 from bioprop.algorithms.evaluation import Evaluated
-from bioprop.callbacks.checkpoint_folder import CheckpointFolder
-from bioprop.callbacks.divergence import DivergenceError
-from bioprop.callbacks.stop_signals import RunStopped, StopSignals
-from bioprop.checkpoint_files import CheckpointFiles
-from bioprop.errors import UserError
-from bioprop.files import WriteError
+from bioprop.algorithms.resuming import epoch_ends_here, has_validated, validation_follows
+from bioprop.errors import DivergenceError, UserError
+from bioprop.files import CheckpointFiles, WriteError
+from bioprop.runs.folder import LAST, goes_on, logger_folders
+from bioprop.runs.lock import FolderLock
+from bioprop.runs.signals import RunStopped, StopSignals
 
 logger = logging.getLogger(__name__)
 
+#: A metric in a file's name, as ``{val/accuracy:.2f}``.
+FIELD = r"\{[^{}]*\}"
 
-class RunCheckpoints(CheckpointFolder):
+
+class RunCheckpoints(ModelCheckpoint):
     """Keep ``last.ckpt``, from which a run goes on, and ``best.ckpt``, that of the best metric, in ``checkpoints/``.
 
     ``last.ckpt`` is written at the end of every epoch, every so many batches, and when the run is told to stop:
@@ -35,17 +42,18 @@ class RunCheckpoints(CheckpointFolder):
 
     A file appears under its name once it is complete on the disk. A write that is refused (a full disk) leaves the
     previous checkpoint and is reported; training goes on and tries again when the next checkpoint is due. If the last
-    one of the run fails too, the run ends in an error. Weights that are not finite are never saved.
+    one of the run fails too, the run ends in an error. Weights that are not finite are never saved. A folder that holds
+    another run's files of the same names is refused, and so is one that another process is writing into.
 
     Args:
         every_n_batches: batches from one ``last.ckpt`` to the next, counted through all epochs; 0 writes it at the end
             of each epoch alone.
         monitor: the logged metric that decides which checkpoint is the best, as it stands at the end of an epoch.
         mode: whether the best is the highest ("max") or the lowest ("min").
-        save_top_k: how many of the best are kept; -1 keeps one of every epoch that brings the metric.
-        filename: of the best, without ``.ckpt`` and folders; may hold names of metrics, ``{epoch}`` and ``{step}`` in
-            braces, with ``_`` for their ``/``.
-        dirpath: where the files go, those of one run alone; by default ``checkpoints/`` in the run's folder.
+        save_top_k: number of the best that are kept; -1 keeps one of every epoch that brings the metric.
+        filename: name of the best, without ``.ckpt`` and folders; may hold names of metrics, ``{epoch}`` and ``{step}``
+            in braces, with ``_`` for their ``/``.
+        dirpath: folder of the files, those of one run alone; by default ``checkpoints/`` in the run's folder.
 
     Raises:
         UserError: if ``every_n_batches`` is below 0, or ``filename`` is no name for the best checkpoint.
@@ -72,12 +80,13 @@ class RunCheckpoints(CheckpointFolder):
             save_on_train_epoch_end=True,
             enable_version_counter=save_top_k != 1,
         )
+        self._refuse_filename()
         self.every_n_batches = every_n_batches
         self.saves = True  # or only listens to signals: `enable_checkpointing` of a trainer that has this callback
         self.signals = StopSignals()
+        self._lock = FolderLock()
+        self._folders: list[str] = []  # of the loggers, for a run to go on in, wherever its checkpoints lie
         self._due = False
-        self._stopping = 0
-        self._requeue: Callable[[], Any] | None = None
         self._failure: str | None = None
 
     # -- when ----------------------------------------------------------------------------------------------------
@@ -92,18 +101,37 @@ class RunCheckpoints(CheckpointFolder):
             trainer.strategy.checkpoint_io = CheckpointFiles()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Claim the folder, now that the checkpoint to go on from is accepted.
+        """Claim the folder, now that the checkpoint to go on from is accepted and before anything is written.
 
         Raises:
-            UserError: if it cannot be written, or is another run's.
+            UserError: in all processes, if it cannot be written, is in use, or holds another run's checkpoints.
         """
-        if self._saves(trainer):
-            self.claim(trainer)
+        if not self._saves(trainer):
+            return
+        refusal = None
+        self._folders = [str(folder) for folder in logger_folders(trainer)]
+        if trainer.is_global_zero:
+            folder = Path(str(self.dirpath))
+            refusal = self._lock.take(folder) or self._others(trainer, folder)
+        refusal = trainer.strategy.broadcast(refusal)
+        if refusal:
+            self._lock.release()
+            raise UserError(refusal)
+
+    @rank_zero_only
+    def hold_before_logging(self, folder: Path) -> None:
+        """Keep other processes out of the folder of a run to go on with, before its loggers wake up.
+
+        Raises:
+            UserError: in the first process, if another run is there.
+        """
+        if refusal := self._lock.take(folder):
+            raise UserError(refusal)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen to signals from here on: there is something to be saved."""
         super().on_train_start(trainer, pl_module)
-        self._due, self._stopping, self._requeue, self._failure = False, 0, None, None
+        self._due, self._failure = False, None
         self.signals.listen(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -112,38 +140,36 @@ class RunCheckpoints(CheckpointFolder):
         Raises:
             RunStopped: with the exit status.
         """
-        if self._stopping:
-            name = signal.Signals(self._stopping).name
+        if number := self.signals.stopping:
+            name = signal.Signals(number).name
             if trainer.is_global_zero:
                 logger.warning("stopped by %s after batch %d: %s", name, trainer.global_step, self._way_on(trainer))
-            raise RunStopped(128 + self._stopping)
+            raise RunStopped(128 + number)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save where that is due; once validation is over, or the epoch, where they follow."""
-        stopping, requeue = self.signals.told(trainer)
-        self._stopping = self._stopping or stopping
-        self._requeue = self._requeue or requeue
+        self.signals.look(trainer)
         regular = self.every_n_batches > 0 and trainer.global_step % self.every_n_batches == 0
-        self._due = self._due or regular or self._stopping > 0
-        if not _validation_follows(trainer) and not _ends_epoch(trainer):
+        self._due = self._due or regular or self.signals.stopping > 0
+        if not validation_follows(trainer) and not epoch_ends_here(trainer):
             self._save_what_is_due(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what was put off until after a validation within the epoch."""
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not _ends_epoch(trainer):
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not epoch_ends_here(trainer):
             self._save_what_is_due(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the best, and the last."""
-        stopping, requeue = self.signals.told(trainer)
-        self._stopping, self._requeue, self._due = self._stopping or stopping, self._requeue or requeue, True
+        self.signals.look(trainer)
+        self._due = True
         candidates = self._monitor_candidates(trainer)
         # an earlier epoch's metric is not that of these weights; one that is logged nowhere is Lightning's to report
         known = self.monitor in candidates
         stale = known and isinstance(pl_module, Evaluated) and not pl_module.logged_this_epoch(str(self.monitor))
-        if self._saves(trainer) and not stale and (known or trainer.fit_loop.epoch_loop.val_loop._has_run):
+        if self._saves(trainer) and not stale and (known or has_validated(trainer)):
             self._attempt(trainer, lambda: self._save_topk_checkpoint(trainer, candidates))
         self._save_what_is_due(trainer)
 
@@ -161,13 +187,9 @@ class RunCheckpoints(CheckpointFolder):
                 f"{self._kept()}: make room, and go on from there with --ckpt_path last"
             )
 
-    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let SIGTERM end the process: there is nothing to be saved yet."""
-        self.signals.let_through()
-
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let SIGTERM end a process that only evaluates."""
-        if trainer.state.fn == TrainerFn.VALIDATING:
+        """Let SIGTERM end a process that only evaluates, or has nothing to save yet."""
+        if trainer.state.fn == TrainerFn.VALIDATING or trainer.sanity_checking:
             self.signals.let_through()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -178,14 +200,22 @@ class RunCheckpoints(CheckpointFolder):
         """Let SIGTERM end the process."""
         self.signals.let_through()
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the folder."""
+        self._lock.release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let go of the folder."""
+        self._lock.release()
+
     # -- saving --------------------------------------------------------------------------------------------------
 
     def _save_what_is_due(self, trainer: Trainer) -> None:
         if self._due:
             self._due = False
             self._save_last(trainer)
-        if self._requeue is not None:
-            requeue, self._requeue = self._requeue, None
+        if self.signals.requeue is not None:
+            requeue, self.signals.requeue = self.signals.requeue, None
             requeue()
 
     def _save_last(self, trainer: Trainer) -> None:
@@ -200,12 +230,12 @@ class RunCheckpoints(CheckpointFolder):
         self._attempt(trainer, save)
 
     def _attempt(self, trainer: Trainer, save: Callable[[], None]) -> None:
-        """Save; where that is refused, report it and forget about it, in all processes alike."""
-        before = self.__dict__ | {"best_k_models": dict(self.best_k_models)}
+        """Save; where that is refused, report it and go back to what is on the disk, in all processes alike."""
+        before = self.state_dict() | {"best_k_models": dict(self.best_k_models)}
         try:
             save()
         except WriteError as error:
-            self.__dict__.update(before)
+            self.load_state_dict(before)
             self._failure = f"{error.filename}: {error.strerror}"
             if trainer.is_global_zero:
                 logger.warning(
@@ -248,10 +278,10 @@ class RunCheckpoints(CheckpointFolder):
 
     def _saves(self, trainer: Trainer) -> bool:
         fits = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-        return self.saves and fits and not _only_tries(trainer)
+        return self.saves and fits and not trainer.fast_dev_run  # type: ignore[attr-defined]
 
     def _way_on(self, trainer: Trainer) -> str:
-        if _only_tries(trainer):
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return "fast_dev_run saves nothing"
         if not self.saves:
             return "enable_checkpointing is off, so nothing was saved"
@@ -259,18 +289,67 @@ class RunCheckpoints(CheckpointFolder):
             return f"its state could not be saved ({self._failure}); {self._kept()}"
         return f"--ckpt_path last, or {self.last_model_path}, goes on from here"
 
+    # -- names ---------------------------------------------------------------------------------------------------
 
-def _only_tries(trainer: Trainer) -> bool:
-    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+    def _refuse_filename(self) -> None:
+        name = self.filename or ""
+        if re.search(r"[/\\]", re.sub(FIELD, "", name)):
+            raise UserError(
+                f"checkpoint.filename is {name}, but it must be a name without folders: --checkpoint.dirpath says "
+                "where the files go"
+            )
+        if f"{name}{self.FILE_EXTENSION}" == LAST:
+            raise UserError(
+                f"checkpoint.filename is {name}, but {LAST} is the file that a run goes on from: choose another"
+            )
+        try:
+            self.format_checkpoint_name({})
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
+            raise UserError(
+                f"checkpoint.filename is {name}, which is no pattern ({error}): names of metrics stand in braces, as "
+                "in {epoch}-{val/accuracy:.2f}"
+            ) from error
+
+    def _format_checkpoint_name(self, *args: Any, **kwargs: Any) -> str:
+        """Replace the slash in a metric's name, which would make a sub-folder."""
+        return super()._format_checkpoint_name(*args, **kwargs).replace("/", "_")
+
+    def _others(self, trainer: Trainer, folder: Path) -> str | None:
+        """Say which files of another run this one would replace."""
+        if goes_on(trainer, folder) or (self.last_model_path and Path(self.last_model_path).parent == folder):
+            return None
+        pattern = re.sub(FIELD, "*", f"{self.filename}{self.FILE_EXTENSION}")
+        found = sorted(path.name for path in folder.iterdir() if path.name == LAST or fnmatch(path.name, pattern))
+        return found and (  # type: ignore[return-value]
+            f"{folder / found[0]} is another run's, and this one would replace it: choose another folder "
+            "(--checkpoint.dirpath, or leave that out), or go on with that run by --ckpt_path last"
+        )
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Add the folders that the run has by its loggers."""
+        return super().state_dict() | {"folders": self._folders}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Know the best checkpoint again where the run's folder was moved, or is named from another place."""
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if not state or not trainer.ckpt_path or not self.dirpath:
+            return
+        folder = Path(self.dirpath)
+        if Path(trainer.ckpt_path).resolve().parent != folder.resolve():
+            return
+        for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            state[name] = _moved(state[name], folder)
+        state["best_k_models"] = {_moved(path, folder): score for path, score in state["best_k_models"].items()}
+        state["dirpath"] = self.dirpath
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the state of a checkpoint, with the score that Lightning leaves out."""
+        super().load_state_dict(state_dict)
+        if self.dirpath == state_dict["dirpath"]:
+            self.current_score = state_dict["current_score"]
 
 
-def _validation_follows(trainer: Trainer) -> bool:
-    """Whether the trainer validates after the batch that just ended."""
-    loop = trainer.fit_loop
-    return loop._data_fetcher is not None and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
-
-
-def _ends_epoch(trainer: Trainer) -> bool:
-    """Whether the batch that just ended is the epoch's last."""
-    stops = trainer.should_stop and trainer.fit_loop._can_stop_early
-    return bool(trainer.is_last_batch or stops or 0 <= trainer.max_steps <= trainer.global_step)
+def _moved(path: str, folder: Path) -> str:
+    return str(folder / Path(path).name) if path else path

@@ -28,7 +28,7 @@ class MetricsFile(CSVLogger):
         version: int = super()._get_next_version()
         while True:
             try:
-                _make_new(Path(self.root_dir, f"version_{version}"))
+                rank_zero_only(Path(self.root_dir, f"version_{version}").mkdir)(parents=True)
                 return version
             except FileExistsError:
                 version += 1
@@ -36,20 +36,23 @@ class MetricsFile(CSVLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> "MetricsWriter":
-        """What holds the rows and writes them."""
+        """The rows and the file that holds them."""
         if self._experiment is None:
             self._experiment = MetricsWriter(self.log_dir)
         writer: MetricsWriter = self._experiment  # type: ignore[assignment]
         return writer
 
     def rows(self) -> int:
-        """Number of rows so far, for a checkpoint to remember; 0 in all processes but the first, which writes."""
+        """Return the number of rows so far; 0 in all processes but the first, which writes."""
         self.save()
         writer = self.experiment
         return writer.rows + len(writer.metrics) if isinstance(writer, MetricsWriter) else 0
 
     def keep(self, rows: int) -> bool:
         """Take over the first rows of the file that is in the folder, and drop the rest.
+
+        Args:
+            rows: number of rows to keep.
 
         Returns:
             Whether there was a file, and this is the process that writes.
@@ -58,13 +61,8 @@ class MetricsFile(CSVLogger):
         return isinstance(writer, MetricsWriter) and writer.keep(rows)
 
 
-@rank_zero_only
-def _make_new(folder: Path) -> None:
-    folder.mkdir(parents=True)
-
-
 class NoMetrics(MetricsFile):
-    """What ``--trainer.logger false`` stands for: a run has a folder of its own all the same, without metrics."""
+    """The logger that ``--trainer.logger false`` stands for: a run has a folder of its own, without metrics in it."""
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         """Write nothing."""
@@ -82,7 +80,6 @@ class MetricsWriter(ExperimentWriter):
         self.path = Path(self.metrics_file_path)
         self.rows = 0  # in the file
         self._header: list[str] | None = None  # of the file; None while there is none of this run
-        self._described = False
         self._warned = False
 
     def keep(self, rows: int) -> bool:
@@ -97,39 +94,22 @@ class MetricsWriter(ExperimentWriter):
         self.rows = len(kept)
         return True
 
-    def log_hparams(self, params: dict[str, Any]) -> None:
-        """Note the hyperparameters, to be written once."""
-        super().log_hparams(params)
-        self._described = False
-
     def save(self) -> None:
-        """Write what is not on the disk yet; where that is refused, say so once and try again at the next call."""
+        """Write the rows that are not on the disk yet; report a refusal once, and try again at the next call."""
+        if not self.metrics:
+            return
+        self._record_new_keys()
         try:
-            self._write()
+            if self._header == self.metrics_keys and self.path.is_file():
+                self._append()
+            else:
+                self._rewrite([*self._written(), *self.metrics])
         except OSError as error:
             if not self._warned:
                 logger.warning("%s: %s: metrics wait in memory until it can be written", self.path, error.strerror)
             self._warned = True
         else:
-            self._warned = False
-
-    def _write(self) -> None:
-        if not self._described:
-            rows, self.metrics = self.metrics, []
-            try:
-                super().save()  # the hyperparameters alone
-            finally:
-                self.metrics = rows
-            self._described = True
-        if not self.metrics:
-            return
-        self._record_new_keys()
-        if self._header == self.metrics_keys and self.path.is_file():
-            self._append()
-        else:
-            self._rewrite([*self._written(), *self.metrics])
-        self.rows += len(self.metrics)
-        self.metrics = []
+            self.rows, self.metrics, self._warned = self.rows + len(self.metrics), [], False
 
     def _written(self) -> list[dict[str, Any]]:
         """Rows of this run that are in the file."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bioprop.metrics_file import MetricsFile
+from bioprop.runs.metrics import MetricsFile
 
 
 def log(folder: Path, *rows: dict[str, float], keep: int | None = None) -> MetricsFile:

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from bioprop.callbacks import RunCheckpoints
 from bioprop.errors import UserError
+from bioprop.runs import RunCheckpoints
 from bioprop.testing.resuming import read_metrics
-from tests.test_checkpoint_faults import BATCHES, step_of
-from tests.test_run_folders import LAST, RUN, RUNS, fit, run
+from tests.runs.test_checkpoint_faults import BATCHES, step_of
+from tests.runs.test_folder import LAST, RUN, RUNS, fit, run
 
 
 @pytest.fixture(autouse=True)
