@@ -27,7 +27,10 @@ __all__ = ["in_empty_folder"]  # the fixture
         (["--model.optimizer=Addam"], "did you mean Adam?"),
         (["--model.optimizer=5"], "optimizer is 5, which is not a class that can be used here: choose one of ASGD"),
         (["--model.optimizer=torch.nn.Linear"], "torch.nn.Linear, which is no subclass of torch.optim.optimizer.Opti"),
-        (["--model.network=torch.nn.Linear"], "torch.nn.Linear, which is no subclass of bioprop.networks.network.Net"),
+        (
+            ["--model.network=torch.nn.Linear"],
+            "needs a chain of stages, and Linear is none: make it a bioprop.networks.",
+        ),
         (["--model=torch.nn.Linear"], "torch.nn.Linear, which is no subclass of bioprop.algorithms.base.Algorithm"),
         (["--trainer.logger=torch.nn.ReLU"], "no subclass of pytorch_lightning.loggers.logger.Logger"),
         (["--trainer.callbacks+=torch.nn.ReLU"], "no subclass of pytorch_lightning.callbacks.callback.Callback"),

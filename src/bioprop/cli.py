@@ -17,7 +17,7 @@ from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCL
 from pytorch_lightning.loggers import CSVLogger
 
 from bioprop.algorithms import Algorithm
-from bioprop.algorithms.precisions import check_precision
+from bioprop.algorithms.trainer_precision import check_precision
 from bioprop.callbacks import AlignmentToBackprop, DivergenceGuard, EpochSeconds, PredictionsFile
 from bioprop.cli_parser import OneSentenceParser, in_order, resolve_values
 from bioprop.datamodules import ImageDataModule
@@ -105,9 +105,21 @@ class BiopropCLI(LightningCLI):
         check_precision(config.trainer.precision, algorithm.__name__, algorithm.precisions, algorithm.precision_reason)
         if self.subcommand == "fit":
             refuse_lightnings_steps(config.trainer)
-        typed = [key for key in DECIDED_BY_DATA if config.model.init_args.network.init_args.get(key) is not None]
-        if typed:
-            raise UserError(f"{typed[0]} of the network is decided by the data: leave it out")
+        network = config.model.init_args.get("network")
+        untyped = [name for name, value in vars(config.model.init_args).items() if callable(value)]
+        if not isinstance(network, Namespace):
+            untyped = ["network"]
+        if untyped:
+            kind = (
+                "bioprop.networks.AnyModule" if untyped[0] == "network" else "pytorch_lightning.cli.OptimizerCallable"
+            )
+            raise UserError(
+                f"{untyped[0]} of {algorithm.__name__} has no type, so that no class can be named for it: annotate the "
+                f"argument in the constructor, as {untyped[0]}: {kind}"
+            )
+        for key in DECIDED_BY_DATA:
+            if network.get(f"init_args.{key}") is not None:
+                raise UserError(f"{key} of the network is decided by the data: leave it out")
         root = config.trainer.default_root_dir or "runs"
         if config.trainer.logger in (None, True, False):
             writes = NoMetrics if config.trainer.logger is False else MetricsFile
@@ -122,6 +134,11 @@ class BiopropCLI(LightningCLI):
                 Path(arguments.save_dir).mkdir(parents=True, exist_ok=True)  # or W&B warns, and writes elsewhere
             if locate(each.class_path) is CSVLogger:  # ours takes the same arguments
                 each.class_path = "bioprop.runs.MetricsFile"
+
+    def _dump_config(self) -> None:
+        """Give a network without arguments a place for them, which Lightning 2.6.6 expects where links lead to."""
+        super()._dump_config()
+        self.config_dump["model"]["init_args"]["network"].setdefault("init_args", {})
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer.

@@ -13,6 +13,7 @@ from lightning_fabric.plugins import CheckpointIO
 from pytorch_lightning import Callback
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.profilers import Profiler
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -77,8 +78,10 @@ def why_not(key: str, given: str, message: str) -> str:
         given: its value: a class, by its name or its dotted path, or something else.
         message: jsonargparse's report.
     """
-    if "Multiple subclasses with name ReduceLROnPlateau" in message:
-        return "ReduceLROnPlateau must be named in full here: pytorch_lightning.cli.ReduceLROnPlateau"
+    if match := re.search(r"Multiple subclasses with name (\w+)\..* ambiguity: ([\w., ]+?)\.?$", message, re.MULTILINE):
+        # of torch's two, the command line makes only Lightning's, which knows the metric it follows
+        paths = "pytorch_lightning.cli.ReduceLROnPlateau" if match[1] == "ReduceLROnPlateau" else match[2]
+        return f"{match[1]} must be named in full here: {paths.replace(', ', ' or ')}"
     path = re.search(r"class_path['\"]?[=:] ?['\"]([\w.]+)", given)
     if not path and given.startswith("{"):
         return f"{key} is given arguments before its class: name that in the same file, or in one before it"
@@ -88,7 +91,8 @@ def why_not(key: str, given: str, message: str) -> str:
     known = sorted({cls.__name__ for cls in subclasses(ALL_KINDS[key]) if cls.__name__[0] != "_"} - {"object"})
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]}? They are" if close else "choose one of"
-    return f"{key} is {name}, which is not a class that can be used here: {hint} {', '.join(known)}"
+    own = "; name your own by dotted path, module.Class" if key in KINDS else ""
+    return f"{key} is {name}, which is not a class that can be used here: {hint} {', '.join(known)}{own}"
 
 
 def _why_not_path(key: str, path: str, message: str) -> str:
@@ -114,6 +118,11 @@ def _why_not_path(key: str, path: str, message: str) -> str:
         return f"{key} is {path}, which does not exist{reason and f': {reason}'}"
     if not inspect.isclass(found):
         return f"{key} is {path}, which is a {type(found).__name__}, not a class"
+    if key == "network" and issubclass(found, nn.Module):
+        return (
+            f"the algorithm needs a chain of stages, and {found.__name__} is none: make it a bioprop.networks.Network, "
+            "or choose Backprop or FeedbackAlignment, which train any torch module"
+        )
     wanted, lacking = ALL_KINDS[key], sorted(getattr(found, "__abstractmethods__", ()))
     if issubclass(found, wanted) and lacking:
         return f"{key} is {path}, which cannot be used before it defines {', '.join(lacking)}"

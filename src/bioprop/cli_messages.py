@@ -71,6 +71,8 @@ def explain(message: str, options: Iterable[str] = (), words: Sequence[str] = ()
         return reason
     keys = re.findall(r'Parser key "([\w.]+)"', message)
     given = _given_value(message)
+    if keys and "'linked_targets'" in message:  # jsonargparse hands a function the links that only a class can take
+        return f"{keys[-1]} is a function that makes one, but it must be a class"
     if keys and given is not None:
         return _refused(keys[-1], given, message)
     return " ".join(message.split())

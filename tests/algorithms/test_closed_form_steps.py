@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bioprop.algorithms import DTP, LDRL, TargetAlgorithm
+from bioprop.algorithms import ldrl as algorithm
 from bioprop.feedback import ldrl
 from bioprop.feedback import noise as noises
 from bioprop.feedback.noise import NoiseStream, Probing
@@ -264,7 +265,7 @@ FAULTS: dict[str, tuple[Fault, bool]] = {
     "no noise along the activities": (replacing("is_along", lambda self, draw: False), True),
     "curvatures not squared": (with_curvatures_of_slopes, True),
     "another size of noise": (lambda monkeypatch: monkeypatch.setattr(noises, "NOISE_SHARE", 0.02), True),
-    "one iteration": (lambda monkeypatch: monkeypatch.setattr(noises, "ECHO_ITERATIONS", 1), True),
+    "one iteration": (lambda monkeypatch: monkeypatch.setattr(algorithm, "ECHO_ITERATIONS", 1), True),
     "noise on more images": (lambda monkeypatch: monkeypatch.setattr(noises, "IMAGES_MULTIPLE", 16), True),
 }
 

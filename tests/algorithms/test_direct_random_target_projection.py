@@ -13,6 +13,8 @@ from bioprop.testing.helpers import CLASSES, SHAPE, draw_batch, make_loader, mak
 
 
 class TestDirectRandomTargetProjection(AlgorithmContract):
+    bf16_mixed_differs_by = 0.3  # its loss falls by a tenth only
+
     def make(self, network: Network, **settings: Any) -> DirectRandomTargetProjection:
         return DirectRandomTargetProjection(network, **settings)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bioprop.algorithms import LDRL, ParallelLDRL
+from bioprop.algorithms import LDRL, ParallelLDRL, ldrl
 from bioprop.callbacks.alignment import alignment_to_backprop
 from bioprop.feedback.noise import Probing
 from bioprop.functional.pooling import Pool
@@ -17,7 +17,6 @@ from bioprop.networks import (
     MLP,
     ConvStage,
     LeNet,
-    Mirror,
     Network,
     SimpleVGG,
     Stage,
@@ -50,15 +49,6 @@ class BlackBox(Stage):
         return self._answer(inputs)
 
 
-TWINS: dict[BlackBox, Stage] = {}
-
-
-@build_mirror.register
-def _(stage: BlackBox, form: str) -> Mirror:
-    """Build the mirror from the stage that the black box stands for."""
-    return build_mirror(TWINS[stage], form)
-
-
 def conv_network() -> Network:
     below = ConvStage((1, 8, 8), 3, 3, padding=1, activation="tanh")
     middle = ConvStage((3, 8, 8), 4, 3, padding=1, activation="elu", pool=Pool(3, 2, 1))
@@ -79,13 +69,16 @@ def trained(algorithm: LDRL) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("build", [conv_network, linear_network], ids=["conv", "linear"])
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
-def test_no_forward_weight_is_ever_read(rules: dict[str, Any], build: Callable[[], Network]) -> None:
+def test_no_forward_weight_is_ever_read(
+    rules: dict[str, Any], build: Callable[[], Network], monkeypatch: pytest.MonkeyPatch
+) -> None:
     network = build().double()
     (name, below), *upper = network.stages()
     boxes = {each: BlackBox(stage) for each, stage in upper}
     hidden = Network({name: below} | boxes, {})
     assert not [each for each, _ in hidden.named_parameters() if not each.startswith(name)]
-    TWINS.update({boxes[each]: stage for each, stage in upper})
+    twins: dict[Stage, Stage] = {boxes[each]: stage for each, stage in upper}
+    monkeypatch.setattr(ldrl, "build_mirror", lambda stage, form: build_mirror(twins.get(stage, stage), form))
     ends = []
     for given in (network, hidden):
         torch.manual_seed(3)

@@ -16,11 +16,11 @@ from bioprop.feedback.losses import (
     curvature_of_samples,
     ldrl_gradient,
     reconstruction_gradient,
-    unit_square_sums,
 )
 from bioprop.functional.activations import feedback_activation
 from bioprop.functional.pooling import Pool
 from bioprop.networks import ConvStage, LinearStage, Mirror, Stage, StageOutput, build_mirror
+from bioprop.networks.layers import unit_square_sums
 
 SIGMA, BATCH = 0.3, 4
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}

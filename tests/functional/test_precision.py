@@ -17,7 +17,6 @@ from bioprop.functional.precision import (
     products_are_reduced,
     products_of_autocast,
 )
-from bioprop.networks.layers import ConvProducts, LinearProducts
 
 Layer = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 CASES: dict[str, tuple[Layer, tuple[int, ...], tuple[int, ...], int]] = {
@@ -132,15 +131,6 @@ def test_what_is_learned_in_float32_stays_there() -> None:
     expected = mirror_estimate(W, 16, F.relu, torch.Generator().manual_seed(1))
     with bfloat16_products():
         assert torch.equal(mirror_estimate(W, 16, F.relu, torch.Generator().manual_seed(1)), expected)
-
-
-def test_closed_forms_follow() -> None:
-    assert not LinearProducts().reduced
-    with bfloat16_products():
-        assert LinearProducts().reduced
-        assert ConvProducts(torch.Size((7, 6, 3, 3)), 1, 1, (0, 0)).reduced
-        with float32_products(torch.device("cpu")):
-            assert not LinearProducts().reduced
 
 
 # -- in the place of autocast ----------------------------------------------------------------------------------------

@@ -196,7 +196,7 @@ def test_a_kind_of_stage_without_mirror_is_refused_with_the_kinds_that_have_one(
         def run(self, inputs: Tensor) -> StageOutput:
             return StageOutput(inputs, None)
 
-    with pytest.raises(UserError, match=r"Recurrent has no feedback mirror.*ConvStage, LinearStage"):
+    with pytest.raises(UserError, match=r"Recurrent has no feedback mirror.*ConvStage.*LinearStage"):
         build_mirror(Recurrent(), "exact")
 
 

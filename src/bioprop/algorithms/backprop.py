@@ -7,14 +7,14 @@ from torch import Tensor
 from bioprop.algorithms.base import Algorithm, Gradients
 from bioprop.functional.gradients import backprop_gradients
 from bioprop.functional.output_losses import OutputLossName, output_loss
-from bioprop.networks.network import Network
+from bioprop.networks.network import AnyModule
 
 
 class Backprop(Algorithm):
     """Backpropagation of the mean loss (Rumelhart, Hinton & Williams, 1986).
 
     Args:
-        network: the forward network.
+        network: the forward network: any torch module from images to logits.
         loss: ``cross_entropy``, or ``squared_error`` beside algorithms that descend that one.
         optimizer: makes the optimizer of the weights.
         scheduler: makes its learning-rate schedule, stepped once an epoch; None for a constant rate.
@@ -25,7 +25,7 @@ class Backprop(Algorithm):
 
     def __init__(
         self,
-        network: Network,
+        network: AnyModule,
         loss: OutputLossName = "cross_entropy",
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-4),
         scheduler: LRSchedulerCallable | None = None,

@@ -10,13 +10,14 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from torch import Tensor, nn
 
-from bioprop.algorithms.checkpoints import describe_optimization
+from bioprop.algorithms.checkpoints import Checkpointed, describe_optimization
 from bioprop.algorithms.evaluation import PER_EPOCH, Batch, Evaluated
-from bioprop.algorithms.precisions import check_precision, products_in_autocast_type
+from bioprop.algorithms.trainer_precision import check_precision
 from bioprop.distributed import mean_over_processes, process_count
 from bioprop.errors import UserError
 from bioprop.faults import refused_by_library
 from bioprop.functional.gradients import preserve_state
+from bioprop.functional.precision import products_in_autocast_type
 
 #: Epochs of a schedule that are gone through beforehand: a fraction of a second.
 LONGEST_SCHEDULE = 10_000
@@ -36,7 +37,7 @@ class Gradients(NamedTuple):
     of_all_processes: bool = False
 
 
-class Algorithm(Evaluated, ABC):
+class Algorithm(Evaluated, Checkpointed, ABC):
     """A way to train a network; `training_step` is the whole of it.
 
     The forward optimizer is handed the gradient in the units of BP's, so that one learning rate means the same for

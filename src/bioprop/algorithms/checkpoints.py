@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from bioprop.algorithms.hyperparameters import collect_hyperparameters, plain
 from bioprop.algorithms.resuming import capture_progress, end_epoch_once, restore_progress
 from bioprop.errors import UserError
 from bioprop.files import read_checkpoint
+from bioprop.hyperparameters import collect_hyperparameters, plain
 from bioprop.networks.network import build_network, describe_network
 from bioprop.removed import refuse_removed
 
@@ -52,7 +52,7 @@ class Checkpointed(LightningModule):
         self.network = network
         args, kwargs = self.__dict__.pop("_made_with")
         self._hyperparameters = collect_hyperparameters(self, args, kwargs, self.not_collected)
-        self.hparams.update({"network": self.network_description(), **self._hyperparameters.given})
+        self.hparams.update({"network": self.network_description(), **self.hyperparameters()})
         self._optimization: dict[str, Any] = {}
         self._resumed_optimization: dict[str, Any] | None = None
         self._resumed_progress: dict[str, Any] | None = None

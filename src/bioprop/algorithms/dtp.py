@@ -106,6 +106,10 @@ class DTP(TargetAlgorithm):
             ]
         )
 
+    def target_differences(self, passes: Sequence[StagePass], output: Tensor) -> list[Tensor]:
+        """Return ``t^n - s^n`` through the feedback operators, from the input to the output, given the output's."""
+        return self.differences_through_feedback(passes, output)
+
     def feedback_objective(
         self, name: str, stage: Stage, mirror: Mirror, clean: StagePass, noise: NoiseStream
     ) -> FeedbackObjective:

@@ -3,21 +3,21 @@
 from typing import Any, cast
 
 import torch
+from pytorch_lightning import LightningModule
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from bioprop.algorithms.checkpoints import Checkpointed
-from bioprop.algorithms.precisions import products_in_autocast_type
 from bioprop.functional.output_losses import CROSS_ENTROPY, OutputLoss
+from bioprop.functional.precision import products_in_autocast_type
 
 Batch = tuple[Tensor, Tensor]
 SPLITS = ("train", "val", "test")
 PER_EPOCH: dict[str, Any] = {"on_step": False, "on_epoch": True}
 
 
-class Evaluated(Checkpointed):
+class Evaluated(LightningModule):
     """A module that classifies, and logs how well; over several processes every image counts once.
 
     Args:
@@ -27,8 +27,10 @@ class Evaluated(Checkpointed):
     #: What the updates descend, what is logged as the loss, and whose BP gradient the updates are compared with.
     output_loss: OutputLoss = CROSS_ENTROPY
 
+    network: nn.Module
+
     def __init__(self, network: nn.Module) -> None:
-        super().__init__(network)
+        super().__init__(network)  # of the class beside this one, which keeps it
         self.losses = nn.ModuleDict({f"{split}_set": MeanMetric(nan_strategy="disable") for split in SPLITS})
         self.accuracies = nn.ModuleDict()  # filled by the first batch, which shows the number of classes
         self._logged_in: dict[str, int] = {}  # the last epoch in which a metric was logged

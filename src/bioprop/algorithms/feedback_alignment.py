@@ -23,7 +23,7 @@ from bioprop.functional.backward_matrices import (
     with_norm_of,
 )
 from bioprop.functional.gradients import backprop_gradients, preserve_buffers, preserve_state
-from bioprop.networks.network import Network
+from bioprop.networks.network import AnyModule, Network
 from bioprop.networks.stages import LayerStage
 from bioprop.ranges import check_range, number
 
@@ -49,7 +49,7 @@ class FeedbackAlignment(Algorithm):
     - ``transpose``: W itself, which is backpropagation: the control.
 
     Args:
-        network: the forward network; from Python, any torch module.
+        network: the forward network: any torch module from images to logits.
         rule: which ``B``.
         feedback_scale: size of the entries drawn for ``B`` or ``M``, and of ``usf``'s: that of W's at the start
             (``initialisation``), or 1 (``unit``).
@@ -70,7 +70,7 @@ class FeedbackAlignment(Algorithm):
 
     def __init__(
         self,
-        network: Network,
+        network: AnyModule,
         rule: Rule = "fa",
         feedback_scale: Literal["initialisation", "unit"] = "initialisation",
         normalize_feedback: bool = False,

@@ -13,7 +13,16 @@ from bioprop.distributed import gather_rows, mean_over_processes, process_count,
 from bioprop.errors import UserError
 from bioprop.feedback.ldrl import has_curvature, ldrl_objective
 from bioprop.feedback.losses import FeedbackObjective
-from bioprop.feedback.noise import ALONE, NoiseStream, Peers, RandomStreams, Rule, SecondNoise, automatic_iterations
+from bioprop.feedback.noise import (
+    ALONE,
+    ECHO_ITERATIONS,
+    NoiseStream,
+    Peers,
+    RandomStreams,
+    Rule,
+    SecondNoise,
+    expected_iterations,
+)
 from bioprop.feedback.speed import DEFAULT_SPEED, Speed
 from bioprop.feedback.training import FeedbackStep, FeedbackTraining, StageBatch
 from bioprop.functional.activations import MirrorName
@@ -128,6 +137,10 @@ class LDRL(TargetAlgorithm):
             ]
         )
 
+    def target_differences(self, passes: Sequence[StagePass], output: Tensor) -> list[Tensor]:
+        """Return ``t^n - s^n`` through the feedback operators, from the input to the output, given the output's."""
+        return self.differences_through_feedback(passes, output)
+
     def iterations_of(self, name: str, mirror: Mirror, clean: StagePass) -> int:
         """Number of feedback iterations that one stage takes on a batch.
 
@@ -139,9 +152,11 @@ class LDRL(TargetAlgorithm):
         given = self.feedback_training.iterations[name]
         if given is not None:
             return int(given)
+        if self.second_noise == "echo":
+            return ECHO_ITERATIONS
         fan_in = max(weight[0].numel() for each, weight in mirror.named_parameters() if each != "bias")
         samples = len(clean.inputs) * self._peers().size * clean.output[0, 0].numel()
-        return automatic_iterations(self.second_noise == "echo", fan_in / samples)
+        return expected_iterations(fan_in / samples)
 
     def feedback_objective(
         self, name: str, stage: Stage, mirror: Mirror, clean: StagePass, noise: NoiseStream

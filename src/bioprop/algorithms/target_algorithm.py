@@ -10,12 +10,12 @@ from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from bioprop.algorithms.base import Algorithm, Gradients
-from bioprop.algorithms.precisions import products_in_autocast_type
 from bioprop.distributed import gather_rows, process_count, process_rank
 from bioprop.errors import UserError
 from bioprop.feedback.training import FeedbackIteration, FeedbackTraining, Observers
 from bioprop.functional.angles import angle_degrees, flatten_all
 from bioprop.functional.gradients import input_gradient
+from bioprop.functional.precision import products_in_autocast_type
 from bioprop.networks.mirrors import Mirror
 from bioprop.networks.network import Network
 from bioprop.networks.stages import Stage, StagePass
@@ -53,7 +53,6 @@ class TargetAlgorithm(Algorithm):
     #: How feedback is trained stage by stage, in methods that do so.
     feedback_training: FeedbackTraining | None = None
 
-    @abstractmethod  # there is no target, nor anything to name on the command line, without a subclass's
     def __init__(
         self,
         network: Network,
@@ -126,8 +125,17 @@ class TargetAlgorithm(Algorithm):
 
     # -- targets -------------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def target_differences(self, passes: Sequence[StagePass], output: Tensor) -> list[Tensor]:
         """Return ``t^n - s^n`` for every stage, from the input to the output, given the output's.
+
+        Args:
+            passes: the clean pass of every stage.
+            output: ``t^N - s^N``, ``[batch, classes]``.
+        """
+
+    def differences_through_feedback(self, passes: Sequence[StagePass], output: Tensor) -> list[Tensor]:
+        """Send the output's target down, ``t^{n-1} - s^{n-1} = G^n(t^n) - G^n(s^n)``; see `target_differences`.
 
         A stage without a feedback operator passes its target down by the gradient.
 

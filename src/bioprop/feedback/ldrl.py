@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from bioprop.feedback.by_autograd import objective_by_autograd
-from bioprop.feedback.losses import FeedbackGradient, FeedbackObjective, unit_square_sums
+from bioprop.feedback.losses import FeedbackGradient, FeedbackObjective
 from bioprop.feedback.noise import NoiseStream, Rule
-from bioprop.networks.layers import blocks
+from bioprop.networks.layers import blocks, unit_square_sums
 from bioprop.networks.mirrors import FeedbackLayer, Mirror
 from bioprop.networks.stages import Stage, StagePass
 

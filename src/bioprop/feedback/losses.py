@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bioprop.networks.layers import unit_square_sums
 from bioprop.networks.mirrors import LayerMirror, Mirror
 from bioprop.networks.stages import Stage
 
@@ -43,11 +44,6 @@ class FeedbackGradient(NamedTuple):
 
 #: From the number of an iteration to the gradient of a stage's feedback loss on fresh noise.
 FeedbackObjective = Callable[[int], FeedbackGradient]
-
-
-def unit_square_sums(values: Tensor) -> Tensor:
-    """Mean over the batch of the sum over positions of the squares: ``[batch, units, ...] -> [units]``."""
-    return values.flatten(2).square().sum(2).mean(0) if values.dim() > 2 else values.square().mean(0)
 
 
 def ldrl_gradient(
@@ -169,7 +165,7 @@ def echo_gradient(
 def curvature_by_autograd(
     mirror: LayerMirror, output: Tensor, switches: Tensor | None, variance: float | Tensor, images: int, by_taps: bool
 ) -> Tensor:
-    """Curvature of ``sigma^2 |J_G|^2`` in the feedback weights, as `closed_forms.curvature_of_units` has it.
+    """Curvature of ``sigma^2 |J_G|^2`` in the feedback weights, as `bioprop.feedback.ldrl.curvature_of_units` has it.
 
     Args:
         mirror: ``G^n``.

@@ -6,7 +6,7 @@ that, from the sizes alone. A layer's ``r = fan_in / (batch x positions)`` compa
 has with the samples that one batch of noise is for it (every pool window is one).
 
 - **White noise** asks about all directions. The best step for it is ``gradient / (D + damping)``, with ``D`` the unit's
-  curvature (`closed_forms.curvature_of_units`) and for ``damping`` the curvature that a single sample has along its own
+  curvature (`ldrl.curvature_of_units`) and for ``damping`` the curvature that a single sample has along its own
   patch: normalised least mean squares (Widrow & Hoff, 1960). The squared error falls by the factor ``r / (1 + r)``. It
   never grows on average, however few samples there are, and a dead unit is divided by the damping alone. Where ``r`` is
   small the noise of the whole batch is more than is needed: as many images are taken as make it `ENOUGH`.
@@ -195,17 +195,16 @@ class Rule(NamedTuple):
         return Probing(inputs, fan_in, positions, overlap, area, *settings)
 
 
-def automatic_iterations(echo: bool, ratio: float) -> int:
-    """How many iterations a batch ``auto`` stands for.
+def expected_iterations(ratio: float) -> int:
+    """The number of iterations a batch that ``auto`` stands for where the second noise is integrated out.
 
     Without an echo a weight is learned as the mean over noise, of which a batch has one sample for ``r`` directions: a
     step is damped by as much, and as many are taken, or feedback would follow the later the wider the stage is.
 
     Args:
-        echo: whether the second noise is an echo; else it is integrated out.
         ratio: ``r``, the largest of the stage's layers.
     """
-    return ECHO_ITERATIONS if echo else max(EXPECTED_ITERATIONS, math.ceil(ratio))
+    return max(EXPECTED_ITERATIONS, math.ceil(ratio))
 
 
 def along_activities(inputs: Tensor, sigma: float | Tensor) -> Tensor:

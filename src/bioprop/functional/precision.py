@@ -12,14 +12,19 @@ No weight is kept in bfloat16 from one product to the next, so that none can go 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bioprop.errors import UserError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+M = TypeVar("M", bound=nn.Module)
 
 #: What is rounded: functions of (input, weight, bias, ...).
 PRODUCTS: frozenset[Callable[..., Any]] = frozenset(
@@ -119,3 +124,17 @@ def products_of_autocast(weight: Tensor) -> Iterator[None]:
         )
     with torch.autocast(device, enabled=False), bfloat16_products():
         yield
+
+
+def products_in_autocast_type(method: Callable[Concatenate[M, P], R]) -> Callable[Concatenate[M, P], R]:
+    """Let a method of a module, where torch's autocast is on, compute the products of layers in that type, no more.
+
+    Lightning turns autocast on around a step for ``bf16-mixed``; see the head of this file.
+    """
+
+    @wraps(method)
+    def run(self: M, *args: P.args, **kwargs: P.kwargs) -> R:
+        with products_of_autocast(next(self.parameters())):
+            return method(self, *args, **kwargs)
+
+    return cast(Callable[Concatenate[M, P], R], run)

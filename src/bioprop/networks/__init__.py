@@ -4,7 +4,7 @@ from bioprop.networks.invertible_mlp import InvertibleMLP, InvertibleStage
 from bioprop.networks.lenet import LeNet
 from bioprop.networks.mirrors import LayerMirror, Mirror, build_mirror
 from bioprop.networks.mlp import MLP
-from bioprop.networks.network import Network, build_network
+from bioprop.networks.network import AnyModule, Network, build_network
 from bioprop.networks.outer_mirrors import OuterMirror, build_outer_mirror
 from bioprop.networks.residual_mirrors import BlockMirror, PooledLinearMirror, StemMirror
 from bioprop.networks.resnet import (
@@ -21,6 +21,7 @@ from bioprop.networks.standardized import StandardizedStage
 
 __all__ = [
     "MLP",
+    "AnyModule",
     "BasicBlockStage",
     "BlockMirror",
     "ConvStage",

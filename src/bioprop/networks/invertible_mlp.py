@@ -105,14 +105,4 @@ class InvertibleMLP(Network):
             outputs = num_classes if number == len(chain) else None
             stages[f"fc{number}"] = InvertibleStage(shape, width, outputs, negative_slope, orthogonal, bias)
             shape = stages[f"fc{number}"].output_shape
-        super().__init__(
-            stages,
-            {
-                "image_shape": list(image_shape),
-                "num_classes": num_classes,
-                "widths": widths if isinstance(widths, int) else list(widths),
-                "negative_slope": negative_slope,
-                "orthogonal": orthogonal,
-                "bias": bias,
-            },
-        )
+        super().__init__(stages)

@@ -87,6 +87,11 @@ class ConvLayer(nn.Conv2d):
         return sums
 
 
+def unit_square_sums(values: Tensor) -> Tensor:
+    """Mean over the batch of the sum over positions of the squares: ``[batch, units, ...] -> [units]``."""
+    return values.flatten(2).square().sum(2).mean(0) if values.dim() > 2 else values.square().mean(0)
+
+
 def is_plain(layer: nn.Module) -> bool:
     """Whether a layer is what its stage built: not replaced, without hooks, its weight a parameter of its own."""
     hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks

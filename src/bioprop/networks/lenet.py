@@ -36,14 +36,4 @@ class LeNet(Network):
         stages, shape = conv_chain("LeNet", image_shape, channels, 5, Pool(3, 2, 1), activation, bias)
         stages["fc1"] = LinearStage(shape, hidden, activation, bias)
         stages["fc2"] = LinearStage((hidden,), num_classes, "identity", bias)
-        super().__init__(
-            stages,
-            {
-                "image_shape": list(image_shape),
-                "num_classes": num_classes,
-                "channels": list(channels),
-                "hidden": hidden,
-                "activation": activation,
-                "bias": bias,
-            },
-        )
+        super().__init__(stages)

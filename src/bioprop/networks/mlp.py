@@ -38,14 +38,4 @@ class MLP(Network):
             stages[f"fc{number}"] = StandardizedStage(layer) if standardize else layer
             shape = (width,)
         stages[f"fc{len(hidden) + 1}"] = LinearStage(shape, num_classes, "identity", bias)
-        super().__init__(
-            stages,
-            {
-                "image_shape": list(image_shape),
-                "num_classes": num_classes,
-                "hidden": list(hidden),
-                "activation": activation,
-                "bias": bias,
-                "standardize": standardize,
-            },
-        )
+        super().__init__(stages)

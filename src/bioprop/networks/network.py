@@ -1,34 +1,66 @@
 """A network: a chain of named stages, usable as a plain module."""
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, Self, overload
 
 from torch import Tensor, nn
 
 from bioprop.errors import UserError
 from bioprop.functional.gradients import preserve_buffers
+from bioprop.hyperparameters import collect_hyperparameters
 from bioprop.networks.stages import Stage, StagePass
 
 ImageShape = tuple[int, int, int]
 
 
-class Network(nn.Sequential):
+if TYPE_CHECKING:
+    AnyModule = nn.Module
+else:
+
+    class AnyModule(ABC):
+        """Any torch module: the type of a network argument that needs no chain of stages.
+
+        On the command line it takes every ``nn.Module`` by dotted path, but lists and knows by their bare names those
+        alone that inherit from it, which are the `Network` classes: torch and other libraries have hundreds of modules.
+        """
+
+        @abstractmethod
+        def forward(self, input: Tensor) -> Tensor:
+            """Compute logits ``[batch, classes]`` for images ``[batch, channels, height, width]``."""
+
+    AnyModule.register(nn.Module)
+
+
+class Network(nn.Sequential, AnyModule):
     """``nn.Sequential`` of stages: ``logits = network(images)``.
 
-    Stages are counted from the input. Subclasses build their stages and hand their own constructor arguments over
-    as ``settings``, so that a checkpoint can build the network again.
+    Stages are counted from the input. The constructor arguments of a subclass are kept as plain data, so that a
+    checkpoint can build the network again.
 
     Args:
         stages: the stages by name, from the input to the logits.
-        settings: constructor arguments as plain data (numbers, strings, lists).
+        settings: the constructor arguments, where they are not those that the subclass was called with.
+
+    Attributes:
+        settings: the constructor arguments by name, as plain data (numbers, strings, lists).
 
     Raises:
         UserError: if a stage is none, or does not take what the one below it hands out.
     """
 
-    def __init__(self, stages: Mapping[str, Stage], settings: Mapping[str, Any]) -> None:
+    settings: dict[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Keep the arguments as they come."""
+        made = super().__new__(cls)
+        made.__dict__["_made_with"] = args, kwargs
+        return made
+
+    def __init__(self, stages: Mapping[str, Stage], settings: Mapping[str, Any] | None = None) -> None:
+        args, kwargs = self.__dict__.pop("_made_with")
         below: tuple[str, Stage] | None = None
         for name, stage in stages.items():
             if not isinstance(stage, Stage):
@@ -43,7 +75,10 @@ class Network(nn.Sequential):
                 )
             below = (name, stage)
         super().__init__(OrderedDict(stages))
-        self.settings = dict(settings)
+        self._objects: dict[str, Any] = {}
+        if settings is None and type(self) is not Network:
+            settings, self._objects, _ = collect_hyperparameters(self, args, kwargs, ())
+        self.settings = dict(settings or {})
 
     def stages(self) -> list[tuple[str, Stage]]:
         """Names and stages, from the input to the output."""
@@ -100,8 +135,12 @@ class Network(nn.Sequential):
         return logits
 
     def description(self) -> dict[str, Any]:
-        """Plain data from which `build_network` makes a network of the same architecture."""
-        return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": self.settings}
+        """Plain data from which `build_network` makes a network of the same architecture.
+
+        Without arguments (None) where some of them are no plain data: only its user can build the network again.
+        """
+        settings = None if self._objects else self.settings
+        return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": settings}
 
 
 def build_network(description: Mapping[str, Any]) -> Network:

@@ -13,7 +13,7 @@ The mirror of a block follows its residual path back, here without batch norm:
 
 **Batch norm.** In training mode its mean and variance are functions of the batch, so a stage maps the whole batch to
 the whole batch, and the theory holds for that map: a mirror passes differences back through the transpose of batch
-norm's own Jacobian, which takes out what the statistics absorb (`bioprop.functional.normalization`), with the scale and
+norm's own Jacobian, which takes out what the statistics absorb (`bioprop.functional.batch_norm`), with the scale and
 the normalised activations of the clean pass as values. Then ``J_G = J_F^T`` for the batch as one input, and the update
 tends to the BP gradient of the very network that is trained. In evaluation mode the statistics are constants, batch
 norm is a factor for each channel, and everything holds for each sample on its own. Holding the statistics fixed in
@@ -35,7 +35,7 @@ from bioprop.functional.activations import (
     forward_activation,
     identity,
 )
-from bioprop.functional.normalization import NormPass, transposed_norm
+from bioprop.functional.batch_norm import NormPass, transposed_norm
 from bioprop.networks.layers import ConvLayer, LinearLayer, unread_border
 from bioprop.networks.mirrors import Activation, FeedbackLayer, FeedbackLayers, Mirror, build_mirror
 from bioprop.networks.resnet import BasicBlockStage, BlockPass, PooledLinearStage, StemPass, StemStage

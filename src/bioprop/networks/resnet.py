@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bioprop.errors import UserError
 from bioprop.functional.activations import SLOPES, ActivationName, forward_activation
-from bioprop.functional.normalization import NormPass, norm_pass
+from bioprop.functional.batch_norm import NormPass, norm_pass
 from bioprop.networks.layers import ConvLayer, LinearLayer
 from bioprop.networks.network import ImageShape, Network, check_sizes
 from bioprop.networks.stages import Stage, StageOutput
@@ -212,17 +212,7 @@ class ResNet(Network):
                 stage = BasicBlockStage(shape, width, stride, activation, batch_norm)
                 stages[f"block{group}_{block}"], shape = stage, stage.output_shape
         stages["fc"] = PooledLinearStage(shape, num_classes)
-        super().__init__(
-            stages,
-            {
-                "image_shape": list(image_shape),
-                "num_classes": num_classes,
-                "blocks": list(blocks),
-                "widths": list(widths),
-                "activation": activation,
-                "batch_norm": batch_norm,
-            },
-        )
+        super().__init__(stages)
 
 
 class ResNet18(ResNet):
@@ -244,7 +234,6 @@ class ResNet18(ResNet):
         self, image_shape: ImageShape, num_classes: int, activation: ActivationName = "relu", batch_norm: bool = True
     ) -> None:
         super().__init__(image_shape, num_classes, self.blocks, (64, 128, 256, 512), activation, batch_norm)
-        self.settings = {name: value for name, value in self.settings.items() if name not in ("blocks", "widths")}
 
 
 class ResNet34(ResNet18):

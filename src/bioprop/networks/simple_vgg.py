@@ -34,13 +34,4 @@ class SimpleVGG(Network):
         check_sizes("SimpleVGG", image_shape, num_classes, channels=channels)
         stages, shape = conv_chain("SimpleVGG", image_shape, channels, 3, Pool(2, 2), activation, bias)
         stages["fc"] = LinearStage(shape, num_classes, "identity", bias)
-        super().__init__(
-            stages,
-            {
-                "image_shape": list(image_shape),
-                "num_classes": num_classes,
-                "channels": list(channels),
-                "activation": activation,
-                "bias": bias,
-            },
-        )
+        super().__init__(stages)

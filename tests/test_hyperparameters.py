@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bioprop.algorithms import DDTPRHL, DTP, LDRL, Backprop, ParallelLDRL
-from bioprop.algorithms.hyperparameters import plain
+from bioprop.algorithms import DDTPRHL, LDRL, Backprop, ParallelLDRL
 from bioprop.cli import main
 from bioprop.errors import UserError
+from bioprop.hyperparameters import plain
 from bioprop.testing.helpers import (
     KilledError,
     changed,
@@ -179,15 +179,17 @@ def test_a_subclass_is_rebuilt_as_it_was_called(tmp_path: Path) -> None:
     trainer.fit(algorithm, make_loader())
     trainer.save_checkpoint(tmp_path / "one.ckpt")
     loaded = Quieter.load_from_checkpoint(tmp_path / "one.ckpt")
-    assert (loaded.quiet, loaded.noise, loaded.iterations, loaded.beta) == (0.025, (0.025,) * 3, (3, 3, 3), 0.02)
+    training = loaded.feedback_training
+    assert (loaded.quiet, loaded.beta) == (0.025, 0.02)
+    assert (set(training.noise.values()), set(training.iterations.values())) == ({0.025}, {3})
     assert loaded.hparams == algorithm.hparams
     assert changed(copy_state(algorithm), copy_state(loaded)) == set()
 
 
 def test_what_subclasses_fix_is_no_argument_of_theirs_but_compared() -> None:
-    parallel, dtp = ParallelLDRL(small_lenet()), DTP(small_lenet())
-    assert parallel.hparams.keys().isdisjoint({"noise_at", "speed", "optimizer", "scheduler"})
-    assert (parallel.hyperparameters()["noise_at"], dtp.hyperparameters()["feedback_step"]) == ("layer", "sgd")
+    parallel = ParallelLDRL(small_lenet())
+    assert parallel.hparams.keys().isdisjoint({"speed", "optimizer", "scheduler"})
+    assert (parallel.hparams["noise_at"], parallel.hparams["samples"]) == ("layer", 1)
     assert DDTPRHL(small_lenet()).hyperparameters()["beta"] == 0.06
 
 
@@ -257,11 +259,11 @@ def test_a_checkpoint_written_before_hyperparameters_were_collected_goes_on(tmp_
     trainer.fit(make(), make_loader())
     trainer.save_checkpoint(tmp_path / "old.ckpt")
     checkpoint = torch.load(tmp_path / "old.ckpt", weights_only=True)
-    del checkpoint["inherited"], checkpoint["objects"], checkpoint["hyper_parameters"]["feedback_momentum"]
+    del checkpoint["inherited"], checkpoint["objects"], checkpoint["hyper_parameters"]["samples"]
     checkpoint["hyper_parameters"] |= {"noise": [0.1] * 3, "iterations": [2] * 3, "noise_at": "layer"}
     torch.save(checkpoint, tmp_path / "old.ckpt")
     on = {"ckpt_path": tmp_path / "old.ckpt", "weights_only": True}
     make_trainer(tmp_path, max_epochs=2).fit(make(), make_loader(), **on)
-    assert ParallelLDRL.load_from_checkpoint(tmp_path / "old.ckpt").noise == (0.1,) * 3
+    assert ParallelLDRL.load_from_checkpoint(tmp_path / "old.ckpt").hparams["noise"] == [0.1] * 3
     with pytest.raises(UserError, match=r"iterations was \[2, 2, 2\] and is now auto"):
         make_trainer(tmp_path, max_epochs=2).fit(ParallelLDRL(small_lenet(), noise=0.1), make_loader(), **on)

@@ -1,17 +1,8 @@
-"""Which of Lightning's precisions an algorithm trains in, and why it refuses the others."""
+"""Lightning's precisions that an algorithm trains in, and the reasons to refuse the others."""
 
-from collections.abc import Callable, Sequence
-from functools import wraps
-from typing import Concatenate, ParamSpec, TypeVar, cast
-
-from torch import nn
+from collections.abc import Sequence
 
 from bioprop.errors import UserError
-from bioprop.functional.precision import products_of_autocast
-
-P = ParamSpec("P")
-R = TypeVar("R")
-M = TypeVar("M", bound=nn.Module)
 
 #: Names that Lightning takes for others.
 ALIASES = {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
@@ -44,17 +35,3 @@ def check_precision(precision: str | int | None, algorithm: str, supported: Sequ
             f"precision {name} is not supported by {algorithm}, since {REASONS.get(name, reason)}: choose one of "
             f"{', '.join(supported)}"
         )
-
-
-def products_in_autocast_type(method: Callable[Concatenate[M, P], R]) -> Callable[Concatenate[M, P], R]:
-    """Let a method of a module, where torch's autocast is on, compute the products of layers in that type, no more.
-
-    Lightning turns autocast on around a step for ``bf16-mixed``; see `bioprop.functional.precision`.
-    """
-
-    @wraps(method)
-    def run(self: M, *args: P.args, **kwargs: P.kwargs) -> R:
-        with products_of_autocast(next(self.parameters())):
-            return method(self, *args, **kwargs)
-
-    return cast(Callable[Concatenate[M, P], R], run)

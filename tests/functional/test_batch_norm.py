@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.autograd.functional import jacobian
 
-from bioprop.functional.normalization import NormPass, norm_pass, transposed_norm
+from bioprop.functional.batch_norm import NormPass, norm_pass, transposed_norm
 
 
 def make_norm(training: bool) -> nn.BatchNorm2d:
