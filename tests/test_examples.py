@@ -19,6 +19,7 @@ from bioprop.algorithms import (
     Algorithm,
     DDTPLinear,
     DirectFeedbackAlignment,
+    DirectRandomTargetProjection,
     FeedbackAlignment,
     FixedWeightDTP,
     GAITProp,
@@ -220,8 +221,10 @@ def test_gradients_of_rules_that_draw_are_the_packages(rule: Rule) -> None:
         assert (mine - theirs).norm() < 1e-10 * theirs.norm()
 
 
-def test_direct_feedback_alignment_is_the_packages() -> None:
-    algorithm, method = DirectFeedbackAlignment(perceptron(), optimizer=MOMENTUM), dfa.DFA(WIDTHS)
+@pytest.mark.parametrize("kind", [DirectFeedbackAlignment, DirectRandomTargetProjection])
+def test_direct_feedback_is_the_packages(kind: type[DirectFeedbackAlignment]) -> None:
+    algorithm = kind(perceptron(), optimizer=MOMENTUM)
+    method = dfa.DFA(WIDTHS, projects_labels=kind is DirectRandomTargetProjection)
 
     feedback = zip(method.feedback, algorithm.backward_weights.values(), strict=True)
     compare(algorithm, method, feedback, learns=False)

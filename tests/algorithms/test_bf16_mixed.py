@@ -26,13 +26,13 @@ from bioprop.algorithms import (
     ParallelLDRL,
     TargetAlgorithm,
     TargetPropagation,
-    precisions,
 )
 from bioprop.callbacks import AlignmentToBackprop
 from bioprop.callbacks.alignment import alignment_to_backprop
 from bioprop.errors import UserError
 from bioprop.feedback.speed import Speed
 from bioprop.functional.angles import angle_degrees, flatten_all
+from bioprop.functional import precision
 from bioprop.networks import MLP, InvertibleMLP, Network, ResNet
 from bioprop.networks.mirrors import LayerMirror
 from bioprop.testing.helpers import (
@@ -150,7 +150,7 @@ def test_small_differences_keep_their_digits(
         monkeypatch.setattr(LayerMirror, "difference", two_projections)
         assert to_backprop() > 20.0  # the difference of two rounded results
         monkeypatch.undo()
-        monkeypatch.setattr(precisions, "products_of_autocast", lambda weight: nullcontext())
+        monkeypatch.setattr(precision, "products_of_autocast", lambda weight: nullcontext())
         assert to_backprop() > 5.0  # torch's autocast, whose activations are rounded, too
 
 
@@ -239,7 +239,7 @@ def test_every_iteration_multiplies_by_the_weights_as_they_are(
 
 def test_autocast_itself_would_multiply_by_stale_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """The trap that the test above watches, so that it is known to notice."""
-    monkeypatch.setattr(precisions, "products_of_autocast", lambda weight: nullcontext())
+    monkeypatch.setattr(precision, "products_of_autocast", lambda weight: nullcontext())
     make, build = TRAINED["dtp by autograd"]
     _, expected = course(make, build, torch.autocast("cpu", torch.bfloat16, cache_enabled=False))
     _, found = course(make, build, reduced())
