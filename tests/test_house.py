@@ -46,6 +46,12 @@ def test_imports_run_one_way(package: str) -> None:
     assert found == set()
 
 
+def test_what_all_packages_use_imports_from_none_of_them() -> None:
+    shared = ("commands.py", "distributed.py", "errors.py", "faults.py", "files.py", "ranges.py", "removed.py")
+    found = {name for file in shared for name in imports_of(ROOT / file) if name.startswith("bioprop.")}
+    assert {name.split(".")[1] for name in found}.isdisjoint(ORDER)
+
+
 @pytest.mark.parametrize("package", ["functional", "networks", "feedback"])
 def test_the_mathematics_does_not_know_lightning(package: str) -> None:
     assert modules_of(package)

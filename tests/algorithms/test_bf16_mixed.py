@@ -31,8 +31,8 @@ from bioprop.callbacks import AlignmentToBackprop
 from bioprop.callbacks.alignment import alignment_to_backprop
 from bioprop.errors import UserError
 from bioprop.feedback.speed import Speed
-from bioprop.functional.angles import angle_degrees, flatten_all
 from bioprop.functional import precision
+from bioprop.functional.angles import angle_degrees, flatten_all
 from bioprop.networks import MLP, InvertibleMLP, Network, ResNet
 from bioprop.networks.mirrors import LayerMirror
 from bioprop.testing.helpers import (
@@ -163,7 +163,7 @@ def test_the_way_back_through_a_block_carries_differences() -> None:
     exact = mirror.difference(output, step, switches).double()
     literal = mirror(output + step, switches) - mirror(output, switches)
     torch.testing.assert_close(literal.double(), exact, rtol=0, atol=1e-3 * float(exact.abs().max()))
-    with reduced(), precisions.products_of_autocast(next(mirror.parameters())):
+    with reduced(), precision.products_of_autocast(next(mirror.parameters())):
         found = mirror.difference(output, step, switches).double()
         naive = (mirror(output + step, switches) - mirror(output, switches)).double()
     assert (found - exact).norm() < 0.01 * exact.norm() < (naive - exact).norm()

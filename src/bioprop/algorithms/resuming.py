@@ -6,7 +6,7 @@ only here.
 """
 
 from collections.abc import Mapping
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import torch
 from lightning_fabric.utilities.apply_func import convert_tensors_to_scalars
@@ -30,23 +30,6 @@ LOGGED_HOW = (
 )
 
 
-@runtime_checkable
-class KeepsRows(Protocol):
-    """A logger whose file goes on where a checkpoint was, as `bioprop.runs.MetricsFile`."""
-
-    def rows(self) -> int:
-        """Return the number of rows so far."""
-
-    def keep(self, rows: int) -> bool:
-        """Keep the first rows of the file in the run's folder, and return whether there was one."""
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Add a row."""
-
-    def save(self) -> None:
-        """Write the rows that are not in the file yet."""
-
-
 def capture_progress(module: LightningModule) -> dict[str, Any]:
     """Collect, as plain data and tensors, what `restore_progress` brings back; every process must call this."""
     trainer = module.trainer
@@ -60,7 +43,7 @@ def capture_progress(module: LightningModule) -> dict[str, Any]:
         "should_stop": trainer.should_stop,
         "validation": trainer.fit_loop.epoch_loop.val_loop.batch_progress.state_dict(),
         "next_row": _next_row(trainer),
-        "rows": [logger.rows() for logger in trainer.loggers if isinstance(logger, KeepsRows)],
+        "rows": [file.rows() for file in _metrics_files(trainer)],
     }
 
 
@@ -196,9 +179,14 @@ def _next_row(trainer: Trainer) -> dict[str, Any] | None:
     return {"metrics": metrics, "step": int(step)}
 
 
+def _metrics_files(trainer: Trainer) -> list[Any]:
+    """Return the loggers whose files go on where a checkpoint was, as `bioprop.runs.MetricsFile`."""
+    return [logger for logger in trainer.loggers if hasattr(logger, "keep")]
+
+
 def _restore_rows(trainer: Trainer, progress: Mapping[str, Any]) -> None:
     """Drop the rows written after the checkpoint, where the run goes on in its own folder."""
-    files = [logger for logger in trainer.loggers if isinstance(logger, KeepsRows)]
+    files = _metrics_files(trainer)
     if len(files) != len(progress["rows"]):
         return
     for file, rows in zip(files, progress["rows"], strict=True):
