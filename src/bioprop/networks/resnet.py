@@ -154,6 +154,8 @@ class BasicBlockStage(Stage):
 class PooledLinearStage(Stage):
     """Mean over positions -> linear: the output of a residual network.
 
+    The same as a 1x1 convolution whose maps are averaged, the output of an all-convolutional network.
+
     Args:
         input_shape: (channels, height, width) of one input sample.
         out_features: number of logits.
