@@ -1,4 +1,4 @@
-"""Which classes an option can name, and why another one cannot be used there."""
+"""The classes that an option can name, and the reason why another one cannot be used there."""
 
 import difflib
 import inspect

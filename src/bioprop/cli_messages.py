@@ -10,7 +10,7 @@ from bioprop.algorithms import Algorithm
 from bioprop.cli_classes import ALL_KINDS, KINDS, arguments, subclasses, why_not
 from bioprop.removed import REMOVED
 
-#: How to name what is missing.
+#: Options that name what is missing, as examples.
 EXAMPLES = {"model": "--model LDRL", "network": "--model.network LeNet", "data": "--data Digits"}
 
 #: Types, for people.
@@ -23,7 +23,7 @@ NAMES = {
     "str": "a text",
 }
 
-#: How many classes that have an argument are named where it was given to another.
+#: Number of classes that are named, of those that have an argument which was given to another.
 OWNERS_SHOWN = 6
 
 BY_BATCHES = "--checkpoint.every_n_batches N saves every N batches (and last.ckpt at the end of every epoch)"
@@ -41,7 +41,7 @@ def explain(message: str, options: Iterable[str] = (), words: Sequence[str] = ()
 
     Args:
         message: the report.
-        options: those of the command, ``--like.this``.
+        options: names of the options of the command, ``--like.this``.
         words: what was written behind the command.
     """
     if "before subcommand" in message:
@@ -79,7 +79,7 @@ def explain(message: str, options: Iterable[str] = (), words: Sequence[str] = ()
 
 
 def _unreadable(message: str) -> str | None:
-    """What is said of a file of options."""
+    """Return the sentence about a file of options; None if the report is about something else."""
     if message.strip().startswith("Unexpected config:"):
         content = yaml.safe_load(message.partition(": ")[2])
         if content is None or content == "":
@@ -108,7 +108,7 @@ def _unreadable(message: str) -> str | None:
 
 
 def _refused(key: str, given: str, message: str) -> str:
-    """What is said of a value."""
+    """Return the sentence about a value."""
     nested = re.search(r"NestedArg\(key='([\w.]+)'", message)
     if nested and "is abstract" in message:
         example = EXAMPLES.get(key, f"--{key} CLASS")
@@ -137,7 +137,7 @@ def _unknown_argument(name: str) -> str:
 
 
 def _unknown_option(name: str, options: Iterable[str]) -> str:
-    """What is said of an option; the parser of a model's own arguments knows them without the leading ``model.``."""
+    """Return the sentence about an option, of which the parser of a model's own arguments has no leading ``model.``."""
     if name.removeprefix("model.") in REMOVED:
         return REMOVED[name.removeprefix("model.")]
     own = {option.removeprefix("--") for option in options}

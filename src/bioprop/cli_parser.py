@@ -1,4 +1,4 @@
-"""What the command line understands: the order of options, null, home folders, and files of options."""
+"""The grammar of the command line: the order of options, null, home folders, and files of options."""
 
 import inspect
 import os
@@ -21,7 +21,7 @@ from bioprop.errors import UserError
 
 #: jsonargparse's name for our way to read values.
 MODE = "yaml_and_none"
-#: What stands for null on its way from the agents of W&B, which are Python, and in YAML.
+#: Words that stand for null on its way from the agents of W&B, which are Python, and in YAML.
 NULLS = ("None", "null")
 CONFIG = ("-c", "--config")
 
@@ -176,7 +176,7 @@ def _null(key: str) -> UserError:
 
 
 def _takes_null(factory: Any, name: str) -> bool:
-    """Whether an argument of a class or function may be null: by its default, or else by its type."""
+    """Return true if an argument of a class or function may be null: by its default, or else by its type."""
     parameter = parameters(factory).get(name)
     if parameter is None or parameter.default is None or parameter.default is inspect.Parameter.empty:
         return True  # what is required is missed elsewhere
@@ -201,7 +201,7 @@ def _no_text(path: str) -> str:
 
 
 def _holds(path: str, key: str) -> bool:
-    """Whether a file has an option."""
+    """Return true if a file has an option."""
     try:
         content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, RuntimeError, UnicodeDecodeError, yaml.YAMLError):

@@ -40,7 +40,7 @@ class AlignedPass(asymmetric_backward):
     Args:
         network: that the layers belong to.
         layers: by name.
-        shapes: of their weights.
+        shapes: shapes of their weights, by name of the layer.
         rule: makes a layer's ``B`` of its name and of what it multiplies by, in the shape of its weight.
 
     Attributes:
@@ -154,7 +154,7 @@ class AlignedPass(asymmetric_backward):
             )
 
     def _is_own(self, tensor: Tensor) -> bool:
-        """Whether a tensor is a layer's weight, or a view of it: one that is frozen has no graph."""
+        """Return true if a tensor is a layer's weight, or a view of it: one that is frozen has no graph."""
         return id(tensor) in self._own or id(tensor._base) in self._own
 
     def _matrix_in(self, tensor: Tensor) -> str | None:

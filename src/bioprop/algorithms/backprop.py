@@ -1,7 +1,9 @@
 """Backpropagation: the baseline of every comparison."""
 
+from typing import Any
+
 import torch
-from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from pytorch_lightning.cli import OptimizerCallable
 from torch import Tensor
 
 from bioprop.algorithms.base import Algorithm, Gradients
@@ -17,7 +19,7 @@ class Backprop(Algorithm):
         network: the forward network: any torch module from images to logits.
         loss: ``cross_entropy``, or ``squared_error`` beside algorithms that descend that one.
         optimizer: makes the optimizer of the weights.
-        scheduler: makes its learning-rate schedule, stepped once an epoch; None for a constant rate.
+        settings: the other arguments of `Algorithm`.
 
     Raises:
         UserError: if the loss is not known.
@@ -28,9 +30,9 @@ class Backprop(Algorithm):
         network: AnyModule,
         loss: OutputLossName = "cross_entropy",
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-4),
-        scheduler: LRSchedulerCallable | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__(network, optimizer, scheduler)
+        super().__init__(network, optimizer, **settings)
         self.output_loss = output_loss(loss)
 
     def _gradients(self, images: Tensor, labels: Tensor) -> Gradients:

@@ -24,7 +24,7 @@ LONGEST_SCHEDULE = 10_000
 
 
 class Gradients(NamedTuple):
-    """What phase 2 makes of a batch.
+    """The results of phase 2 on a batch.
 
     Attributes:
         forward: gradient of every forward parameter by its name in the network, in units of the BP gradient.
@@ -57,7 +57,9 @@ class Algorithm(Evaluated, ABC):
     #: Why a subclass leaves one of these out.
     precision_reason = "it is not one of those that were tried"
 
-    def __init__(self, network: nn.Module, optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None) -> None:
+    def __init__(
+        self, network: nn.Module, optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None = None
+    ) -> None:
         super().__init__(network)
         self.automatic_optimization = False
         self._make_optimizer = optimizer
@@ -109,7 +111,7 @@ class Algorithm(Evaluated, ABC):
         return forward
 
     def _direction(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the forward weights step by, given the gradients of all images of a batch."""
+        """Return the direction that the forward weights step along, given the gradients of all images of a batch."""
         return gradients
 
     @products_in_autocast_type
@@ -238,7 +240,7 @@ class Algorithm(Evaluated, ABC):
                 _step(scheduler)
 
     def _schedule_steps(self, epochs: int) -> int:
-        """How often the learning-rate schedules are stepped in so many epochs."""
+        """Return the number of steps that learning-rate schedules take in so many epochs."""
         return epochs
 
 

@@ -1,4 +1,4 @@
-"""What the methods of Meulemans et al. (2020) share: feedback that undoes all stages above, and its schedule."""
+"""The common part of the methods of Meulemans et al. (2020): feedback that undoes all stages above; its schedule."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -61,7 +61,7 @@ class DifferenceReconstruction(TargetAlgorithm):
         forward_lr: learning rates of the forward weights, one for each stage, in place of the optimizer's; None for
             the optimizer's.
         optimizer: makes the optimizer of the forward weights.
-        settings: the other arguments of `TargetAlgorithm`.
+        settings: the other arguments of `Algorithm`.
 
     Raises:
         UserError: if a hyperparameter is out of its range, or a list has the wrong length.

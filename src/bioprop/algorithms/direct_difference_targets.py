@@ -28,7 +28,7 @@ class DirectDifferenceTargets(DifferenceReconstruction):
         """Draw one map for each hidden stage, from `features` of the output to its activations, by name of stage."""
 
     def features(self, outputs: Tensor) -> Tensor:
-        """What the maps of all stages are applied to: the output itself unless a method says otherwise."""
+        """Compute what the maps of all stages are applied to: the output itself unless a method says otherwise."""
         return outputs
 
     def feature_step(self, outputs: Tensor, step: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
 """Direct feedback alignment: the output error reaches every stage at once."""
 
+from typing import Any
+
 import torch
-from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from pytorch_lightning.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from bioprop.algorithms.base import Algorithm, Gradients
@@ -23,7 +25,7 @@ class DirectFeedbackAlignment(Algorithm):
         constrain_norm: hold the norm of every forward weight at its initial value (Moskovitz et al., 2018).
         batch_manhattan: update by the sign of the gradient (Liao et al., 2016).
         optimizer: makes the optimizer of the forward weights.
-        scheduler: makes its learning-rate schedule, stepped once an epoch; None for a constant rate.
+        settings: the other arguments of `Algorithm`.
 
     Raises:
         UserError: if the network is not a chain of stages.
@@ -35,9 +37,9 @@ class DirectFeedbackAlignment(Algorithm):
         constrain_norm: bool = False,
         batch_manhattan: bool = False,
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.02, momentum=0.9, weight_decay=1e-4),
-        scheduler: LRSchedulerCallable | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__(network, optimizer, scheduler)
+        super().__init__(network, optimizer, **settings)
         if not isinstance(network, Network):
             raise UserError(
                 f"direct feedback alignment sends errors to stages, and {type(network).__name__} has none: make it a "

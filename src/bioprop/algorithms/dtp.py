@@ -54,7 +54,7 @@ class DTP(TargetAlgorithm):
         feedback_momentum: of the feedback weights' SGD.
         speed: how the gradients are computed; changes rounding, not the method.
         optimizer: makes the optimizer of the forward weights.
-        settings: the other arguments of `TargetAlgorithm`.
+        settings: the other arguments of `Algorithm`.
 
     Raises:
         UserError: if a hyperparameter is out of its range, a list has the wrong length, or a stage has no mirror.

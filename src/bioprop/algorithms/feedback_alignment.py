@@ -4,7 +4,7 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from pytorch_lightning.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from bioprop.algorithms.aligned_pass import AlignedPass, Layer
@@ -50,19 +50,20 @@ class FeedbackAlignment(Algorithm):
 
     Args:
         network: the forward network: any torch module from images to logits.
-        rule: which ``B``.
+        rule: rule that ``B`` follows.
         feedback_scale: size of the entries drawn for ``B`` or ``M``, and of ``usf``'s: that of W's at the start
             (``initialisation``), or 1 (``unit``).
         normalize_feedback: scale ``B`` to the norm of ``W`` in every batch (Moskovitz et al., 2018).
         constrain_norm: hold the norm of every ``W`` at its initial value (ibid.).
         batch_manhattan: update by the sign of the gradient (Liao et al., 2016).
-        feedback_optimizer: of ``kolen_pollack``'s ``B``; as ``optimizer`` if None, which gives it equal increments.
-        decay: of ``kolen_pollack``: fraction by which ``W`` and ``B`` both shrink in every batch, in [0, 1), so that
-            ``W - B`` shrinks by it.
-        mirror_rate: of ``weight_mirror``: fraction by which ``B`` moves to its new estimate in every batch, in (0, 1].
-        mirror_samples: of ``weight_mirror``: noise vectors in a batch.
+        feedback_optimizer: makes the optimizer of ``kolen_pollack``'s ``B``; ``optimizer`` if None: equal steps.
+        decay: with ``kolen_pollack``, the fraction by which ``W`` and ``B`` both shrink in every batch, in [0, 1), so
+            that ``W - B`` shrinks by it.
+        mirror_rate: with ``weight_mirror``, the fraction by which ``B`` moves to its new estimate in every batch, in
+            (0, 1].
+        mirror_samples: with ``weight_mirror``, the number of noise vectors in a batch.
         optimizer: makes the optimizer of the forward weights.
-        scheduler: makes its learning-rate schedule, stepped once an epoch; None for a constant rate.
+        settings: the other arguments of `Algorithm`.
 
     Raises:
         UserError: if a hyperparameter is out of its range or the network has no layer with a weight.
@@ -81,9 +82,9 @@ class FeedbackAlignment(Algorithm):
         mirror_rate: float = 0.1,
         mirror_samples: int = 128,
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.02, momentum=0.9, weight_decay=1e-4),
-        scheduler: LRSchedulerCallable | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__(network, optimizer, scheduler)
+        super().__init__(network, optimizer, **settings)
         for name, value, known in (
             ("rule", rule, get_args(Rule)),
             ("feedback_scale", feedback_scale, ("initialisation", "unit")),
@@ -119,7 +120,7 @@ class FeedbackAlignment(Algorithm):
             self.backward_weights[_key(name)] = nn.Parameter(self._initial(weight, scale), requires_grad=False)
 
     def _initial(self, weight: Tensor, scale: Tensor) -> Tensor:
-        """What is stored for a layer: ``B``, the magnitudes ``M``, or ``usf``'s one magnitude ``s``."""
+        """Return the tensor stored for a layer: ``B``, the magnitudes ``M``, or ``usf``'s one magnitude ``s``."""
         if self.rule in ("usf", "transpose"):
             return scale.to(weight.dtype)
         return draw_like(weight.detach(), scale)
@@ -159,7 +160,7 @@ class FeedbackAlignment(Algorithm):
         return found
 
     def _weight(self, name: str, layer: Layer) -> Tensor:
-        """What a layer multiplied by last; its weight if it has not been seen yet, or multiplies by that."""
+        """Return the tensor a layer multiplied by last; its weight if it multiplies by that, or was not seen yet."""
         with torch.no_grad(), preserve_buffers(layer):  # a spectral norm iterates when it is asked
             return (self._effective or {}).get(name, layer.weight).detach()
 

@@ -21,7 +21,7 @@ class FeedbackSchedule(NamedTuple):
     extra_epochs: int
 
     def trains_forward(self, epoch: int) -> bool:
-        """Whether forward weights are trained in an epoch, counted from 0; feedback weights are in every epoch."""
+        """Return whether an epoch, counted from 0, trains forward weights; every one trains feedback weights."""
         since = epoch - self.pretraining_epochs
         return since >= 0 and since % (1 + self.extra_epochs) == 0
 

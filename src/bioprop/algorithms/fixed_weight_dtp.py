@@ -41,7 +41,7 @@ class FixedWeightDTP(TargetAlgorithm):
             ``orthogonal``, above 0; None for what is published: 1e-3, and 1 for ``orthogonal``.
         sparsity: share of the weights that ``sparse`` sets to zero, from 0 to 1.
         optimizer: makes the optimizer of the forward weights.
-        settings: the other arguments of `TargetAlgorithm`.
+        settings: the other arguments of `Algorithm`.
 
     Raises:
         UserError: if a hyperparameter is out of its range, or a stage has no mirror.

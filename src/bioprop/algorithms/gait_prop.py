@@ -35,7 +35,7 @@ class GAITProp(TargetAlgorithm):
         orthogonality: ``lambda``, the weight of the regulariser, 0 for none.
         loss: ``squared_error`` (published) or ``cross_entropy``.
         optimizer: makes the optimizer of the forward weights.
-        settings: the other arguments of `TargetAlgorithm`.
+        settings: the other arguments of `Algorithm`.
 
     Raises:
         UserError: if a stage has no inverse, or a hyperparameter is out of its range.

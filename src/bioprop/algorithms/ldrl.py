@@ -79,7 +79,7 @@ class LDRL(TargetAlgorithm):
             ``V = W`` for its one minimiser: factors that cancel between two layers leave the whole as it is.
         speed: how the gradients are computed; changes rounding, not the method.
         optimizer: makes the optimizer of the forward weights.
-        settings: the other arguments of `TargetAlgorithm`.
+        settings: the other arguments of `Algorithm`.
 
     Raises:
         UserError: if a hyperparameter is out of its range, a list has the wrong length, or a stage has no mirror.

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from pytorch_lightning.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from bioprop.algorithms.base import Algorithm, Gradients
@@ -39,7 +39,7 @@ class TargetAlgorithm(Algorithm):
         network: the forward network: a chain of stages.
         beta: step of the output target along the gradient, above 0.
         optimizer: makes the optimizer of the forward weights.
-        scheduler: makes its learning-rate schedule, stepped once an epoch; None for a constant rate.
+        settings: the other arguments of `Algorithm`.
 
     Attributes:
         feedback: the feedback operators ``G^n`` by name of stage. ``G^1`` would reach the input: nothing needs it.
@@ -58,9 +58,9 @@ class TargetAlgorithm(Algorithm):
         network: Network,
         beta: float,
         optimizer: OptimizerCallable,
-        scheduler: LRSchedulerCallable | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__(network, optimizer, scheduler)
+        super().__init__(network, optimizer, **settings)
         if not isinstance(network, Network):
             raise UserError(
                 f"target propagation needs a chain of stages, and {type(network).__name__} is none: make it a "
@@ -100,11 +100,11 @@ class TargetAlgorithm(Algorithm):
 
     @property
     def trains_feedback(self) -> bool:
-        """Whether there are feedback weights that learn."""
+        """Return whether there are feedback weights that learn."""
         return self.feedback_training is not None
 
     def _shares_stages(self) -> bool:
-        """Whether each of several processes trains the feedback of some stages, on the images of all."""
+        """Return whether each of several processes trains the feedback of some stages, on the images of all."""
         return self.feedback_training is not None and self.feedback_training.sharing() == "stages"
 
     def _train_feedback(self, passes: Sequence[StagePass]) -> dict[str, Tensor]:

@@ -60,8 +60,8 @@ def find_rows(algorithms: Sequence[str], network: str, data: str, folder: Path) 
     defaults of the class, and all else of another row, or of another file for the same data.
 
     Args:
-        algorithms: names of files or classes.
-        network: likewise.
+        algorithms: names of files, or of classes.
+        network: name of files, or of a class.
         data: name of files.
         folder: an empty folder, for files with a part of the options of another.
 

@@ -1,4 +1,4 @@
-"""What training costs: seconds of a batch and of its feedback phase, and memory; on any device."""
+"""The cost of training: seconds of a batch and of its feedback phase, and memory; on any device."""
 
 import time
 from pathlib import Path

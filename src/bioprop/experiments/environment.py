@@ -1,4 +1,4 @@
-"""What a figure depends on besides its settings: the machine and the versions."""
+"""The machine and the versions, which a figure depends on besides its settings."""
 
 import platform
 import subprocess

@@ -6,7 +6,7 @@ from typing import Any
 from bioprop.errors import UserError
 from bioprop.experiments.configs import Settings, flat
 
-#: What `bioprop compare` sets itself for each run; a config that sets it too would lose silently.
+#: Settings that `bioprop compare` makes itself for each run; a config that sets it too would lose silently.
 DECIDED = (
     "ckpt_path",
     "weights_only",
@@ -16,7 +16,7 @@ DECIDED = (
     "trainer.fast_dev_run",
     "trainer.barebones",
 )
-#: How the checkpoint that is tested must be chosen.
+#: Settings by which the checkpoint that is tested must be chosen.
 SELECTION = {
     "checkpoint.monitor": "val/accuracy",
     "checkpoint.mode": "max",
@@ -24,7 +24,7 @@ SELECTION = {
     "checkpoint.filename": "best",
     "checkpoint.dirpath": None,
 }
-#: What is shown while a run goes on, and its seed, which the comparison sets.
+#: Settings of the display while a run goes on, and its seed, which the comparison sets.
 FREE = ("seed_everything", "trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.log_every_n_steps")
 ADVICE = {
     "trainer.max_epochs": "--epochs N gives all the same",
@@ -103,7 +103,7 @@ def check_unchanged(name: str, before: Settings, now: Settings) -> None:
 
 
 def _shared(settings: Settings) -> dict[str, Any]:
-    """What must be the same in all rows, by dotted name."""
+    """Return the settings that must be the same in all rows, by dotted name."""
     parts = ("trainer", "data", "model.network", "checkpoint", "alignment")
     return {
         key: value

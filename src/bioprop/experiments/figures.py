@@ -30,9 +30,9 @@ def draw_figures(rows: Sequence[Row], folder: Path, title: str) -> None:
     """Draw ``accuracy.png``, ``angles.png``, ``time.png``, and all three side by side as ``comparison.png``.
 
     Args:
-        rows: of one comparison; those without a finished run are left out.
-        folder: where the pictures go.
-        title: of each picture.
+        rows: rows of one comparison; those without a finished run are left out.
+        folder: folder of the pictures.
+        title: title of each picture.
     """
     drawn = [row for row in rows if row.finished]
     if not drawn:
@@ -158,7 +158,7 @@ def draw_feedback_training(record: Path, path: Path) -> None:
     Args:
         record: ``feedback_training.csv`` as `bioprop.callbacks.FeedbackRecord` writes it; the recorded batches are put
             one after the other, with a gap between them.
-        path: where the picture goes.
+        path: file of the picture.
 
     Raises:
         UserError: if the record is missing, empty or another program's.

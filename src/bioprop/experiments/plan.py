@@ -25,10 +25,10 @@ class Run(NamedTuple):
 
     Attributes:
         row: name of the row.
-        folder: where it keeps its files.
-        seed: of weights and noise.
+        folder: folder of its files.
+        seed: seed of weights and noise.
         factor: by which its learning rate is multiplied.
-        is_trial: whether it only tries a learning rate, on validation images.
+        is_trial: true if it only tries a learning rate, on validation images.
     """
 
     row: str
@@ -44,23 +44,23 @@ class Run(NamedTuple):
 
     @property
     def result(self) -> Result | None:
-        """How it ended; None if it has not."""
+        """Return the result; None if the run has not ended."""
         return Result.load(self.folder)
 
     @property
     def test(self) -> Test | None:
-        """What it got right of the test images; None if they were not read."""
+        """Return the accuracy on the test images; None if they were not read."""
         return Test.load(self.folder)
 
 
 @dataclass
 class Comparison:
-    """What a results folder holds; stored in its ``comparison.json``.
+    """The content of a results folder; stored in its ``comparison.json``.
 
     Attributes:
         folder: the results folder.
         rows: settings of each row by its name, spelled out in full.
-        seeds: how many seeds were asked for, by row.
+        seeds: number of seeds that were asked for, by row.
         lr_factors: tried on the learning rate of each row; one factor is no trial.
         commands: the command lines that made it, without repetitions.
     """

@@ -18,7 +18,7 @@ from bioprop.experiments.worker import Job
 
 
 class Watcher(Protocol):
-    """What is told how jobs go on."""
+    """An object that is told of the progress of jobs."""
 
     def started(self, job: Job) -> None:
         """Take note of a job that begins."""
@@ -43,7 +43,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, watcher: Watcher) -> None:
 
     Args:
         jobs: in the order in which they start.
-        at_once: how many go on side by side.
+        at_once: number of jobs side by side.
         watcher: told of every start, epoch and end.
     """
     waiting, running = deque(jobs), list[_Running]()

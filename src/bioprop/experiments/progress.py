@@ -1,4 +1,4 @@
-"""How far a comparison is: bars on a terminal, a line for each run elsewhere."""
+"""The progress of a comparison: bars on a terminal, a line for each run elsewhere."""
 
 from collections.abc import Callable
 from typing import Self
@@ -15,10 +15,10 @@ class Progress:
     """Shows the whole and the runs that are going on, and has tables written after each.
 
     Args:
-        console: where it shows them.
+        console: terminal or file that shows them.
         total: number of runs, trials included.
-        done: how many of them have ended before.
-        epochs: of each run.
+        done: number of those that have ended before.
+        epochs: number of epochs of each run.
         after_run: called when a run has ended.
     """
 

@@ -1,4 +1,4 @@
-"""What a comparison writes for people and for other programs: tables, on the screen too, and figures."""
+"""The report of a comparison for people and for other programs: tables, on the screen too, and figures."""
 
 import csv
 import io
@@ -181,7 +181,7 @@ def _memory_note(results: Sequence[Result]) -> str:
 
 
 def _messages(rows: Sequence[Row]) -> list[str]:
-    """What the runs said that did not finish; a trial that diverged is news only where all did."""
+    """Return the messages of the runs that did not finish; a trial that diverged is news only where all did."""
     return [
         f"{each.run.title}: {each.result.status}: {_said(each.run, each.result)}"
         for row in rows

@@ -1,4 +1,4 @@
-"""What a run leaves behind for tables and figures, in files that are whole or not there."""
+"""The results of a run, for tables and figures, in files that are whole or not there."""
 
 import json
 import math
@@ -25,7 +25,7 @@ class Epoch:
         seconds: wall-clock seconds of the epoch's batches, validation left out.
         batch_seconds: median seconds of a training step.
         step_seconds: seconds of all timed steps.
-        feedback_seconds: how many of those went into training feedback weights.
+        feedback_seconds: those of them that went into training feedback weights.
         angles: degrees between update and BP gradient by stage, and ``overall``; empty where not measured.
         angles_gn: the same to the update of Gauss-Newton targets.
     """
@@ -46,13 +46,13 @@ class Result:
     Attributes:
         status: ``finished``, ``diverged`` (its numbers became infinite or NaN) or ``failed`` (tried again next time).
         message: why, if it did not finish.
-        learning_rate: of the forward weights; several where each stage has its own.
+        learning_rate: learning rate of the forward weights; several where each stage has its own.
         epochs: in order.
         peak_memory: MiB, see `bioprop.experiments.costs.PeakMemory`.
         images: number of training and validation images.
-        hardware: where it ran.
+        hardware: machine on which it ran.
         versions: what ran.
-        jobs: how many runs went on side by side.
+        jobs: number of runs that went on side by side.
         ended: date and time, in UTC.
     """
 

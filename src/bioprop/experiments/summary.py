@@ -32,7 +32,7 @@ class Row(NamedTuple):
     Attributes:
         name: as the user gave it.
         algorithm: name of the class.
-        seeds: how many runs were asked for.
+        seeds: number of runs that were asked for.
         trials: runs that choose the learning rate.
         runs: runs that are reported; none as long as no learning rate is chosen.
     """
@@ -55,7 +55,7 @@ class Row(NamedTuple):
 
     @property
     def troubles(self) -> list[str]:
-        """Why there are fewer finished runs than were asked for; empty where there are not."""
+        """Return the reason for fewer finished runs than were asked for; empty where there is none."""
         unfinished = {
             "diverged": _count(self.runs, "diverged"),
             "failed": _count(self.runs, "failed"),
@@ -71,7 +71,7 @@ class Row(NamedTuple):
 
     @property
     def failed(self) -> bool:
-        """Whether a run or a trial is to be tried again; one that diverged has ended."""
+        """Return true if a run or a trial is to be tried again; one that diverged has ended."""
         waiting = any(each.result is None or each.result.status == "failed" for each in (*self.trials, *self.runs))
         untested = any(each.result and each.result.status == "finished" and not each.test for each in self.runs)
         return waiting or untested

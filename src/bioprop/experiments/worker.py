@@ -39,19 +39,19 @@ Report = Callable[[int, float | None], None]
 
 @dataclass(frozen=True)
 class Job:
-    """What a process is to do.
+    """The work of one process.
 
     Attributes:
         kind: ``fit`` or ``test``.
         title: for people.
-        folder: of the run.
-        arguments: of ``bioprop fit`` and ``bioprop test``, without the checkpoint.
-        learning_rate: of the forward weights, to be noted.
-        keep_checkpoints: whether they are needed when the run has finished.
-        directory: where the command was given, which relative paths start from.
-        versions: of the code that runs.
-        threads: of arithmetic; None for torch's choice.
-        jobs: how many go on side by side.
+        folder: folder of the run.
+        arguments: words behind ``bioprop fit`` and ``bioprop test``, without the checkpoint.
+        learning_rate: learning rate of the forward weights, to be noted.
+        keep_checkpoints: keep the checkpoints when the run has finished.
+        directory: folder in which the command was given, and which relative paths start from.
+        versions: versions of the code that runs.
+        threads: number of threads of arithmetic; None for torch's choice.
+        jobs: number of runs side by side.
     """
 
     kind: Literal["fit", "test"]
@@ -118,7 +118,7 @@ class RunRecord(Callback):
         self._report(number, val_accuracy)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Return the part of the record that a checkpoint keeps."""
         return {"epochs": list(self.epochs), "peak_memory": self.peak_memory}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -152,7 +152,7 @@ def work(job: Job, reports: Connection) -> None:
 
     Args:
         job: what to do.
-        reports: where (epoch, validation accuracy) goes after each epoch.
+        reports: pipe that takes (epoch, validation accuracy) after each epoch.
     """
     _belong_to_parent()
     secure_output()

@@ -36,7 +36,7 @@ class LayerGradient(NamedTuple):
 
 
 def has_curvature(mirror: Mirror, by_layers: bool) -> bool:
-    """Whether a mirror's loss has a curvature for each of its weights, which the normalized step divides by."""
+    """Return whether a mirror's loss has a curvature for each of its weights, which the normalized step divides by."""
     return type(mirror).layers is not Mirror.layers and (by_layers or not mirror.is_composed)
 
 

@@ -113,7 +113,7 @@ class Probing:
         self._activity_damping = 2.0 * inputs[0].numel() * crowded / (batch * peers.size)
 
     def is_along(self, draw: int) -> bool:
-        """Whether a draw of the noise, by its number within the batch, is along the activities."""
+        """Return whether a draw of the noise, by its number within the batch, is along the activities."""
         return self._turns and draw // self._samples % 2 == 1
 
     def shape(self, draw: int) -> tuple[int, ...] | None:
@@ -142,7 +142,7 @@ class Probing:
         return self.sigma**2 * share
 
     def damped(self, curvature: Tensor, draw: int) -> Tensor:
-        """What the step after a draw is divided by.
+        """Compute the divisor of the step after a draw.
 
         Args:
             curvature: of the units, or of their taps.
@@ -152,7 +152,7 @@ class Probing:
 
 
 class Rule(NamedTuple):
-    """How the feedback of one stage is trained; the settings of `LDRL`, with None for ``auto``.
+    """The rule that the feedback of one stage is trained by: the settings of `LDRL`, with None for ``auto``.
 
     Attributes:
         second_noise: ``echo``, ``expected`` or ``independent``.

@@ -13,7 +13,7 @@ Replay = Callable[[], None]
 
 
 class Backend(Protocol):
-    """How a function is recorded; CUDA graphs, or a stand-in where there is no GPU."""
+    """A way to record a function: CUDA graphs, or a stand-in where there is no GPU."""
 
     def __call__(self, function: Callable[[], Tensor], generator: torch.Generator) -> tuple[Replay, Tensor]:
         """Record a call; return what repeats it and the tensor its result is written to."""

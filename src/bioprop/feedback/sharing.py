@@ -1,4 +1,4 @@
-"""How several processes share feedback training."""
+"""The sharing of feedback training among several processes."""
 
 from collections.abc import Iterable, Mapping, Sequence
 

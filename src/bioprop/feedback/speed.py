@@ -12,7 +12,7 @@ Sharing = Literal["gradients", "weights", "stages"]
 @refuses_removed("speed.")
 @dataclass(frozen=True)
 class Speed:
-    """How feedback gradients are computed.
+    """The way in which feedback gradients are computed.
 
     Args:
         closed_form: by closed forms, for the kinds of stages that have them; false: by plain autograd

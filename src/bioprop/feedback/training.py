@@ -202,14 +202,14 @@ class FeedbackTraining:
         return bfloat16_products()
 
     def _may_record(self, clean: StagePass, sharing: Sharing | None) -> bool:
-        """Whether a stage's iterations can be a CUDA graph: no graph of autograd, no exchange, and nobody watching."""
+        """Return whether the iterations can be a CUDA graph: no graph of autograd, no exchange, and nobody watching."""
         alone = clean.affine is not None and not self.observers and sharing != "gradients"
         return self.speed.cuda_graph and clean.inputs.is_cuda and alone
 
     # -- several processes ---------------------------------------------------------------------------------------
 
     def sharing(self) -> Sharing | None:
-        """How several processes share feedback training; None where there is one."""
+        """Return the part that several processes share of feedback training; None where there is one."""
         return self.speed.processes if process_count() > 1 else None
 
     def _owners(self, batches: Sequence[StageBatch]) -> Mapping[str, int]:

@@ -1,4 +1,4 @@
-"""How feedback weights that stay as they are drawn are drawn (Shibuya et al., AAAI 2023)."""
+"""Draws of feedback weights that then stay as they are (Shibuya et al., AAAI 2023)."""
 
 from typing import Literal, get_args
 

@@ -68,7 +68,7 @@ def gauss_newton_differences(
 def gauss_newton_gradients(
     network: nn.Module, stages: Sequence[StageFunction], images: Tensor, labels: Tensor, damping: float
 ) -> dict[str, Tensor]:
-    """What a forward optimizer would be handed if every target were Gauss-Newton's.
+    """The gradients that a forward optimizer would be handed if every target were Gauss-Newton's.
 
     The gradients of ``sum_n mean_batch 1/2 |F^n(s^{n-1}) - t^n|^2`` with ``t^n = s^n + dh^n``, ``dh^n`` by
     `gauss_newton_direction` for the error ``e = onehot(y) - softmax(s^N)``: a parameter's Gauss-Newton target update,

@@ -23,7 +23,7 @@ class Pool(NamedTuple):
 
     @property
     def overlaps(self) -> bool:
-        """Whether a position can lie in more than one window."""
+        """Return whether a position can lie in more than one window."""
         return self.kernel_size > self.stride
 
     def output_size(self, height: int, width: int) -> Size:
@@ -98,7 +98,7 @@ def pick(maps: Tensor, places: Places) -> Tensor:
 
 
 def last_windows(switches: Tensor, pool: Pool) -> Tensor:
-    """Whether each window is the last, in reading order, of those that chose its position: bool, like ``switches``."""
+    """Return whether each window is the last, in reading order, that chose its position: bool, like ``switches``."""
     reach = (pool.kernel_size - 1) // pool.stride
     height, width = switches.shape[2:]
     neighbours = F.pad(switches, (reach, reach, 0, reach), value=-1)

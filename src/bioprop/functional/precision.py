@@ -40,7 +40,7 @@ _setting = _Setting()
 
 
 def products_are_reduced() -> bool:
-    """Whether the products of layers are computed in bfloat16 here."""
+    """Return whether the products of layers are computed in bfloat16 here."""
     return _setting.reduced
 
 

@@ -20,7 +20,7 @@ Function = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Activation:
-    """What lies between a layer and its feedback layer within a stage of several: no pooling.
+    """The activations between a layer and its feedback layer within a stage of several; there is no pooling.
 
     It stands for both `LayerStage` and `LayerMirror` in a `FeedbackLayer`.
 
@@ -38,7 +38,7 @@ class Activation:
 
     @property
     def is_linear(self) -> bool:
-        """Whether ``phi`` is the identity."""
+        """Return whether ``phi`` is the identity."""
         return self.phi is identity
 
     def activate(self, affine: Tensor) -> StageOutput:
@@ -120,7 +120,7 @@ class FeedbackLayer(NamedTuple):
 
     @property
     def area(self) -> float:
-        """How many positions before pooling there are for each one after it."""
+        """The number of positions before pooling for each one after it."""
         return self.affine[0].numel() / self.output[0].numel()
 
 

@@ -93,7 +93,7 @@ def unit_square_sums(values: Tensor) -> Tensor:
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether a layer is what its stage built: not replaced, without hooks, its weight a parameter of its own."""
+    """Return whether a layer is as its stage built it: not replaced, without hooks, its weight its own parameter."""
     hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
     return type(layer) in (LinearLayer, ConvLayer) and not any(hooks)
 

@@ -102,7 +102,7 @@ class LayerMirror(Mirror):
 
     @abstractmethod
     def features(self, outputs: Tensor, switches: Switches) -> Tensor:
-        """What the feedback weights are applied to: the unpooled ``phi(outputs)``."""
+        """Compute the features that the feedback weights are applied to, the unpooled ``phi(outputs)``."""
 
     @abstractmethod
     def project(self, features: Tensor, bias: Tensor | None = None, weight: Tensor | None = None) -> Tensor:

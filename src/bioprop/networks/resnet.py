@@ -22,7 +22,7 @@ Normalize = Callable[[nn.Module, Tensor], Tensor]
 
 
 class StemPass(NamedTuple):
-    """What a pass through a `StemStage` hands to its mirror, without a graph.
+    """The values that a pass through a `StemStage` hands to its mirror, without a graph.
 
     Attributes:
         affine: what the activation was applied to, ``[batch, channels, height, width]``.
@@ -34,7 +34,7 @@ class StemPass(NamedTuple):
 
 
 class BlockPass(NamedTuple):
-    """What a pass through a `BasicBlockStage` hands to its mirror, without a graph.
+    """The values that a pass through a `BasicBlockStage` hands to its mirror, without a graph.
 
     Attributes:
         affine: what the inner activation was applied to, ``[batch, channels, height, width]``.
@@ -154,6 +154,8 @@ class BasicBlockStage(Stage):
 
 class PooledLinearStage(Stage):
     """Mean over positions -> linear: the output of a residual network.
+
+    The same as a 1x1 convolution whose maps are averaged, the output of an all-convolutional network.
 
     Args:
         input_shape: (channels, height, width) of one input sample.

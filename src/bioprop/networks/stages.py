@@ -20,7 +20,7 @@ Switches = Any
 
 
 class StageOutput(NamedTuple):
-    """What a stage hands to the next one, and the switches of that very pass (None without pooling)."""
+    """The output that a stage hands to the next one, and the switches of that very pass (None without pooling)."""
 
     output: Tensor
     switches: Switches

@@ -81,7 +81,7 @@ class TargetPropagationContract(AlgorithmContract):
         assert {name.split(".")[0] for name in names} == {"conv2", "fc1", "fc2"} - {still} == set(losses)
 
     def test_stages_are_trained_independently(self) -> None:
-        """What one stage's feedback learns does not depend on the settings of the others."""
+        """The feedback that one stage learns does not depend on the settings of the others."""
         runs = []
         for settings in ({"iterations": (1, 3, 1)}, {"iterations": (4, 3, 0), "noise": (0.3, 0.1, 0.5)}):
             algorithm = self.made_from_seed(3, **({"noise": 0.1} | settings))
