@@ -1,8 +1,6 @@
-import hashlib
 import pickle
 from urllib.error import URLError
 
-import numpy as np
 import pytest
 import torch
 from torchvision import datasets
@@ -10,32 +8,13 @@ from torchvision import datasets
 from bioprop.datamodules import CIFAR10
 from bioprop.datamodules.cifar import CIFAR10_CLASSES
 from bioprop.errors import UserError
-
-PER_BATCH = 40
+from tests.datamodules.published_files import write_cifar
 
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
     """A small CIFAR-10 in the real file format."""
-    folder = tmp_path / datasets.CIFAR10.base_folder
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-
-    def write(name, content):
-        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
-        return hashlib.md5((folder / name).read_bytes()).hexdigest()
-
-    def batch(name):
-        rows = rng.integers(0, 256, (PER_BATCH, 3072), dtype=np.uint8)
-        labels = [number % 10 for number in range(PER_BATCH)]
-        return [name, write(name, {"data": rows, "labels": labels, "batch_label": name, "filenames": []})]
-
-    monkeypatch.setattr(datasets.CIFAR10, "train_list", [batch(f"data_batch_{number}") for number in range(1, 6)])
-    monkeypatch.setattr(datasets.CIFAR10, "test_list", [batch("test_batch")])
-    meta = {"filename": "batches.meta", "key": "label_names"}
-    meta["md5"] = write("batches.meta", {"label_names": list(CIFAR10_CLASSES), "num_vis": 3072})
-    monkeypatch.setattr(datasets.CIFAR10, "meta", meta)
-    return tmp_path
+    return write_cifar(tmp_path, monkeypatch)
 
 
 def test_constants_and_published_defaults():

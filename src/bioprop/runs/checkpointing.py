@@ -89,8 +89,6 @@ class RunCheckpoints(ModelCheckpoint):
         self._due = False
         self._failure: str | None = None
 
-    # -- when ----------------------------------------------------------------------------------------------------
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write files whole or not at all."""
         with warnings.catch_warnings():  # a run that goes on has files in its folder
@@ -289,8 +287,6 @@ class RunCheckpoints(ModelCheckpoint):
             return f"its state could not be saved ({self._failure}); {self._kept()}"
         return f"--ckpt_path last, or {self.last_model_path}, goes on from here"
 
-    # -- names ---------------------------------------------------------------------------------------------------
-
     def _refuse_filename(self) -> None:
         name = self.filename or ""
         if re.search(r"[/\\]", re.sub(FIELD, "", name)):
@@ -324,8 +320,6 @@ class RunCheckpoints(ModelCheckpoint):
             f"{folder / found[0]} is another run's, and this one would replace it: choose another folder "
             "(--checkpoint.dirpath, or leave that out), or go on with that run by --ckpt_path last"
         )
-
-    # -- state ---------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Add the folders that the run has by its loggers."""
