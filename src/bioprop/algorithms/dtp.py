@@ -92,19 +92,27 @@ class DTP(TargetAlgorithm):
         self.streams = RandomStreams()
         self.feedback_training: FeedbackTraining = FeedbackTraining(
             self.feedback,
-            *(self.streams, self._observers, noise, feedback_lr, iterations, "sgd", feedback_momentum, speed),
+            self.streams,
+            self._observers,
+            noise=noise,
+            feedback_lr=feedback_lr,
+            iterations=iterations,
+            feedback_step="sgd",
+            feedback_momentum=feedback_momentum,
+            speed=speed,
         )
         self.closed_form = speed.closed_form
 
     def _train_feedback(self, passes: Sequence[StagePass]) -> dict[str, Tensor]:
         """Phase 1: every stage that has feedback descends its reconstruction loss on fresh noise."""
-        stages, iterations = self.mirrored_stages(), self.feedback_training.iterations.values()
-        return self.feedback_training.train(
-            [
-                StageBatch(*each, clean, int(count), partial(self.feedback_objective, *each))
-                for each, clean, count in zip(stages, passes[1 : len(stages) + 1], iterations, strict=True)
-            ]
-        )
+        batches = []
+        for (name, stage, mirror), clean in zip(
+            self.mirrored_stages(), passes[1:], strict=False
+        ):  # the last may have none
+            iterations = self.feedback_training.iterations[name]
+            objective = partial(self.feedback_objective, name, stage, mirror)
+            batches.append(StageBatch(name, stage, mirror, clean, iterations, objective))
+        return self.feedback_training.train(batches)
 
     def target_differences(self, passes: Sequence[StagePass], output: Tensor) -> list[Tensor]:
         """Return ``t^n - s^n`` through the feedback operators, from the input to the output, given the output's."""

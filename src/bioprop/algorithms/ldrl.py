@@ -117,7 +117,14 @@ class LDRL(TargetAlgorithm):
         self.streams = RandomStreams()
         self.feedback_training: FeedbackTraining = FeedbackTraining(
             self.feedback,
-            *(self.streams, self._observers, noise, feedback_lr, iterations, feedback_step, feedback_momentum, speed),
+            self.streams,
+            self._observers,
+            noise=noise,
+            feedback_lr=feedback_lr,
+            iterations=iterations,
+            feedback_step=feedback_step,
+            feedback_momentum=feedback_momentum,
+            speed=speed,
             finds_settings=True,
         )
         self.closed_form = speed.closed_form
@@ -125,15 +132,12 @@ class LDRL(TargetAlgorithm):
 
     def _train_feedback(self, passes: Sequence[StagePass]) -> dict[str, Tensor]:
         """Phase 1: every stage n >= 2 descends its feedback loss, on fresh noise in every iteration."""
-        return self.feedback_training.train(
-            [
-                StageBatch(
-                    *(name, stage, mirror, clean, self.iterations_of(name, mirror, clean)),
-                    partial(self.feedback_objective, name, stage, mirror),
-                )
-                for (name, stage, mirror), clean in zip(self.mirrored_stages(), passes[1:], strict=True)
-            ]
-        )
+        batches = []
+        for (name, stage, mirror), clean in zip(self.mirrored_stages(), passes[1:], strict=True):
+            iterations = self.iterations_of(name, mirror, clean)
+            objective = partial(self.feedback_objective, name, stage, mirror)
+            batches.append(StageBatch(name, stage, mirror, clean, iterations, objective))
+        return self.feedback_training.train(batches)
 
     def target_differences(self, passes: Sequence[StagePass], output: Tensor) -> list[Tensor]:
         """Return ``t^n - s^n`` through the feedback operators, from the input to the output, given the output's."""

@@ -191,7 +191,7 @@ class FeedbackTraining:
         self.optimizer.zero_grad()
 
     def _products(self, inputs: Tensor) -> AbstractContextManager[None]:
-        """The context in which products are computed."""
+        """Return the context in which products are computed."""
         if not self.speed.bfloat16:
             return nullcontext()
         if inputs.dtype is not torch.float32:
@@ -213,7 +213,7 @@ class FeedbackTraining:
         return self.speed.processes if process_count() > 1 else None
 
     def _owners(self, batches: Sequence[StageBatch]) -> Mapping[str, int]:
-        """Which process trains which of the stages that are trained; empty where observers want to see every stage."""
+        """Return the rank that trains each trained stage, by name; empty where observers want to see every stage."""
         trained = [each for each in batches if each.iterations]
         if self.observers:
             return {}

@@ -117,16 +117,27 @@ class BlockMirror(Mirror):
         activation, linear = Activation(self._rho, self.phi, self._slope), _linear(clean.output)
         layers = [
             _feedback_layer(
-                *("conv1_weight", block.conv1, self.conv1_weight, clean.inputs),
-                *(values.norm1, (0, 1), activation, values.affine),
+                "conv1_weight",
+                block.conv1,
+                self.conv1_weight,
+                clean.inputs,
+                values.norm1,
+                (0, 1),
+                activation,
+                values.affine,
             ),
             _feedback_layer("conv2_weight", block.conv2, self.conv2_weight, inner, values.norm2, (1, 2), *linear),
         ]
         if block.shortcut_conv is not None and self.shortcut_weight is not None:
             layers.append(
                 _feedback_layer(
-                    *("shortcut_weight", block.shortcut_conv, self.shortcut_weight, clean.inputs),
-                    *(values.norm_shortcut, (0, 2), *linear),
+                    "shortcut_weight",
+                    block.shortcut_conv,
+                    self.shortcut_weight,
+                    clean.inputs,
+                    values.norm_shortcut,
+                    (0, 2),
+                    *linear,
                 )
             )
         return FeedbackLayers(layers, [tuple(clean.inputs.shape), tuple(inner.shape), tuple(clean.output.shape)])
