@@ -12,13 +12,13 @@ from typing import Any, cast
 import torch
 from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
 from pytorch_lightning import Callback, Trainer
-from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.callbacks import Checkpoint, ProgressBar
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger
 
 from bioprop.algorithms import Algorithm
 from bioprop.algorithms.trainer_precision import check_precision
-from bioprop.callbacks import AlignmentToBackprop, DivergenceGuard, EpochSeconds, PredictionsFile
+from bioprop.callbacks import AlignmentToBackprop, DivergenceGuard, EpochSeconds, PredictionsFile, RunningLoss
 from bioprop.cli_parser import OneSentenceParser, in_order, resolve_values
 from bioprop.datamodules import ImageDataModule
 from bioprop.distributed import LostProcessError, is_lost_process, process_rank
@@ -155,13 +155,14 @@ class BiopropCLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Let our callback alone save nothing with ``enable_checkpointing false``, which Lightning would refuse."""
         given = config.get("callbacks") or []
-        if config.get("enable_checkpointing") is False and not any(
-            isinstance(each, Checkpoint) for each in (given if isinstance(given, list) else [given])
-        ):
+        given = given if isinstance(given, list) else [given]
+        if config.get("enable_checkpointing") is False and not any(isinstance(each, Checkpoint) for each in given):
             config["enable_checkpointing"] = None
             for each in callbacks:
                 if isinstance(each, RunCheckpoints):
                     each.saves = False
+        if config.get("enable_progress_bar") is not False and not any(isinstance(each, ProgressBar) for each in given):
+            callbacks.append(RunningLoss())
         return super()._instantiate_trainer(config, callbacks)
 
     def after_instantiate_classes(self) -> None:

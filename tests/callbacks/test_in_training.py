@@ -2,6 +2,9 @@
 
 import csv
 import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +15,21 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import CSVLogger
 
 from bioprop.algorithms import DTPDRL, LDRL, Algorithm, Backprop, DDTPLinear
-from bioprop.callbacks import AlignmentToBackprop, DivergenceGuard, EpochSeconds, FeedbackRecord
+from bioprop.callbacks import (
+    AlignmentToBackprop,
+    DivergenceGuard,
+    EpochSeconds,
+    FeedbackRecord,
+    RunningLoss,
+    divergence,
+)
+from bioprop.callbacks.divergence import LOOK_EVERY
 from bioprop.datamodules import Digits
 from bioprop.errors import DivergenceError, UserError
 from bioprop.experiments.figures import draw_feedback_training
 from bioprop.functional.angles import angle_degrees
 from bioprop.networks import LeNet
+from bioprop.runs import RunCheckpoints
 from bioprop.runs.folder import run_folder
 
 
@@ -185,6 +197,134 @@ def test_guard_names_the_stage_and_what_to_lower(tmp_path: Path, part: str, sent
         fit(tmp_path, make(iterations=0), Break(part), DivergenceGuard())
     assert "epoch 0, batch 1" in str(caught.value)
     assert sentence in str(caught.value)
+
+
+class Counting(Callback):
+    """Counts the batches that were trained on, and the validations that were begun."""
+
+    def __init__(self) -> None:
+        self.batches = self.validations = 0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.batches += 1
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.validations += not trainer.sanity_checking
+
+
+class Scale(Callback):
+    """Multiply weights before a batch."""
+
+    def __init__(self, part: str, factor: float) -> None:
+        self.part, self.factor = part, factor
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:
+            with torch.no_grad():
+                pl_module.get_parameter(self.part).mul_(self.factor)
+
+
+@pytest.mark.parametrize(
+    ("broken", "sentence"),
+    [
+        (Break("feedback.fc1.weight"), "feedback weights of stage fc1 grew"),
+        (Break("network.fc2.linear.weight"), "feedback weights of stage fc2 grew"),  # the noise met a NaN
+        (Scale("feedback.fc1.weight", 1e15), "feedback weights of stage fc1 grew"),
+        (Scale("network.conv2.conv.weight", 1e30), "feedback weights of stage conv2 grew"),
+    ],
+)
+def test_guard_says_what_it_would_say_if_it_looked_at_every_batch(
+    broken: Callback, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty batches later everything is NaN: the cause is that of the first bad batch."""
+    said, data = [], Digits(limit_train=100, limit_val=32, batch_size=2)
+    for every in (1, LOOK_EVERY):
+        monkeypatch.setattr(divergence, "LOOK_EVERY", every)
+        count, seen = Counting(), list[int]()
+        trainer = make_trainer(tmp_path / str(every), count, broken, DivergenceGuard(), RunCheckpoints())
+        with patched_look(seen), pytest.raises(DivergenceError) as caught:
+            trainer.fit(make(iterations=1), datamodule=data)
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+    assert sentence in said[0]
+    assert "there is no checkpoint yet" in said[0]
+    assert (count.batches, count.validations, seen) == (LOOK_EVERY, 0, [LOOK_EVERY])
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_guard_looks_at_every_batch_before_validation_and_before_the_epoch_ends(tmp_path: Path) -> None:
+    seen: list[int] = []
+    batches = LOOK_EVERY + LOOK_EVERY // 2
+    trainer = make_trainer(tmp_path, DivergenceGuard(), val_check_interval=5)
+    with patched_look(seen):
+        trainer.fit(make(iterations=1), datamodule=Digits(limit_train=2 * batches, limit_val=32, batch_size=2))
+    assert sum(seen) == batches
+    assert set(seen) == {5}
+    seen.clear()
+    trainer = make_trainer(tmp_path, DivergenceGuard())
+    with patched_look(seen):
+        trainer.fit(make(iterations=1), datamodule=Digits(limit_train=2 * batches, limit_val=32, batch_size=2))
+    assert seen == [LOOK_EVERY, LOOK_EVERY // 2]
+
+
+@pytest.mark.parametrize(
+    ("part", "sentence"), [("feedback.fc1.weight", "stage fc1"), ("network.fc2.linear.weight", "fc2 became infinite")]
+)
+def test_what_is_broken_is_never_saved(part: str, sentence: str, tmp_path: Path) -> None:
+    """The checkpoint of before stays as it was, and the cause is named, not only that weights are not finite."""
+    trainer = make_trainer(tmp_path, Break(part), DivergenceGuard(), RunCheckpoints(every_n_batches=1))
+    with pytest.raises(DivergenceError, match="epoch 0, batch 1: ") as caught:
+        trainer.fit(make(iterations=0), datamodule=Digits(limit_train=96, limit_val=32, batch_size=2))
+    (last,) = tmp_path.rglob("*.ckpt")
+    assert sentence in str(caught.value)
+    assert f"the last good checkpoint is {last}" in str(caught.value)
+    kept = torch.load(last, weights_only=True)
+    assert kept["global_step"] == 1
+    assert all(torch.isfinite(value).all() for value in kept["state_dict"].values() if value.is_floating_point())
+
+
+def make_trainer(folder: Path, *callbacks: Callback, **settings: Any) -> Trainer:
+    return Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=CSVLogger(folder, name="run"),
+        callbacks=list(callbacks),
+        enable_checkpointing=any(isinstance(each, RunCheckpoints) for each in callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **settings,
+    )
+
+
+@contextmanager
+def patched_look(seen: list[int]) -> Iterator[None]:
+    """Note how many batches the guard reads at once: the moments at which it waits for the device."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(divergence, "mean_over_processes", lambda read: (seen.append(len(read[0])), read)[1])
+        yield
+
+
+def test_the_bar_shows_the_loss_so_far_and_is_drawn_now_and_then(tmp_path: Path, monkeypatch: Any) -> None:
+    shown: list[dict[str, Any]] = []
+    monkeypatch.setattr(RunningLoss, "_update_metrics", lambda bar, *run: shown.append(bar.get_metrics(*run)))
+    losses: list[float] = []
+
+    class Losses(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            losses.append(float(outputs["loss"]))
+
+    for pause, drawings in ((0.0, 4), (60.0, 2)):  # of the last batch, and of the end of the epoch
+        shown.clear(), losses.clear()
+        bar = RunningLoss()
+        bar.pause, bar._drawn = pause, time.monotonic()
+        trainer = Trainer(
+            accelerator="cpu", max_epochs=1, callbacks=[Losses(), bar], logger=False, enable_checkpointing=False
+        )
+        trainer.fit(make(iterations=0), datamodule=Digits(limit_train=96, limit_val=32, batch_size=32))
+        during = [float(each["train/loss"]) for each in shown if "train/loss" in each]
+        assert len(during) == drawings
+        last = [sum(losses[:batches]) / batches for batches in (1, 2, 3, 3)][-drawings:]
+        assert during == pytest.approx(last, rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -43,15 +43,6 @@ def test_no_two_of_many_streams_are_the_same() -> None:
     assert len(seen) == 3 * len(keys) + 3
 
 
-def test_a_place_keeps_its_generator_from_batch_to_batch() -> None:
-    """A recorded CUDA graph goes on drawing from the generator it was recorded with."""
-    streams, like = RandomStreams(), torch.zeros(1)
-    first = streams.noise(2, like).generator
-    streams.next_batch()
-    assert streams.noise(2, like).generator is first
-    assert streams.noise(1, like).generator is not first
-
-
 @pytest.mark.parametrize("key", [KEY, (0, 0, 0), (1, 2**31, 7)])
 def test_noise_is_normal(key: tuple[int, int, int]) -> None:
     """Five standard errors of each moment; Kolmogorov and Smirnov's distance; the tails."""

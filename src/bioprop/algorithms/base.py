@@ -11,7 +11,7 @@ from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable, Reduce
 from torch import Tensor, nn
 
 from bioprop.algorithms.checkpoints import describe_optimization
-from bioprop.algorithms.evaluation import PER_EPOCH, Batch, Evaluated
+from bioprop.algorithms.evaluation import Batch, Evaluated
 from bioprop.algorithms.trainer_precision import check_precision
 from bioprop.distributed import mean_over_processes, process_count
 from bioprop.errors import UserError
@@ -74,10 +74,10 @@ class Algorithm(Evaluated, ABC):
         feedback_losses, gradients = self._learn(images, labels)
         self._step_forward_weights(self._direction(self._average(gradients)))
         loss = self.output_loss.mean(gradients.logits, labels)
-        self._log_batch("train", gradients.logits, labels, loss)
+        self._count_batch("train", batch_idx, gradients.logits, labels, loss)
         if feedback_losses:
             total = torch.stack(list(feedback_losses.values())).sum()
-            self.log("train/feedback_loss", total, sync_dist=True, **PER_EPOCH)
+            self._count("train/feedback_loss", batch_idx, total * len(labels), len(labels))
         return {"loss": loss, "feedback_losses": feedback_losses}
 
     def _learn(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Gradients]:

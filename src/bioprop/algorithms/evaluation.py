@@ -7,8 +7,7 @@ import torch
 from pytorch_lightning import LightningModule
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import Metric
 
 from bioprop.algorithms.checkpoints import (
     comparable_settings,
@@ -28,7 +27,37 @@ from bioprop.removed import refuse_removed
 
 Batch = tuple[Tensor, Tensor]
 SPLITS = ("train", "val", "test")
-PER_EPOCH: dict[str, Any] = {"on_step": False, "on_epoch": True}
+#: Classes among which the right one is looked for, by name of the accuracy.
+TOP = {"accuracy": 1, "accuracy_top5": 5}
+#: What is logged.
+FIGURES = (*(f"{split}/{name}" for split in SPLITS for name in ("loss", *TOP)), "train/feedback_loss")
+
+
+class MeanOverImages(Metric):
+    """The mean of a figure over the images of an epoch, those of all processes; summed on the device."""
+
+    full_state_update = False
+    total: Tensor
+    images: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("images", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, total: Tensor, images: int) -> None:
+        """Add the images of a batch.
+
+        Args:
+            total: sum of the figure over them, a scalar.
+            images: their number.
+        """
+        self.total = self.total + total  # a sum of float64 stays one
+        self.images = self.images + images
+
+    def compute(self) -> Tensor:
+        """Return the mean."""
+        return self.total / self.images
 
 
 class Evaluated(LightningModule):
@@ -66,8 +95,7 @@ class Evaluated(LightningModule):
         self._optimization: dict[str, Any] = {}
         self._resumed_optimization: dict[str, Any] | None = None
         self._resumed_progress: dict[str, Any] | None = None
-        self.losses = nn.ModuleDict({f"{split}_set": MeanMetric(nan_strategy="disable") for split in SPLITS})
-        self.accuracies = nn.ModuleDict()  # filled by the first batch, which shows the number of classes
+        self.means = nn.ModuleDict({name: MeanOverImages() for name in FIGURES})
         self._logged_in: dict[str, int] = {}  # the last epoch in which a metric was logged
 
     @products_in_autocast_type
@@ -78,7 +106,7 @@ class Evaluated(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log loss and accuracy; trains nothing."""
-        self._evaluate("val", batch)
+        self._evaluate("val", batch, batch_idx)
 
     def log(self, name: str, *args: Any, **kwargs: Any) -> None:
         """Note the epoch in which a metric is logged: not every epoch need have a validation."""
@@ -100,34 +128,42 @@ class Evaluated(LightningModule):
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Log loss and accuracy; trains nothing."""
-        self._evaluate("test", batch)
+        self._evaluate("test", batch, batch_idx)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return class probabilities ``[batch, classes]``."""
         images, _ = self._as_network(batch)
         return torch.softmax(self(images), dim=1)
 
-    def _evaluate(self, split: str, batch: Batch) -> None:
+    def running_loss(self) -> Tensor | None:
+        """Return the mean loss of this process's images so far in the epoch of training; None before the first."""
+        mean = cast(MeanOverImages, self.means["train/loss"])
+        return mean.total / mean.images if mean.update_called else None
+
+    def _evaluate(self, split: str, batch: Batch, batch_idx: int) -> None:
         images, labels = self._as_network(batch)
         logits = self(images)
-        self._log_batch(split, logits, labels, self.output_loss.mean(logits, labels))
+        self._count_batch(split, batch_idx, logits, labels, self.output_loss.mean(logits, labels))
 
-    def _log_batch(self, split: str, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
-        if not self.accuracies:
-            self.make_metrics(logits.shape[1])
-        metrics = cast(MetricCollection, self.accuracies[f"{split}_set"])
-        metrics.update(logits, labels)
-        mean_loss = cast(MeanMetric, self.losses[f"{split}_set"])
-        mean_loss.update(loss.expand(len(labels)))  # torchmetrics 1.9 drops weights where NaN is let through
-        # metrics, not numbers: over several processes, they count every image once
-        self.log(f"{split}/loss", mean_loss, prog_bar=split == "train", **PER_EPOCH)
-        for name, metric in metrics.items():
-            self.log(name, metric, prog_bar=name == "val/accuracy", **PER_EPOCH)
+    def _count_batch(self, split: str, batch_idx: int, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
+        images, classes = logits.shape
+        # summed image by image: a product would be rounded in another way
+        self._count(f"{split}/loss", batch_idx, loss.float().repeat(images).sum(), images, prog_bar=split == "train")
+        for name, top in TOP.items():
+            if top == 1 or top < classes:
+                found = logits.topk(top).indices == labels[:, None] if top > 1 else logits.argmax(1) == labels
+                shown = split == "val" and top == 1
+                self._count(f"{split}/{name}", batch_idx, found.sum(), images, prog_bar=shown)
 
-    def make_metrics(self, classes: int) -> None:
-        """Make the metrics of every split for a number of classes."""
-        for name in SPLITS:
-            self.accuracies[f"{name}_set"] = _accuracies(name, classes).to(self.device)
+    def _count(self, name: str, batch_idx: int, total: Tensor, images: int, prog_bar: bool = False) -> None:
+        """Add a batch to a mean, which is logged at the end of the epoch."""
+        mean = cast(MeanOverImages, self.means[name])
+        if batch_idx == 0:
+            mean.reset()  # of what an epoch that was broken off has left
+        is_new = not mean.update_called
+        mean.update(total.detach(), images)
+        if is_new:  # Lightning keeps the metric and computes it when the epoch is over
+            self.log(name, mean, prog_bar=prog_bar, on_step=False, on_epoch=True)
 
     def _as_network(self, batch: Batch) -> Batch:
         """Give the images the weights' floating-point type: data modules hand out float32."""
@@ -152,8 +188,6 @@ class Evaluated(LightningModule):
         checkpoint["hyper_parameters"] = {"network": self.network_description(), **self._hyperparameters.given}
         checkpoint["objects"], checkpoint["inherited"] = self._hyperparameters.objects, self._hyperparameters.inherited
         checkpoint["optimization"] = self._optimization
-        accuracies = (each for each in self.accuracies.modules() if isinstance(each, MulticlassAccuracy))
-        checkpoint["metrics_classes"] = next((each.num_classes for each in accuracies), None)
         checkpoint["progress"] = capture_progress(self)
         checkpoint["trained_on"] = describe_data_and_trainer(self.trainer)
         checkpoint["logged_in"] = self._logged_in
@@ -177,8 +211,6 @@ class Evaluated(LightningModule):
             self._resumed_optimization = checkpoint["optimization"]
             self._resumed_progress = checkpoint.get("progress")
             self._logged_in = checkpoint.get("logged_in", {})
-            if classes := checkpoint.get("metrics_classes"):
-                self.make_metrics(classes)
             if self.trainer.max_steps != -1:
                 end_epoch_once(checkpoint["loops"])
 
@@ -236,14 +268,5 @@ class Evaluated(LightningModule):
         settings = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in known}
         loaded = cls(**(settings | kwargs | {"network": network}))
         loaded.on_load_checkpoint(checkpoint)
-        if classes := checkpoint.get("metrics_classes"):
-            loaded.make_metrics(classes)
         loaded.load_state_dict(checkpoint["state_dict"], strict=strict)
         return loaded.to(map_location)
-
-
-def _accuracies(split: str, classes: int) -> MetricCollection:
-    top = {"accuracy": 1, "accuracy_top5": 5} if classes > 5 else {"accuracy": 1}
-    metrics = {name: MulticlassAccuracy(classes, k, average="micro", validate_args=False) for name, k in top.items()}
-    # grouping would merge the two for good whenever they agree on the first batch
-    return MetricCollection(metrics, prefix=f"{split}/", compute_groups=False)  # type: ignore[arg-type]

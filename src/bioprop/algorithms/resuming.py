@@ -72,6 +72,11 @@ def restore_progress(module: LightningModule, progress: Mapping[str, Any]) -> No
         trainer.should_stop = progress["should_stop"]
     own = processes[trainer.global_rank] if trainer.global_rank < len(processes) else None
     if own:
+        if lost := sorted(entry["name"] for entry in own["logged"] if not _has_metric(module, entry)):
+            raise UserError(
+                f"the checkpoint was written within an epoch by an older version, which kept {', '.join(lost)} in "
+                "another way: resume from one at the end of an epoch"
+            )
         for entry in own["logged"]:
             _log_again(module, entry)
         if own["logged"]:  # the next batch is not the epoch's first, where Lightning resets what was logged
@@ -135,6 +140,12 @@ def _describe(result: Any) -> dict[str, Any]:
     entry["state"] = _all_to(metric.metric_state, CPU)
     entry["updates"] = metric._update_count
     return entry
+
+
+def _has_metric(module: LightningModule, entry: Mapping[str, Any]) -> bool:
+    """Return whether the metric that was logged, if it was one, is one of the module."""
+    path = entry["metric_attribute"]
+    return path is None or path in (name for name, _ in module.named_modules())
 
 
 def _log_again(module: LightningModule, entry: Mapping[str, Any]) -> None:

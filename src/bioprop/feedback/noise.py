@@ -283,7 +283,6 @@ class RandomStreams(nn.Module):
         super().__init__()
         self.register_buffer("seed", torch.randint(2**31, (1,)))
         self.register_buffer("batches", torch.zeros(1, dtype=torch.int64))
-        self._generators: dict[tuple[int, torch.device], torch.Generator] = {}
         self.seed: Tensor
         self.batches: Tensor
 
@@ -292,7 +291,7 @@ class RandomStreams(nn.Module):
         return self
 
     def generator(self, place: int, device: torch.device, rank: int = 0) -> torch.Generator:
-        """Seed the generator of one place for this batch; the same object for the place in every batch.
+        """Make the generator of one place for this batch.
 
         Args:
             place: a stage or layer, by its number.
@@ -301,9 +300,7 @@ class RandomStreams(nn.Module):
         """
         entropy = [int(self.seed), int(self.batches), place, *([rank] if rank else [])]
         (seed,) = np.random.SeedSequence(entropy).generate_state(1)
-        # a recorded CUDA graph goes on drawing from the generator it was recorded with
-        generator = self._generators.setdefault((place, device), torch.Generator(device))
-        return generator.manual_seed(int(seed))
+        return torch.Generator(device).manual_seed(int(seed))
 
     def noise(self, place: int, like: Tensor, rank: int = 0) -> NoiseStream:
         """Make the noise of this batch for one place, in the type and on the device of a tensor; see `generator`."""

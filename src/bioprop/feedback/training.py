@@ -145,12 +145,12 @@ class FeedbackTraining:
                 continue
             # whoever trains a stage on the images of all processes draws what one process would draw
             noise = self.streams.noise(place, each.clean.inputs, 0 if sharing == "stages" else own)
-            train = partial(self._train_stage, each, noise, sharing)
+            train = partial(self._train_stage, each, sharing)
             with self._products(each.clean.inputs):
-                if self._may_record(each.clean, sharing):
-                    losses[each.name] = self._recorded[each.name](train, each.clean, noise.generator)
+                if self._may_record(each.clean, sharing) and not self._recording_failed():
+                    losses[each.name] = self._recorded[each.name](train, each.clean, noise)
                 else:
-                    losses[each.name] = train(*each.clean)
+                    losses[each.name] = train(noise, *each.clean)
         self.streams.next_batch()
         if sharing == "weights":
             average_weights(self.feedback, self.optimizer, losses)
@@ -159,7 +159,7 @@ class FeedbackTraining:
         return losses
 
     def _train_stage(
-        self, each: StageBatch, noise: NoiseStream, sharing: Sharing | None, *clean: Tensor | None
+        self, each: StageBatch, sharing: Sharing | None, noise: NoiseStream, *clean: Tensor | None
     ) -> Tensor:
         """Descend one stage's feedback loss on one batch; return its mean."""
         gradient_at = each.objective(StagePass(*clean), noise)  # type: ignore[arg-type]
@@ -205,6 +205,10 @@ class FeedbackTraining:
         """Return whether the iterations can be a CUDA graph: no graph of autograd, no exchange, and nobody watching."""
         alone = clean.affine is not None and not self.observers and sharing != "gradients"
         return self.speed.cuda_graph and clean.inputs.is_cuda and alone
+
+    def _recording_failed(self) -> bool:
+        """Whether one stage could not be recorded, after which all run one by one."""
+        return any(each.failed for each in self._recorded.values())
 
     # -- several processes ---------------------------------------------------------------------------------------
 

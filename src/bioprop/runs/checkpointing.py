@@ -208,6 +208,18 @@ class RunCheckpoints(ModelCheckpoint):
 
     # -- saving --------------------------------------------------------------------------------------------------
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuse weights that are not finite; a callback that knows the cause has spoken before.
+
+        Raises:
+            DivergenceError: if there are any.
+        """
+        if not torch.isfinite(get_total_norm([parameter.detach() for parameter in pl_module.parameters()])):
+            raise DivergenceError(
+                f"the weights are infinite or NaN after batch {trainer.global_step}, so they are not saved: "
+                f"{self._kept()}"
+            )
+
     def _save_what_is_due(self, trainer: Trainer) -> None:
         if self._due:
             self._due = False
@@ -250,15 +262,8 @@ class RunCheckpoints(ModelCheckpoint):
         """Save in all processes.
 
         Raises:
-            DivergenceError: if a weight is not finite.
             WriteError: in all processes, if the first could not write the file.
         """
-        weights = [parameter.detach() for parameter in trainer.lightning_module.parameters()]
-        if not torch.isfinite(get_total_norm(weights)):
-            raise DivergenceError(
-                f"the weights are infinite or NaN after batch {trainer.global_step}, so they are not saved: "
-                f"{self._kept()}"
-            )
         refused: WriteError | None = None
         try:
             super()._save_checkpoint(trainer, filepath)
