@@ -7,6 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from bioprop.datamodules import ImageFolder
+from bioprop.datamodules.base import Resident
 from bioprop.errors import UserError
 
 
@@ -22,6 +23,12 @@ def make(stages=(), **kwargs) -> ImageFolder:
     for stage in stages:
         data.setup(stage)
     return data
+
+
+def held(data, split) -> Resident:
+    """Returns the images of a split as a tensor, wherever they are, with their labels and places."""
+    images, labels, indices = data.resident[split]
+    return Resident(images.index_select(0, torch.arange(len(images))), labels, indices)
 
 
 def bad(match, *stages, **kwargs) -> str:

@@ -10,11 +10,11 @@ from PIL import Image
 
 from bioprop.datamodules import ImageFolder, image_folder
 from bioprop.datamodules.copies import copied, gather_copies
-from tests.datamodules.folders import bad, make
+from tests.datamodules.folders import bad, held, make
 
 
 def sides(data):
-    return [{image.numpy().tobytes() for image in data.resident[split].images} for split in ("train", "val")]
+    return [{image.numpy().tobytes() for image in held(data, split).images} for split in ("train", "val")]
 
 
 def double(folder, suffix="png"):
@@ -34,12 +34,12 @@ def test_copies_stay_on_one_side(folder, caplog, suffix, seed):
     data = make(["fit"], data_dir=str(folder), val_fraction=0.2, seed=seed)
     train, val = sides(data)
     assert not train & val
-    assert [len(data.resident[split].labels) for split in ("train", "val")] == [48, 12]
-    assert torch.bincount(data.resident["val"].labels).tolist() == [4, 8]
-    places = torch.cat([data.resident[split].indices for split in ("train", "val")])
+    assert [len(held(data, split).labels) for split in ("train", "val")] == [48, 12]
+    assert torch.bincount(held(data, "val").labels).tolist() == [4, 8]
+    places = torch.cat([held(data, split).indices for split in ("train", "val")])
     assert sorted(places.tolist()) == list(range(60))
     for split in ("train", "val"):  # labels went along
-        part = data.resident[split]
+        part = held(data, split)
         assert torch.equal(part.labels, data._labels("train")[part.indices])
     (sentence,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert "30 of the 60 training and validation images are copies of others, pixel for pixel" in sentence
@@ -54,8 +54,8 @@ def test_every_command_has_the_same_sides(folder):
     tested = make(["test", "fit"], **{**arguments, "normalization": "train"})
     for data in (validate, tested):
         for split in ("train", "val"):
-            assert torch.equal(data.resident[split].indices, fit.resident[split].indices)
-            assert torch.equal(data.resident[split].images, fit.resident[split].images)
+            assert torch.equal(held(data, split).indices, held(fit, split).indices)
+            assert torch.equal(held(data, split).images, held(fit, split).images)
 
 
 def test_limits_hold_and_copies_beyond_them_do_not_matter(folder):
@@ -63,26 +63,26 @@ def test_limits_hold_and_copies_beyond_them_do_not_matter(folder):
     data = make(["fit"], data_dir=str(folder), val_fraction=0.3, limit_train=20, limit_val=8)
     train, val = sides(data)
     assert not train & val
-    assert len(data.resident["train"].labels) <= 20
-    assert 4 <= len(data.resident["val"].labels) <= 8
+    assert len(held(data, "train").labels) <= 20
+    assert 4 <= len(held(data, "val").labels) <= 8
 
 
 def test_a_split_without_copies_is_not_touched(folder, caplog, monkeypatch):
     monkeypatch.setattr(image_folder, "gather_copies", lambda *_: pytest.fail("there are no copies"))
     data = make(["fit"], data_dir=str(folder))
-    assert data.resident["val"].indices.tolist() == [26, 11, 2]  # as ever
+    assert held(data, "val").indices.tolist() == [26, 11, 2]  # as ever
     assert not caplog.records
 
 
 def test_copies_on_one_side_change_no_split(folder, monkeypatch):
     monkeypatch.setattr(image_folder, "take", lambda *_: pytest.fail("nothing moves"))
     before = make(["fit"], data_dir=str(folder))
-    first, second = sorted(before.resident["train"].indices.tolist())[:2]
+    first, second = sorted(held(before, "train").indices.tolist())[:2]
     files = sorted((folder / "train" / "ant").iterdir())
     shutil.copy(files[first], files[second])
     after = make(["fit"], data_dir=str(folder))
     for split in ("train", "val"):
-        assert torch.equal(after.resident[split].indices, before.resident[split].indices)
+        assert torch.equal(held(after, split).indices, held(before, split).indices)
 
 
 def test_a_folder_of_one_image_cannot_be_split(write_images):
@@ -99,7 +99,7 @@ def test_a_class_without_validation_images_is_named(folder, caplog):
         if path.name != "000.png":
             shutil.copy(folder / "train" / "ant" / "000.png", path)
     data = make(["fit"], data_dir=str(folder))
-    assert data.resident["val"].labels.tolist() == [1, 1]
+    assert held(data, "val").labels.tolist() == [1, 1]
     assert "no image of class 'ant' is validated on: too many are copies of each other" in caplog.messages
 
 
@@ -134,7 +134,7 @@ def test_test_images_that_are_training_images_are_counted_in_a_warning(folder, c
     with caplog.at_level(logging.WARNING):
         data.setup("test")
         data.setup("predict")
-    indices = data.resident["train"].indices.tolist()
+    indices = held(data, "train").indices.tolist()
     expected = sum(10 + number in indices for number in (11, 12))  # the ten ants come first
     assert expected >= 1
     assert [record.getMessage() for record in caplog.records] == [

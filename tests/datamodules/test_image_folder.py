@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from bioprop.datamodules import ImageFolder
-from tests.datamodules.folders import bad, make, pixels
+from tests.datamodules.folders import bad, held, make, pixels
 
 
 def test_shape_classes_and_pixels(folder):
@@ -16,11 +16,11 @@ def test_shape_classes_and_pixels(folder):
     assert (data.classes, data.num_classes) == (("ant", "cat"), 2)
     data.setup("fit")
     data.setup("predict")
-    assert [len(data.resident[split].labels) for split in ("train", "val", "test")] == [27, 3, 7]
-    assert torch.bincount(data.resident["val"].labels).tolist() == [1, 2]
+    assert [len(held(data, split).labels) for split in ("train", "val", "test")] == [27, 3, 7]
+    assert torch.bincount(held(data, "val").labels).tolist() == [1, 2]
     names = data.prediction_names()
     assert names == [f"test/ant/{n:03d}.png" for n in range(3)] + [f"test/cat/{n:03d}.png" for n in range(4)]
-    for image, label, name in zip(*data.resident["test"][:2], names, strict=True):
+    for image, label, name in zip(*held(data, "test")[:2], names, strict=True):
         assert torch.equal(image, pixels(folder / name))
         assert data.classes[label] in name
 
@@ -28,14 +28,14 @@ def test_shape_classes_and_pixels(folder):
 def test_train_and_derived_validation_images_are_disjoint(folder):
     data = ImageFolder(str(folder))
     data.setup("fit")
-    indices = torch.cat([data.resident["train"].indices, data.resident["val"].indices])
+    indices = torch.cat([held(data, "train").indices, held(data, "val").indices])
     assert sorted(indices.tolist()) == list(range(30))
 
 
 def test_prediction_names_follow_the_limit(folder):
     data = ImageFolder(str(folder), limit_test=4)
     data.setup("predict")
-    images, labels, _ = data.resident["test"]
+    images, labels, _ = held(data, "test")
     for image, label, name in zip(images, labels, data.prediction_names(), strict=True):
         assert torch.equal(image, pixels(folder / name))
         assert data.classes[label] in name
@@ -45,10 +45,10 @@ def test_a_val_folder_replaces_the_split(folder, write_images):
     write_images("val", {"ant": 2, "cat": 2})
     data = ImageFolder(str(folder), val_fraction=0.5)
     data.setup("fit")
-    assert len(data.resident["train"].labels) == 30
-    assert torch.bincount(data.resident["val"].labels).tolist() == [2, 2]
+    assert len(held(data, "train").labels) == 30
+    assert torch.bincount(held(data, "val").labels).tolist() == [2, 2]
     expected = {pixels(path).numpy().tobytes() for path in (folder / "val").rglob("*.png")}
-    assert {image.tobytes() for image in data.resident["val"].images.numpy()} == expected
+    assert {image.tobytes() for image in held(data, "val").images.numpy()} == expected
 
 
 @pytest.mark.parametrize(("mode", "extension", "channels"), [("L", "png", 1), ("L", "jpg", 1), ("RGB", "JPEG", 3)])
@@ -58,8 +58,8 @@ def test_channels_come_from_the_images(write_images, mode, extension, channels):
     assert data.image_shape == (channels, 5, 6)
     data.setup("fit")
     first = pixels(folder / "train" / "a" / f"000.{extension}", mode)
-    images, _, indices = data.resident["train"]
-    assert torch.equal(images[indices == 0][0] if (indices == 0).any() else data.resident["val"].images[0], first)
+    images, _, indices = held(data, "train")
+    assert torch.equal(images[indices == 0][0] if (indices == 0).any() else held(data, "val").images[0], first)
 
 
 @pytest.mark.parametrize(("mode", "channels"), [("L", 3), ("RGB", 1)])
@@ -67,7 +67,7 @@ def test_channels_convert(write_images, mode, channels):
     folder = write_images("train", {"a": 4, "b": 4}, mode=mode)
     data = ImageFolder(str(folder), channels=channels)
     data.setup("fit")
-    assert data.resident["train"].images.shape[1:] == data.image_shape == (channels, 5, 6)
+    assert held(data, "train").images.shape[1:] == data.image_shape == (channels, 5, 6)
 
 
 def test_image_size_resizes_mixed_sizes_with_antialiasing(write_images):
@@ -76,22 +76,21 @@ def test_image_size_resizes_mixed_sizes_with_antialiasing(write_images):
     data = ImageFolder(str(folder), image_size=8)
     assert data.image_shape == (3, 8, 8)
     data.setup("fit")
-    images, labels, indices = data.resident["train"]
+    images, labels, indices = held(data, "train")
     large = labels == 0
     source = torch.stack([pixels(folder / "train" / "a" / f"{index:03d}.png") for index in indices[large].tolist()])
     expected = torch.nn.functional.interpolate(source.float(), (8, 8), mode="bilinear", antialias=True)
     assert (images[large] - expected).abs().max() <= 1.01
 
 
-def test_large_files_are_decoded_in_order_by_several_threads(write_images, monkeypatch):
-    monkeypatch.setattr("bioprop.datamodules.image_files.THREADED_FILE_BYTES", 1)
-    monkeypatch.setattr("bioprop.datamodules.image_files.MAX_THREADS", 4)
+def test_files_are_decoded_in_order_by_several_threads(write_images, monkeypatch):
+    monkeypatch.setattr("bioprop.datamodules.image_files.usable_cpus", lambda: 4)
     folder = write_images("train", {"a": 200, "b": 100})
     data = ImageFolder(str(folder), normalization="none")
     data.setup("fit")
     files = [path for name in "ab" for path in sorted((folder / "train" / name).iterdir())]
     for split in ("train", "val"):
-        images, _, indices = data.resident[split]
+        images, _, indices = held(data, split)
         assert all(torch.equal(image, pixels(files[index])) for image, index in zip(images, indices, strict=True))
 
 
@@ -171,7 +170,7 @@ def test_named_statistics_refuse_grey_images(folder):
 def test_train_and_validation_images_are_not_stored_class_by_class(write_images):
     data = make(["fit"], data_dir=str(write_images("train", {"a": 40, "b": 40})), val_fraction=0.5)
     for split in ("train", "val"):
-        assert 5 < data.resident[split].labels.diff().count_nonzero() < 40
+        assert 5 < held(data, split).labels.diff().count_nonzero() < 40
     write_images("val", {"a": 20, "b": 20})
     folder_val = make(["fit"], data_dir=data.hparams["data_dir"]).resident["val"]
     assert folder_val.labels.diff().count_nonzero() > 5
@@ -179,5 +178,5 @@ def test_train_and_validation_images_are_not_stored_class_by_class(write_images)
 
 def test_the_split_leaves_every_class_something_to_train_on(write_images):
     data = make(["fit"], data_dir=str(write_images("train", {"a": 2, "b": 30})), val_fraction=0.9)
-    assert torch.bincount(data.resident["train"].labels).tolist() == [1, 2]
-    assert torch.bincount(data.resident["val"].labels).tolist() == [1, 28]
+    assert torch.bincount(held(data, "train").labels).tolist() == [1, 2]
+    assert torch.bincount(held(data, "val").labels).tolist() == [1, 28]

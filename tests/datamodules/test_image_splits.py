@@ -10,7 +10,7 @@ from PIL import Image, features
 
 from bioprop.datamodules import ImageFolder, image_listing
 from bioprop.errors import UserError
-from tests.datamodules.folders import bad, make
+from tests.datamodules.folders import bad, held, make
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def said(caplog):
 
 
 def test_counts_are_said_once(folder, said):
-    data = make(["fit", "test", "predict", "fit"], data_dir=str(folder), batch_size=8)
+    data = make(["fit", "test", "predict", "fit"], data_dir=str(folder), batch_size=8, cache=False)
     assert said() == [
         f"images in '{folder}': train 30 of 2 classes; test 7 of 2 classes",
         "training on 27 images, validating on 3",
@@ -51,7 +51,7 @@ def test_what_is_passed_over_is_counted_with_its_reason(folder, said, write_imag
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(train / "ant" / "000.png", train / name if "loose" in name else folder / name)
     data = make(["fit"], data_dir=str(folder), batch_size=8)
-    assert sum(len(data.resident[split].labels) for split in ("train", "val")) == 30
+    assert sum(len(held(data, split).labels) for split in ("train", "val")) == 30
     assert said()[1] == (
         f"passed over in '{train}': 2 hidden ('.cache'), 1 without a suffix ('cat/README'), "
         "2 of suffix .heic, which is not read ('cat/a.heic'), 1 linked to a folder above ('cat/again'), "
@@ -82,7 +82,7 @@ def test_whatever_pillow_reads_is_read(folder, suffix):
     Image.new("RGB", (6, 5), "red").save(folder / "test" / "cat" / f"x.{suffix}", format=form)
     data = make(["test"], data_dir=str(folder))
     assert f"test/cat/x.{suffix}" in data.prediction_names()
-    red = data.resident["test"].images[-1].float().mean((1, 2))
+    red = held(data, "test").images[-1].float().mean((1, 2))
     assert (red - torch.tensor([255.0, 0, 0])).abs().max() < 4
 
 
@@ -169,7 +169,7 @@ def test_a_test_set_may_lack_classes(folder, said, empty):
         (folder / "test" / "ant").mkdir()
     data = make(["fit", "test", "predict"], data_dir=str(folder))
     assert f"images in '{folder}': train 30 of 2 classes; test 4 of 1 classes (none of 'ant')" in said()
-    assert data.resident["test"].labels.tolist() == [1] * 4
+    assert held(data, "test").labels.tolist() == [1] * 4
     assert data.prediction_names() == [f"test/cat/{number:03d}.png" for number in range(4)]
 
 
@@ -180,7 +180,7 @@ def test_unlabelled_images_are_predicted_and_not_tested_on(folder, said):
         shutil.copy(folder / "train" / "ant" / f"00{number}.png", folder / "test" / ("more" if number > 2 else "."))
     data = make(["fit", "predict"], data_dir=str(folder), limit_test=3)
     assert f"images in '{folder}': train 30 of 2 classes; test 4 without a label" in said()
-    assert len(data.resident["test"].images) == len(data.prediction_names()) == 3
+    assert len(held(data, "test").images) == len(data.prediction_names()) == 3
     assert set(data.prediction_names()) < {"test/more/003.png", *(f"test/00{number}.png" for number in range(3))}
     bad(r"images in '.*test' have no labels to test on", "test", data_dir=str(folder))
 
@@ -197,7 +197,7 @@ def test_a_test_set_with_classes_passes_over_images_beside_them(folder, said):
     shutil.copy(folder / "train" / "ant" / "000.png", folder / "test" / "preview.png")
     (folder / "test" / "dog").symlink_to("/nowhere")
     data = make(["fit", "test"], data_dir=str(folder))
-    assert len(data.resident["test"].labels) == 7
+    assert len(held(data, "test").labels) == 7
     assert said()[1] == (
         f"passed over in '{folder / 'test'}': 1 linked to nothing ('dog'), 1 beside the class folders ('preview.png')"
     )

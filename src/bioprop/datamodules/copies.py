@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bioprop.datamodules.base import Resident
-from bioprop.datamodules.images import Images, blocks
+from bioprop.datamodules.images import BLOCK, Images, MappedImages
 
 
 class Sides(NamedTuple):
@@ -29,7 +29,9 @@ class Sides(NamedTuple):
 def digests(images: Images) -> list[bytes]:
     """Returns a fingerprint of the pixels of each image: equal for equal images, and else different."""
     return [
-        hashlib.sha256(np.ascontiguousarray(image).data).digest() for block in blocks(images) for image in block.numpy()
+        hashlib.sha256(np.ascontiguousarray(image).data).digest()
+        for block in torch.split(torch.arange(len(images)), BLOCK)
+        for image in images.index_select(0, block).numpy()
     ]
 
 
@@ -82,6 +84,9 @@ def gather_copies(groups: Sequence[Sequence[int]], labels: Tensor, num_train: in
 def take(places: Tensor, first: Resident, second: Resident) -> Resident:
     """Returns some images of two splits, int64 [images] places in the first one's followed by the second one's."""
     labels, indices = (torch.cat(pair).index_select(0, places) for pair in zip(first[1:], second[1:], strict=True))
+    if isinstance(first.images, MappedImages) and isinstance(second.images, MappedImages):  # both of one file
+        stored_places = torch.cat((first.images.places, second.images.places)).index_select(0, places)
+        return Resident(MappedImages(first.images.stored, stored_places), labels, indices)
     count = len(first.labels)
     of_first = first.images.index_select(0, places[places < count])
     images = of_first.new_empty(len(places), *of_first.shape[1:])

@@ -3,8 +3,10 @@
 import math
 import os
 import re
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,10 +21,13 @@ from torch import Tensor
 from bioprop.datamodules.image_listing import Tally
 from bioprop.errors import UserError
 
-FILES_PER_TASK = 64
-MAX_THREADS = min(8, os.cpu_count() or 1)
-# Decoding smaller files is mostly Python's own work, for whose lock threads only compete.
-THREADED_FILE_BYTES = 8192
+FILES_PER_TASK, BYTES_PER_TASK = 64, 2**24
+#: Blocks for each thread that are decoded or wait for whoever takes them.
+TASKS_AHEAD = 4
+
+COLOURED = "coloured, used as grey"
+#: Ways in which images were changed on the way, by their places; those that were not are missing.
+Notes = dict[int, list[str]]
 
 
 class Form(NamedTuple):
@@ -45,7 +50,7 @@ def look(path: Path) -> tuple[int, int, int]:
             _turn_upright(image)
             return channels, image.height, image.width
     except Exception as error:  # as in _load
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
 def all_grey(paths: Iterable[Path]) -> bool:
@@ -103,10 +108,7 @@ def _too_large(count: int, shape: tuple[int, int, int], reason: str) -> UserErro
 
 
 def decode(paths: list[Path], form: Form, found: Tally | None = None) -> Tensor:
-    """Decodes files, large ones by threads (Pillow's decoders release the lock), with a progress bar on a terminal.
-
-    Images are turned as their EXIF orientation says, put over the background where they are transparent, converted to
-    grey or RGB, and resized bilinearly with antialiasing if the form says so; of several frames the first is taken.
+    """Decodes files into memory; see `decoded`.
 
     Args:
         paths: The files, at least one.
@@ -117,43 +119,87 @@ def decode(paths: list[Path], form: Form, found: Tally | None = None) -> Tensor:
         uint8 [len(paths), channels, height, width].
 
     Raises:
-        UserError: A file cannot be read as an image, has more than 8 bits per channel, or has another size and is not
-            to be resized; or there is too little memory for all.
+        UserError: A file cannot be used, or there is too little memory for all.
     """
     try:
         images = np.empty((len(paths), *form.shape), dtype=np.uint8)
     except (MemoryError, ValueError) as error:  # the latter where the size does not fit a number of 64 bits
         raise _too_large(len(paths), form.shape, "which cannot be had") from error
-
-    def work(start: int) -> tuple[int, Tally]:
-        block, changed = paths[start : start + FILES_PER_TASK], Tally()
-        for place, path in enumerate(block, start):
-            images[place] = _load(path, form, changed)
-        return len(block), changed
-
-    console = Console(stderr=True)
-    threads = MAX_THREADS if paths[0].stat().st_size >= THREADED_FILE_BYTES else 1
-    quiet = not console.is_terminal or getattr(rank_zero_only, "rank", 0) != 0
-    with Progress(console=console, transient=True, disable=quiet) as progress, ThreadPoolExecutor(threads) as pool:
-        task = progress.add_task("decoding images", total=len(paths))
-        for done, changed in pool.map(work, range(0, len(paths), FILES_PER_TASK)):
-            progress.advance(task, done)
+    start = 0
+    quiet = getattr(rank_zero_only, "rank", 0) != 0
+    with closing(decoded(paths, form, quiet)) as blocks:
+        for block, notes in blocks:
+            images[start : start + len(block)] = block
+            start += len(block)
             if found is not None:
-                for kind, names in changed.items():
-                    found.add(kind, *names)
+                for place, kinds in notes.items():
+                    for kind in kinds:
+                        found.add(kind, paths[place])
     return torch.from_numpy(images)
 
 
-def _load(path: Path, form: Form, changed: Tally) -> np.ndarray:
+def decoded(paths: Sequence[Path], form: Form, quiet: bool = False) -> Generator[tuple[np.ndarray, Notes], None, None]:
+    """Decodes files, a block at a time, by threads (Pillow's decoders release the lock).
+
+    Images are turned as their EXIF orientation says, put over the background where they are transparent, converted to
+    grey or RGB, and resized bilinearly with antialiasing if the form says so; of several frames the first is taken.
+
+    Args:
+        paths: The files.
+        form: The form to bring them to.
+        quiet: Show no progress bar on a terminal, where there is one otherwise.
+
+    Yields:
+        The images in the order of their files, uint8 [block, channels, height, width], and the notes on them.
+
+    Raises:
+        UserError: A file cannot be read as an image, has more than 8 bits per channel, or has another size and is not
+            to be resized.
+    """
+    size = max(1, min(FILES_PER_TASK, BYTES_PER_TASK // math.prod(form.shape)))
+
+    def work(start: int) -> tuple[np.ndarray, Notes]:
+        block, notes = paths[start : start + size], Notes()
+        images = np.empty((len(block), *form.shape), dtype=np.uint8)
+        for place, path in enumerate(block):
+            changes: list[str] = []
+            images[place] = _load(path, form, changes)
+            if changes:
+                notes[start + place] = changes
+        return images, notes
+
+    console, pool = Console(stderr=True), ThreadPoolExecutor(usable_cpus())
+    waiting: deque[Future[tuple[np.ndarray, Notes]]] = deque()
+    with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
+        task = progress.add_task("decoding images", total=len(paths))
+        try:
+            for start in range(0, len(paths), size):
+                waiting.append(pool.submit(work, start))
+                if len(waiting) > TASKS_AHEAD * usable_cpus():
+                    progress.advance(task, size)
+                    yield waiting.popleft().result()
+            while waiting:
+                progress.advance(task, size)
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def usable_cpus() -> int:
+    """Number of CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _load(path: Path, form: Form, changes: list[str]) -> np.ndarray:
     """Returns one image as uint8 [channels, height, width]."""
     channels, height, width = form.shape
     try:
         with Image.open(path) as image:
             mode, deep = image.mode, _has_more_than_8_bits(image)
-            pixels = image if deep else _convert(image, "L" if channels == 1 else "RGB", form, path, changed)
+            pixels = image if deep else _convert(image, "L" if channels == 1 else "RGB", form, changes)
     # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others for broken files
     except Exception as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     if deep:
         raise UserError(
             f"'{path}' has more than 8 bits per channel (mode {mode}), and which of its values are black and white is "
@@ -182,19 +228,19 @@ def _has_more_than_8_bits(image: Image.Image) -> bool:
     return False
 
 
-def _convert(image: Image.Image, mode: str, form: Form, path: Path, changed: Tally) -> Image.Image:
+def _convert(image: Image.Image, mode: str, form: Form, changes: list[str]) -> Image.Image:
     """Returns an image upright and opaque in grey ("L") or "RGB", as all are to be."""
     if getattr(image, "is_animated", False) and image.format != "MPO":  # a camera's, with previews behind the picture
-        changed.add("of several frames, of which the first is used", path)
+        changes.append("of several frames, of which the first is used")
     if _turn_upright(image):
-        changed.add("turned upright as EXIF says", path)
+        changes.append("turned upright as EXIF says")
     if _is_grey(image) != (mode == "L"):
-        changed.add("grey, used as RGB" if mode == "RGB" else "coloured, used as grey", path)
+        changes.append("grey, used as RGB" if mode == "RGB" else COLOURED)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         if image.getchannel("A").getextrema() != (255, 255):
             image = Image.alpha_composite(Image.new("RGBA", image.size, form.background), image)
-            changed.add(f"transparent, put over {form.background}", path)
+            changes.append(f"transparent, put over {form.background}")
     return image.convert(mode)
 
 
@@ -210,5 +256,6 @@ def _turn_upright(image: Image.Image) -> bool:
     return turned
 
 
-def _unreadable(path: Path, error: Exception) -> UserError:
+def unreadable(path: Path, error: Exception) -> UserError:
+    """Returns the sentence on a file that cannot be read as an image."""
     return UserError(f"'{path}' cannot be read as an image ({error}): replace or remove it.")

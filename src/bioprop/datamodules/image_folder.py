@@ -1,8 +1,9 @@
 """Your own images, in one folder per split and class."""
 
 import logging
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from pytorch_lightning.utilities import rank_zero_only
@@ -10,8 +11,10 @@ from torch import Tensor
 
 from bioprop.datamodules.base import STAGE_SPLITS, ImageDataModule, Split
 from bioprop.datamodules.copies import copied, digests, gather_copies, take
-from bioprop.datamodules.image_files import Form, all_grey, check_background, check_memory, decode, look
+from bioprop.datamodules.image_cache import Kept, find_kept, keep
+from bioprop.datamodules.image_files import COLOURED, Form, all_grey, check_background, check_memory, decode, look
 from bioprop.datamodules.image_listing import OPTIONAL_SPLITS, Tally, list_splits, unknown_class
+from bioprop.datamodules.images import Images, MappedImages
 from bioprop.errors import UserError
 from bioprop.files import readable
 
@@ -38,6 +41,9 @@ class ImageFolder(ImageDataModule):
             headers, and RGB otherwise.
         background: Colour that transparent images are put over, a name or '#rrggbb': set it where the shapes are as
             white as the default.
+        cache: Keep the decoded images in a file in `data_dir/.bioprop-cache` (in the user's cache folder where
+            `data_dir` cannot be written to), which later runs and other processes map into memory. With limits it is
+            used where it is there, and not made.
         shared: Arguments of `ImageDataModule`.
 
     Raises:
@@ -52,6 +58,7 @@ class ImageFolder(ImageDataModule):
         image_size: int | None = None,
         channels: Literal[1, 3] | None = None,
         background: str = "white",
+        cache: bool = True,
         **shared: Any,
     ) -> None:
         if channels not in (None, 1, 3):
@@ -65,18 +72,21 @@ class ImageFolder(ImageDataModule):
         classes, splits = list_splits(root)
         first, *others = splits["train"].files
         native_channels, height, width = look(first)
-        grey = native_channels == 1 and channels is None and all_grey(others)
-        super().__init__(
-            image_shape=(channels or (1 if grey else 3), image_size or height, image_size or width),
-            classes=classes,
-            **shared,
-        )
+        size = image_size or height, image_size or width
+        grey = native_channels == 1 and channels is None
+        if grey:  # which kept images tell without a file being read
+            form = Form((1, *size), image_size is not None, background)
+            kept = find_kept(root, "train", splits["train"].files, form) if cache else None
+            grey = all_grey(others) if kept is None else COLOURED not in chain(*kept.notes.values())
+        super().__init__(image_shape=(channels or (1 if grey else 3), *size), classes=classes, **shared)
         check_memory(min(len(others) + 1, self.limits["train"] or len(others) + 1), self.image_shape)
         if grey:
             _inform("all training images are grey, and so are those that the network sees")
         self._root = root
         self._splits = splits
         self._form = Form(self.image_shape, image_size is not None, background)
+        self._cache = cache
+        self._kept: dict[Split, Kept | None] = {}
         self._changed = Tally()
 
     def setup(self, stage: str) -> None:
@@ -131,9 +141,22 @@ class ImageFolder(ImageDataModule):
                 f"class ({', '.join(self.classes[:5])}): sort them into such folders, or use predict."
             )
 
-    def _decode(self, split: Split, indices: Tensor) -> Tensor:
+    def _decode(self, split: Split, indices: Tensor) -> Images:
         files = self._splits[split].files
-        return decode([files[index] for index in indices.tolist()], self._form, self._changed)
+        if self._cache and split not in self._kept:
+            self._kept[split] = self._find_or_keep(split)
+        if (kept := self._kept.get(split)) is None:
+            return decode([files[index] for index in indices.tolist()], self._form, self._changed)
+        for index in indices.tolist():
+            for kind in kept.notes.get(index, ()):
+                self._changed.add(kind, files[index])
+        return MappedImages(kept.images, indices)
+
+    def _find_or_keep(self, split: Split) -> Kept | None:
+        """Opens the kept images of a stored split, and keeps them where no limit leaves any of them out."""
+        files = self._splits[split].files
+        used = sum(len(self._select(each)) for each in get_args(Split) if self._source(each) == split)
+        return (keep if used == len(files) else find_kept)(self._root, split, files, self._form)
 
     def _check_pixels(self, new: set[Split]) -> None:
         if "val" in new and not self._has_val_images():

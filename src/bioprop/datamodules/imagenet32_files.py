@@ -6,17 +6,16 @@ Many processes can map that one into memory at once.
 import hashlib
 import json
 import logging
-import shutil
 import zipfile
 import zlib
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from bioprop.datamodules.array_pickles import load_arrays
+from bioprop.datamodules.mapped_files import lack_of_room, made_once, write_header
 from bioprop.errors import UserError
 from bioprop.files import replacing
 
@@ -51,9 +50,8 @@ class Converted(NamedTuple):
 def open_converted(data_dir: Path, folder: Path, stored: StoredSet, check: bool) -> Converted:
     """Opens a set, after converting it where that has not been done yet.
 
-    Of several processes that come here at once, one converts and the others wait. The lock is the operating system's
-    and ends with the process that holds it. An interrupted conversion leaves nothing that is read: the files get their
-    names when they are whole, the record of them last.
+    Of several processes that come here at once, one converts and the others wait. An interrupted conversion leaves
+    nothing that is read: the files get their names when they are whole, the record of them last.
 
     Args:
         data_dir: Folder of the published files.
@@ -75,16 +73,17 @@ def open_converted(data_dir: Path, folder: Path, stored: StoredSet, check: bool)
             f"Imagenet32_{stored}.zip, the pickles), and put it there, as it is or unpacked."
         )
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / f".{stem.name}.lock", stored):
-            if (ready := _ready(stem, data_dir, stored, check)) is None:
-                _convert(stem, parts, stored, check)
+        return made_once(
+            folder / f".{stem.name}.lock",
+            lambda: _ready(stem, data_dir, stored, check),
+            lambda: _convert(stem, parts, stored, check),
+            f"Another process is converting the {stored} images of ImageNet 32x32",
+        )
     except (OSError, NotImplementedError) as error:  # the second: a network file system without locks
         raise UserError(
             f"ImageNet 32x32 cannot be converted into '{folder}' ({error}): name a folder that can be written to, with "
             "room for the files, as converted_dir."
         ) from error
-    return ready or Converted(np.asarray(np.load(f"{stem}_images.npy", mmap_mode="r")), np.load(f"{stem}_labels.npy"))
 
 
 def find_source(folder: Path, stored: StoredSet) -> list[Part]:
@@ -149,29 +148,17 @@ def _ready(stem: Path, data_dir: Path, stored: StoredSet, check: bool) -> Conver
     return None
 
 
-def _locked(path: Path, stored: StoredSet) -> AbstractContextManager[object]:
-    lock = FileLock(path)
-    try:
-        return lock.acquire(timeout=0)
-    except Timeout:
-        logger.info("Another process is converting the %s images of ImageNet 32x32: waiting for it.", stored)
-        return lock.acquire()
-
-
 def _convert(stem: Path, parts: list[Part], stored: StoredSet, check: bool) -> None:
     """Checks the published files; writes the images, part by part, then the labels, then the record of both."""
     stamps, labels, need = _stamps(parts), [], sum(COUNTS[stored]) * IMAGE_BYTES
-    if (free := shutil.disk_usage(stem.parent).free) < need:
-        raise UserError(
-            f"converting ImageNet 32x32 needs {need / 1e9:.1f} GB in '{stem.parent}', where {free / 1e9:.1f} GB are "
-            "free: make room, or name another folder as converted_dir."
-        )
+    if lack := lack_of_room(stem.parent, need):
+        raise UserError(f"converting ImageNet 32x32 {lack}: make room, or name another folder as converted_dir.")
     logger.info("Converting the %s images of ImageNet 32x32, which is done once and takes a while.", stored)
     if check:
         verify(_on_disk(parts[0]))
     stem.with_suffix(".json").unlink(missing_ok=True)
     with replacing(f"{stem}_images.npy") as file:
-        _write_header(file, 0)
+        write_header(file, (0, *IMAGE_SHAPE))
         for part, expected in zip(parts, COUNTS[stored], strict=True):
             images, of_part = read_part(part)
             if check and len(images) != expected:
@@ -180,16 +167,11 @@ def _convert(stem: Path, parts: list[Part], stored: StoredSet, check: bool) -> N
             labels.append(of_part)
         count = sum(map(len, labels))
         file.seek(0)
-        _write_header(file, count)
+        write_header(file, (count, *IMAGE_SHAPE))
     with replacing(f"{stem}_labels.npy") as file:
         np.save(file, np.concatenate(labels))
     with replacing(stem.with_suffix(".json"), "w") as file:
         json.dump({"images": count, "verified": check, "source": stamps}, file, indent=2)
-
-
-def _write_header(file: IO[bytes], count: int) -> None:
-    """Writes the beginning of a .npy file, which is as long for any number of images."""
-    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (count, *IMAGE_SHAPE)})
 
 
 def verify(archive: Path) -> None:
