@@ -120,7 +120,7 @@ def _causes(algorithm: Algorithm, norms: Tensor, feedback_losses: Mapping[str, f
 
     Activations that exploded break the feedback loss too, so both learning rates are named then.
     """
-    norm_of = dict(zip(algorithm.parameters(), norms.tolist(), strict=True))
+    norm_of: dict[Tensor, float] = dict(zip(algorithm.parameters(), norms.tolist(), strict=True))
 
     def is_finite(module: nn.Module) -> bool:
         return all(math.isfinite(norm_of[parameter]) for parameter in module.parameters())
