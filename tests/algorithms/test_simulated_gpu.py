@@ -107,6 +107,9 @@ def device_generators(monkeypatch: pytest.MonkeyPatch) -> None:
         def manual_seed(self, seed: int) -> "Generator":
             return self
 
+        def initial_seed(self) -> int:
+            return 0
+
     normal = Tensor.normal_
     monkeypatch.setattr(torch, "Generator", Generator)
     monkeypatch.setattr(Tensor, "normal_", lambda self, mean, sigma, generator=None: normal(self, mean, sigma))
