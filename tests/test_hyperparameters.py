@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from bioprop.algorithms import DDTPRHL, LDRL, Backprop, ParallelLDRL
+from bioprop.algorithms.checkpoints import comparable_settings, refuse_changes
 from bioprop.cli import main
 from bioprop.errors import UserError
 from bioprop.hyperparameters import plain
@@ -267,3 +269,16 @@ def test_a_checkpoint_written_before_hyperparameters_were_collected_goes_on(tmp_
     assert ParallelLDRL.load_from_checkpoint(tmp_path / "old.ckpt").hparams["noise"] == [0.1] * 3
     with pytest.raises(UserError, match=r"iterations was \[2, 2, 2\] and is now auto"):
         make_trainer(tmp_path, max_epochs=2).fit(ParallelLDRL(small_lenet(), noise=0.1), make_loader(), **on)
+
+
+@pytest.mark.parametrize("before", [{}, {"cache": True, "data_dir": "there"}])
+def test_where_and_how_files_are_kept_is_no_setting_of_training(before: dict[str, Any], tmp_path: Path) -> None:
+    """A run of before there was a cache goes on, and so does one whose folder has moved."""
+    data = SimpleNamespace(hparams={"cache": False, "data_dir": "here", "batch_size": 8})
+    checkpoint = {"algorithm": "LDRL", "hyper_parameters": {"network": "LeNet"}}
+    own = {"algorithm": "LDRL", "network": "LeNet"}
+    checkpoint["datamodule_hyper_parameters"] = before | {"batch_size": 8}
+    refuse_changes(*comparable_settings(checkpoint, own, data, "fit"))
+    checkpoint["datamodule_hyper_parameters"] = before | {"batch_size": 9}
+    with refused("data.batch_size was 9 and is now 8"):
+        refuse_changes(*comparable_settings(checkpoint, own, data, "fit"))

@@ -108,7 +108,10 @@ class TargetAlgorithm(Algorithm):
         return self.feedback_training is not None and self.feedback_training.sharing() == "stages"
 
     def _train_feedback(self, passes: Sequence[StagePass]) -> dict[str, Tensor]:
-        """Train the feedback weights, if the method has any to train, around the clean pass of one batch."""
+        """Train the feedback weights, if the method has any to train, around the clean pass of one batch.
+
+        Further passes through stages are made where `preserve_buffers` holds their statistics.
+        """
         return {}
 
     def _gradients(self, images: Tensor, labels: Tensor) -> Gradients:

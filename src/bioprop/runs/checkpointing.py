@@ -149,8 +149,8 @@ class RunCheckpoints(ModelCheckpoint):
     ) -> None:
         """Save where that is due; once validation is over, or the epoch, where they follow."""
         self.signals.look(trainer)
-        regular = self.every_n_batches > 0 and trainer.global_step % self.every_n_batches == 0
-        self._due = self._due or regular or self.signals.stopping > 0
+        self._due |= self.every_n_batches > 0 and trainer.global_step % self.every_n_batches == 0
+        self._due |= self.signals.stopping > 0
         if not validation_follows(trainer) and not epoch_ends_here(trainer):
             self._save_what_is_due(trainer)
 
@@ -164,8 +164,8 @@ class RunCheckpoints(ModelCheckpoint):
         self.signals.look(trainer)
         self._due = True
         candidates = self._monitor_candidates(trainer)
-        # an earlier epoch's metric is not that of these weights; one that is logged nowhere is Lightning's to report
         known = self.monitor in candidates
+        # an earlier epoch's metric is not that of these weights; one that is logged nowhere is Lightning's to report
         stale = known and isinstance(pl_module, Evaluated) and not pl_module.logged_this_epoch(str(self.monitor))
         if self._saves(trainer) and not stale and (known or has_validated(trainer)):
             self._attempt(trainer, lambda: self._save_topk_checkpoint(trainer, candidates))
@@ -194,9 +194,7 @@ class RunCheckpoints(ModelCheckpoint):
         """Let SIGTERM end the process."""
         self.signals.let_through()
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let SIGTERM end the process."""
-        self.signals.let_through()
+    on_predict_start = on_test_start
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the folder."""
@@ -205,8 +203,6 @@ class RunCheckpoints(ModelCheckpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let go of the folder."""
         self._lock.release()
-
-    # -- saving --------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuse weights that are not finite; a callback that knows the cause has spoken before.
@@ -276,8 +272,8 @@ class RunCheckpoints(ModelCheckpoint):
             raise refused
 
     def _kept(self) -> str:
-        path = self.last_model_path
-        return f"the last good checkpoint is {path}" if path and Path(path).is_file() else "there is no checkpoint yet"
+        kept = Path(self.last_model_path or ".")
+        return f"the last good checkpoint is {kept}" if kept.is_file() else "there is no checkpoint yet"
 
     def _saves(self, trainer: Trainer) -> bool:
         fits = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
@@ -335,8 +331,7 @@ class RunCheckpoints(ModelCheckpoint):
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         if not state or not trainer.ckpt_path or not self.dirpath:
             return
-        folder = Path(self.dirpath)
-        if Path(trainer.ckpt_path).resolve().parent != folder.resolve():
+        if Path(trainer.ckpt_path).resolve().parent != (folder := Path(self.dirpath)).resolve():
             return
         for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
             state[name] = _moved(state[name], folder)
