@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from pytorch_lightning.cli import OptimizerCallable
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from bioprop.algorithms.base import Gradients
 from bioprop.algorithms.checkpoints import describe_optimization
@@ -149,10 +148,8 @@ class DifferenceReconstruction(TargetAlgorithm):
 
     def _run_above(self, place: int, states: Tensor) -> Tensor:
         """``f_{n->N}``: the output for activations of the hidden stage at this place."""
-        for _, stage in self.network.stages()[place + 1 :]:
-            # batch norm, where a stage has it, takes its statistics from a copy: noise must not move those of the stage
-            buffers = {name: buffer.clone() for name, buffer in stage.named_buffers()}
-            states = functional_call(stage, buffers, (states,)) if buffers else stage(states)
+        for _, stage in self.chain[place + 1 :]:
+            states = stage(states)
         return states
 
     def _step_feedback_weights(self, gradients: Mapping[str, FeedbackGradient]) -> None:
@@ -174,9 +171,8 @@ class DifferenceReconstruction(TargetAlgorithm):
     def _learn(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Gradients]:
         if self.schedule.trains_forward(self.current_epoch):
             return super()._learn(images, labels)
-        passes = self.network.clean_passes(images, self.closed_form)
-        with self._profiled("train_feedback"):
-            losses = self._train_feedback(passes)
+        passes = self.clean_passes(images)
+        losses = self._phase_1(passes)
         # no gradients: the forward optimizer's step changes nothing, but `global_step` goes on counting batches
         return losses, Gradients({}, passes[-1].output.detach())
 

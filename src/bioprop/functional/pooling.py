@@ -4,12 +4,15 @@ Switches are values, never hidden state: ``[batch, channels, pooled height, pool
 position (row * width + column) of a window's maximum in the map before pooling.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from bioprop.functional.activations import FLAT
 
 Size = tuple[int, int]
 
@@ -26,19 +29,31 @@ class Pool(NamedTuple):
         """Return whether a position can lie in more than one window."""
         return self.kernel_size > self.stride
 
+    @property
+    def overlap(self) -> float:
+        """The mean number of windows that a position lies in, at least 1."""
+        return max(1.0, (self.kernel_size / self.stride) ** 2)
+
     def output_size(self, height: int, width: int) -> Size:
         """Height and width after pooling a map of ``height`` by ``width``."""
         reach = self.kernel_size - 2 * self.padding
         return (height - reach) // self.stride + 1, (width - reach) // self.stride + 1
 
+    def activate(self, maps: Tensor, rho: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Compute ``pool(rho(maps))`` and its switches.
 
-def max_pool(maps: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
-    """Pool ``[batch, channels, height, width]`` and return (pooled maps, switches)."""
-    pooled, switches = F.max_pool2d(maps, *pool, return_indices=True)
-    return pooled, switches
+        The activations never decrease, so the maximum may be taken first, which leaves them fewer values to work on.
+
+        Args:
+            maps: ``[batch, channels, height, width]``.
+            rho: one of the activations of `bioprop.functional.activations`.
+        """
+        # where the activation maps many values to one, the switch must be that of the first of its maxima
+        pooled, switches = F.max_pool2d(rho(maps) if rho in FLAT else maps, *self, return_indices=True)
+        return rho(pooled), switches
 
 
-def unpool_adding(pooled: Tensor, switches: Tensor, pool: Pool, size: Size) -> Tensor:
+def unpool_adding(pooled: Tensor, switches: Tensor, pool: Pool, size: tuple[int, ...]) -> Tensor:
     """``P^T pooled``: the transpose of the pooling that chose ``switches``; overlapping windows add up (``exact``)."""
     if not pool.overlaps:
         return torch._C._nn.max_unpool2d(pooled, switches, size)
@@ -62,24 +77,21 @@ class Places(NamedTuple):
         return Places(self.switches[samples], None if self.kept is None else self.kept[samples])
 
 
-def unpool_overwriting(pooled: Tensor, switches: Tensor, pool: Pool, size: Size) -> Tensor:
-    """Put each value back where its switch points; where windows overlap, the last one stays (``paper``).
+def locate(switches: Tensor, pool: Pool, overwriting: bool) -> Places:
+    """Say where `unpool` puts pooled values.
 
-    The unpooling of Zeiler & Fergus (2014) as Ernoult et al. (2022) use it. Not the transpose of pooling when windows
-    overlap, since a unit that won two windows gets one of the two values only.
-
-    torch's own ``max_unpool2d`` leaves it to the threads which window is the last; here it is the last in reading
-    order, on every device.
+    Args:
+        switches: of the pass that pooled.
+        pool: its geometry.
+        overwriting: whether the last of overlapping windows stays, in reading order, instead of their sum: the
+            unpooling of Zeiler & Fergus (2014) as Ernoult et al. (2022) use it (``paper``). It is not the transpose of
+            pooling, since a unit that won two windows gets one of the two values only. torch's own ``max_unpool2d``
+            leaves it to the threads which window is the last.
     """
-    return unpool(pooled, overwriting_places(switches, pool), pool, size)
+    return Places(switches, last_windows(switches, pool) if overwriting and pool.overlaps else None)
 
 
-def overwriting_places(switches: Tensor, pool: Pool) -> Places:
-    """Places for `unpool` to overwrite rather than add."""
-    return Places(switches, last_windows(switches, pool) if pool.overlaps else None)
-
-
-def unpool(pooled: Tensor, places: Places, pool: Pool, size: Size) -> Tensor:
+def unpool(pooled: Tensor, places: Places, pool: Pool, size: tuple[int, ...]) -> Tensor:
     """Put values back to their places in maps of a size; values that are not kept are dropped, the others add up."""
     return unpool_adding(pooled if places.kept is None else pooled * places.kept, places.switches, pool, size)
 
@@ -110,7 +122,7 @@ def last_windows(switches: Tensor, pool: Pool) -> Tensor:
     return last
 
 
-def gather_windows(pooled: Tensor, switches: Tensor, pool: Pool, size: Size) -> Tensor:
+def gather_windows(pooled: Tensor, switches: Tensor, pool: Pool, size: tuple[int, ...]) -> Tensor:
     """`unpool_adding` without a scatter: every position sums over the windows it lies in, in a fixed order."""
     places, rows, columns = window_indices(pool, size, pooled.device)
     last = [int((side - 1 + pool.padding) // pool.stride) for side in size]
@@ -129,7 +141,9 @@ def gather_windows(pooled: Tensor, switches: Tensor, pool: Pool, size: Size) -> 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def window_indices(pool: Pool, size: Size, device: torch.device) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def window_indices(
+    pool: Pool, size: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Where the windows over each position of a map are found: constants of `gather_windows`.
 
     Made once for each geometry, as on a GPU each of the small operations would be a launch; and not as tensors of
