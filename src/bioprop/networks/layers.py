@@ -162,9 +162,10 @@ class FeedbackLayer(NamedTuple):
 
     def blocks(self, images: int | None = None) -> list["Block"]:
         """Cut the batch, or its first images, into blocks of samples (`blocks`)."""
-        return [Block(samples, self._block(samples)) for samples in blocks(self.affine[:images])]
+        return [Block(samples, self.block(samples)) for samples in blocks(self.affine[:images])]
 
-    def _block(self, samples: slice) -> "FeedbackLayer":
+    def block(self, samples: slice) -> "FeedbackLayer":
+        """Return the part that belongs to some samples of the batch."""
         if len(range(*samples.indices(len(self.affine)))) == len(self.affine):
             return self
         kept = self.places and self.places.kept
