@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bioprop.functional import pooling
 from bioprop.functional.pooling import (
     Pool,
-    gather_windows,
+    fold_windows,
     locate,
     unpool,
     unpool_adding,
@@ -89,26 +88,27 @@ def test_overwriting_keeps_the_last_of_the_competing_values() -> None:
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels last"])
 @pytest.mark.parametrize("pool", DISJOINT + OVERLAPPING, ids=str)
 @pytest.mark.parametrize("size", SIZES)
-def test_gathering_equals_scattering(pool: Pool, size: tuple[int, int], layout: torch.memory_format) -> None:
+def test_folding_equals_scattering(pool: Pool, size: tuple[int, int], layout: torch.memory_format) -> None:
     maps = draw_maps(size).contiguous(memory_format=layout)
     pooled, switches = F.max_pool2d(maps, *pool, return_indices=True)
     values = torch.randn_like(pooled)
     places = torch.zeros(2, 3, size[0] * size[1], dtype=torch.float64)
     expected = places.scatter_add(2, switches.flatten(2), values.flatten(2)).view_as(maps)
     torch.testing.assert_close(unpool_adding(values, switches, pool, size), expected, rtol=1e-14, atol=1e-14)
-    gathered = gather_windows(values, switches, pool, size)
-    torch.testing.assert_close(gathered, expected, rtol=1e-14, atol=1e-14)
+    folded = fold_windows(values, switches, pool, size)
+    torch.testing.assert_close(folded, expected, rtol=1e-14, atol=1e-14)
 
 
-def test_what_gathering_keeps_serves_differentiation_after_inference() -> None:
-    pool, size = Pool(3, 2, 1), (9, 7)
-    pooled, switches = F.max_pool2d(draw_maps(size), *pool, return_indices=True)
-    pooling.window_indices.cache_clear()
-    with torch.inference_mode():
-        gather_windows(pooled, switches, pool, size)
-    values = pooled.clone().requires_grad_()
-    gather_windows(values, switches, pool, size).sum().backward()
-    torch.testing.assert_close(values.grad, torch.ones_like(values))
+@pytest.mark.parametrize("pool", [Pool(3, 2, 1), Pool(2, 2)], ids=str)
+def test_the_ways_back_are_of_a_defined_order(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch refuses operations without one in this mode, of which its own ``max_unpool2d`` is one on every device."""
+    monkeypatch.setattr(torch._C._nn, "max_unpool2d", None)
+    pooled, switches = F.max_pool2d(draw_maps((8, 6)), *pool, return_indices=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.equal(unpool_adding(pooled, switches, pool, (8, 6)), fold_windows(pooled, switches, pool, (8, 6)))
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("way_back", [overwritten, unpool_adding])

@@ -10,8 +10,11 @@ stage.weight`` is the symmetric case (``G = F^T`` on a linear stage). Two forms:
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from functools import singledispatch
 from math import prod
+from operator import attrgetter
+from types import MappingProxyType
 from typing import cast
 
 import torch
@@ -28,9 +31,12 @@ from bioprop.networks.stages import ConvStage, LayerStage, LinearStage, Stage, S
 class Mirror(nn.Module, ABC):
     """Feedback operator of one stage. Its parameters are the feedback weights, and biases named ``bias``."""
 
-    @abstractmethod
+    #: Name of the forward weight within the stage, by the name of the feedback weight that is its counterpart.
+    counterparts: Mapping[str, str]
+
     def pairs(self, stage: Stage) -> list[tuple[Tensor, Tensor]]:
         """Return each forward weight of the stage with the feedback weight that is its counterpart."""
+        return [(attrgetter(forward)(stage), getattr(self, own)) for own, forward in self.counterparts.items()]
 
     @abstractmethod
     def forward(self, outputs: Tensor, switches: Switches) -> Tensor:
@@ -74,6 +80,7 @@ class LayerMirror(Mirror):
         map_size: height and width before pooling; empty for a linear layer.
     """
 
+    counterparts: Mapping[str, str] = MappingProxyType({"weight": "weight"})
     pool: Pool | None = None
     map_size: tuple[int, ...] = ()
 
@@ -96,10 +103,6 @@ class LayerMirror(Mirror):
         bound = (paper_fan_in if self.form == "paper" else forward_fan_in) ** -0.5
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
-
-    def pairs(self, stage: Stage) -> list[tuple[Tensor, Tensor]]:
-        """Return each forward weight of the stage with the feedback weight that is its counterpart."""
-        return [(cast(LayerStage, stage).weight, self.weight)]
 
     def features(self, outputs: Tensor, switches: Switches) -> Tensor:
         """Compute the features that the feedback weights are applied to, the unpooled ``phi(outputs)``.

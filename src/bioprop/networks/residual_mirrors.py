@@ -22,6 +22,8 @@ training mode too would be another method: below the output of a ResNet-14 with 
 The running statistics belong to the clean pass: feedback training leaves them as they are.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import cast
 
 import torch
@@ -45,6 +47,7 @@ class BlockMirror(Mirror):
     """
 
     is_composed = True
+    counterparts: dict[str, str]
 
     def __init__(self, stage: BasicBlockStage, form: MirrorName) -> None:
         super().__init__()
@@ -57,17 +60,9 @@ class BlockMirror(Mirror):
         shortcut = stage.shortcut_conv
         self.shortcut_weight = None if shortcut is None else _draw(shortcut.weight)
         self.bias = _draw_bias(stage.conv1.weight)
-
-    def pairs(self, stage: Stage) -> list[tuple[Tensor, Tensor]]:
-        """Return the weights of both convolutions, and of the shortcut's if it has one, with their counterparts."""
-        block = cast(BasicBlockStage, stage)
-        pairs: list[tuple[Tensor, Tensor]] = [
-            (block.conv1.weight, self.conv1_weight),
-            (block.conv2.weight, self.conv2_weight),
-        ]
-        if block.shortcut_conv is not None and self.shortcut_weight is not None:
-            pairs.append((block.shortcut_conv.weight, self.shortcut_weight))
-        return pairs
+        self.counterparts = {"conv1_weight": "conv1.weight", "conv2_weight": "conv2.weight"}
+        if shortcut is not None:
+            self.counterparts["shortcut_weight"] = "shortcut.0.weight"
 
     def forward(self, outputs: Tensor, switches: Switches) -> Tensor:
         """Compute ``G(outputs)``; ``switches`` is the `BlockPass` of the pass that made the stage's activations."""
@@ -128,16 +123,14 @@ class PooledLinearMirror(Mirror):
         form: ``exact`` or ``paper``.
     """
 
+    counterparts: Mapping[str, str] = MappingProxyType({"weight": "linear.weight"})
+
     def __init__(self, stage: PooledLinearStage, form: MirrorName) -> None:
         super().__init__()
         find_activation("identity", form)  # refuses what is neither
         self.size = stage.input_shape[1:]
         self.weight = _draw(stage.linear.weight)
         self.bias = _draw_bias(stage.linear.weight)
-
-    def pairs(self, stage: Stage) -> list[tuple[Tensor, Tensor]]:
-        """Return the linear layer's weight with its counterpart."""
-        return [(cast(PooledLinearStage, stage).linear.weight, self.weight)]
 
     def forward(self, outputs: Tensor, switches: Switches) -> Tensor:
         """Compute ``G(outputs)``, ``[batch, out_features]`` to ``[batch, channels, height, width]``."""
@@ -171,15 +164,13 @@ class StemMirror(Mirror):
         form: ``exact`` or ``paper``.
     """
 
+    counterparts: Mapping[str, str] = MappingProxyType({"weight": "conv.weight"})
+
     def __init__(self, stage: StemStage, form: MirrorName) -> None:
         super().__init__()
         self.activation = find_activation(stage.activation, form)
         self.weight = _draw(stage.conv.weight)
         self.bias = _draw_bias(stage.conv.weight)
-
-    def pairs(self, stage: Stage) -> list[tuple[Tensor, Tensor]]:
-        """Return the convolution's weight with its counterpart."""
-        return [(cast(StemStage, stage).conv.weight, self.weight)]
 
     def forward(self, outputs: Tensor, switches: Switches) -> Tensor:
         """Compute ``G(outputs)``; ``switches`` is the `StemPass` of the pass that made the stage's activations."""
