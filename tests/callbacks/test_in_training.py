@@ -64,6 +64,9 @@ def test_alignment_is_logged_before_training_and_each_epoch(tmp_path: Path) -> N
     assert [row["epoch"] for row in rows] == ["-1", "0", "1"]
     assert all(abs(float(row["angle/fc2"])) < 0.1 for row in rows)
     assert all(float(row["angle/conv1"]) > 1.0 for row in rows)
+    for row in rows:
+        hidden = [float(row[f"angle/{stage}"]) for stage in ("conv1", "conv2", "fc1")]
+        assert float(row["angle/hidden_stages"]) == pytest.approx(sum(hidden) / 3, rel=1e-5)
 
 
 def test_the_angle_to_gauss_newton_is_logged_where_asked_for(tmp_path: Path) -> None:
