@@ -17,7 +17,6 @@ from bioprop.functional.gradients import backprop_gradients, evaluating, preserv
 from bioprop.functional.precision import float32_products
 from bioprop.networks.network import Network, named_stages
 
-
 #: Name, beside those of the stages, under which the mean angle over the hidden stages is logged.
 HIDDEN = "hidden_stages"
 
