@@ -26,7 +26,6 @@ from bioprop.callbacks import (
 from bioprop.callbacks.divergence import LOOK_EVERY
 from bioprop.datamodules import Digits
 from bioprop.errors import DivergenceError, UserError
-from bioprop.experiments.figures import draw_feedback_training
 from bioprop.functional.angles import angle_degrees
 from bioprop.networks import LeNet
 from bioprop.runs import RunCheckpoints
@@ -164,7 +163,6 @@ def test_feedback_record_of_feedback_through_all_stages_above(kind: type, shown:
     assert [(row["batch"], row["stage"], row["iteration"]) for row in rows] == expected
     assert all((row["angle"] == "nan") == (shown == "nan") for row in rows)
     assert not algorithm._observers
-    draw_feedback_training(run_folder(trainer) / "feedback_training.csv", tmp_path / "course.png")
 
 
 def test_feedback_record_of_an_algorithm_without_feedback_leaves_no_file(tmp_path: Path) -> None:
