@@ -22,7 +22,7 @@ from bioprop.networks.mirrors import Mirror
 from bioprop.networks.stages import Stage, StagePass
 from bioprop.ranges import check_range, number, per_stage
 
-FeedbackStep = Literal["sgd", "normalized"]
+FeedbackStep = Literal["sgd", "adam", "normalized"]
 #: Share of the mean curvature that is added to every unit's, so that a silent unit takes no giant step.
 CURVATURE_FLOOR = 0.03
 
@@ -79,9 +79,10 @@ class FeedbackTraining:
         noise: standard deviation, in units of the activations, above 0.
         feedback_lr: learning rate, or fraction of a Newton step for ``normalized``.
         iterations: feedback iterations a batch, 0 to leave a stage's feedback as it was drawn.
-        feedback_step: ``sgd`` or ``normalized``, by the loss's curvature.
+        feedback_step: ``sgd``, ``adam`` or ``normalized``, by the loss's curvature.
         feedback_momentum: of ``sgd``, in [0, 1).
         speed: how the gradients are computed.
+        feedback_decay: weight decay of ``adam``, which is part of its gradient, at least 0.
         samples: draws of the noise that the gradient of an iteration is the mean of.
         finds_settings: whether noise, rate and iterations may be ``auto``.
 
@@ -100,6 +101,7 @@ class FeedbackTraining:
         feedback_step: FeedbackStep,
         feedback_momentum: float,
         speed: Speed,
+        feedback_decay: float = 0.0,
         samples: int = 1,
         finds_settings: bool = False,
     ) -> None:
@@ -110,6 +112,8 @@ class FeedbackTraining:
         self.feedback_lr = per_stage("feedback_lr", feedback_lr, names, auto=finds_settings)
         self.iterations = per_stage("iterations", iterations, names, whole=True, auto=finds_settings)
         self.feedback_momentum = number("feedback_momentum", feedback_momentum)
+        self.feedback_decay = number("feedback_decay", feedback_decay)
+        check_range("feedback_decay", [self.feedback_decay], 0.0)
         check_range("noise", _numbers(self.noise), 0.0, low_allowed=False)
         check_range("feedback_lr", _numbers(self.feedback_lr), 0.0, low_allowed=False)
         check_range("iterations", _numbers(self.iterations), 0)
@@ -123,6 +127,8 @@ class FeedbackTraining:
                 f"feedback_lr {max(_numbers(self.feedback_lr))} is above 1, beyond which the normalized feedback step "
                 "overshoots: use a value in (0, 1], such as 0.1"
             )
+        if feedback_step != "adam" and self.feedback_decay:
+            raise UserError(f"feedback_decay is {feedback_decay}, but it belongs to feedback_step: adam alone")
         if speed.processes not in get_args(Sharing):
             raise UserError(f"speed.processes {speed.processes!r} is not known: choose one of {get_args(Sharing)}")
         self.optimizer = self._make_optimizer()
@@ -203,7 +209,10 @@ class FeedbackTraining:
 
     def _may_record(self, clean: StagePass, sharing: Sharing | None) -> bool:
         """Return whether the iterations can be a CUDA graph: no graph of autograd, no exchange, and nobody watching."""
-        alone = clean.affine is not None and not self.observers and sharing != "gradients"
+        # Adam counts its steps outside of the graph
+        alone = (
+            clean.affine is not None and not self.observers and sharing != "gradients" and self.feedback_step != "adam"
+        )
         return self.speed.cuda_graph and clean.inputs.is_cuda and alone
 
     def _recording_failed(self) -> bool:
@@ -214,7 +223,11 @@ class FeedbackTraining:
 
     def sharing(self) -> Sharing | None:
         """Return the part that several processes share of feedback training; None where there is one."""
-        return self.speed.processes if process_count() > 1 else None
+        if process_count() == 1:
+            return None
+        return (
+            "gradients" if self.feedback_step == "adam" else self.speed.processes
+        )  # no process has Adam's state alone
 
     def _owners(self, batches: Sequence[StageBatch]) -> Mapping[str, int]:
         """Return the rank that trains each trained stage, by name; empty where observers want to see every stage."""
@@ -235,13 +248,15 @@ class FeedbackTraining:
         return self.optimizer
 
     def _make_optimizer(self) -> torch.optim.Optimizer | None:
-        """Build the SGD of the feedback weights, one parameter group a stage; None where the step needs none."""
-        if self.feedback_step != "sgd" or not self.feedback:
+        """Build the optimizer of the feedback weights, one parameter group a stage; None where the step needs none."""
+        if self.feedback_step == "normalized" or not self.feedback:
             return None
         groups = [
             {"params": list(mirror.parameters()), "lr": lr}
             for mirror, lr in zip(self.feedback.values(), self.feedback_lr.values(), strict=True)
         ]
+        if self.feedback_step == "adam":
+            return torch.optim.Adam(groups, weight_decay=self.feedback_decay, fused=True)
         # one pass over the weights instead of three
         return torch.optim.SGD(groups, momentum=self.feedback_momentum, fused=True)
 
