@@ -13,7 +13,7 @@ from typing import Literal, NoReturn, TypeVar
 import torch
 from rich.console import Console
 
-from bioprop.cli_parser import OneSentenceParser, resolve_values
+from bioprop.cli_parser import OneSentenceParser, resolve_homes
 from bioprop.errors import UserError
 from bioprop.experiments.configs import Row, Settings, find_rows, name_configs, resolve
 from bioprop.experiments.environment import versions
@@ -231,7 +231,7 @@ def main(words: Sequence[str]) -> int:
     rules = (inspect.getdoc(compare) or "").split("\n\n")[1]
     parser = CompareParser(prog="bioprop compare", usage=USAGE, description=rules)
     parser.add_function_arguments(compare, as_positional=False, skip={"options", "command"})
-    given = resolve_values(parser.parse_args(list(words[:cut])))
+    given = resolve_homes(parser.parse_args(list(words[:cut])))
     command = shlex.join(["bioprop", "compare", *words])
     try:
         return compare(**given.as_dict(), options=words[cut + 1 :], command=command)
