@@ -29,6 +29,8 @@ T = TypeVar("T")
 
 USAGE = "bioprop compare [options] [-- options of every run, as of bioprop fit]"
 INTERRUPTED = 130
+#: Algorithms that are compared where none are named.
+STANDARD = "backprop,dtp,ldrl"
 
 #: Options of a run that a comparison sets itself, and what is to be done instead of giving them.
 DECIDED_BY_COMPARE = {
@@ -41,7 +43,7 @@ DECIDED_BY_COMPARE = {
 
 
 def compare(
-    folder: Path,
+    folder: Path | None = None,
     algorithms: list[str] | str = "",
     network: str = "",
     data: str = "",
@@ -61,9 +63,10 @@ def compare(
     more rows or seeds it runs what is missing.
 
     Args:
-        folder: results folder: table.md, runs.csv, trials.csv, figures (*.png), and all runs with checkpoints and logs.
-        algorithms: names as in lightning_configs/<algorithm>_<network>_<data>.yaml, such as backprop,ldrl,dtp, or of
-            classes, such as my_rules.MyRule, which have the defaults of the class.
+        folder: results folder: table.md, runs.csv, trials.csv, figures (*.png), and all runs with checkpoints and logs;
+            by default compared/<network>_<data>.
+        algorithms: names as in lightning_configs/<algorithm>_<network>_<data>.yaml, by default backprop,dtp,ldrl, or
+            of classes, such as my_rules.MyRule, which have the defaults of the class.
         network: name of the network, as there: lenet, mlp, simplevgg, ..., or of a class, such as my_nets.MyNet.
         data: name of the data, as there: digits, cifar10, imagefolder, ...
         configs: configuration files to compare instead of the three above, such as a.yaml,b.yaml.
@@ -89,10 +92,12 @@ def compare(
         raise UserError(f"--jobs is {jobs}, but it must be at least 1")
     if epochs is not None and epochs < 1:
         raise UserError(f"--epochs is {epochs}, but it must be at least 1")
+    if algorithms == "" and network and data:
+        algorithms = STANDARD
     factors = _factors(lr_factors)
     _refuse_own(options, epochs is not None)
     everywhere = [*options, *([] if epochs is None else [f"--trainer.max_epochs={epochs}"])]
-    folder = folder.resolve()
+    folder = (folder or Path("compared", "_".join(filter(None, (network, data))))).resolve()
     with TemporaryDirectory() as scratch:
         found = _find(_listed(algorithms), network, data, _listed(configs), Path(scratch))
         rows = {name: resolve(row.config, [*row.options, *everywhere]) for name, row in found.items()}
@@ -206,8 +211,6 @@ class CompareParser(OneSentenceParser):
             hint = f"did you mean {close[0]}?" if close else f"they are {', '.join(f'--{name}' for name in OPTIONS)}."
             sentence = f"there is no option {match[1]}: {hint} Options of the runs themselves go behind a lone --"
             self.exit(2, f"bioprop compare: error: {sentence}\n")
-        if "arguments are required" in message or 'Key "folder" is required' in message:
-            self.exit(2, "bioprop compare: error: --folder must be given: where the results go\n")
         super().error(message, ex)
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,26 +137,6 @@ def resolve(config: Path, options: Sequence[str]) -> Settings:
     parsed = main(["fit", "--config", os.fspath(config), *options], ParsingCLI)
     assert isinstance(parsed, ParsingCLI)
     return parsed.settings
-
-
-def class_name(part: Mapping[str, Any]) -> str:
-    """The class that a part of the settings names, without its module."""
-    return str(part["class_path"]).rpartition(".")[2]
-
-
-def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
-    """Spell nested settings out by dotted names, without the words that only structure them."""
-    if not isinstance(settings, Mapping):
-        return {prefix: settings}
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        if key == "class_path":
-            found[prefix] = class_name(settings)
-        elif key in ("init_args", "dict_kwargs"):
-            found |= flat(value, prefix) if value else {}
-        else:
-            found |= flat(value, f"{prefix}.{key}" if prefix else key)
-    return found
 
 
 def _once(names: Iterable[str]) -> list[str]:

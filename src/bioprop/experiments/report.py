@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bioprop.experiments.configs import class_name
 from bioprop.experiments.figures import draw_figures
 from bioprop.experiments.plan import TRIAL_SEED, Comparison, Run
 from bioprop.experiments.results import Result, write_whole
 from bioprop.experiments.summary import Ended, Row, Spread, backprop_seconds, summarize
+from bioprop.runs.folder import class_name
 
 RUN_COLUMNS = (
     "name",

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean, stdev
 from typing import NamedTuple
 
-from bioprop.experiments.configs import class_name
 from bioprop.experiments.plan import Comparison, Run
 from bioprop.experiments.results import Result, Test
+from bioprop.runs.folder import class_name
 
 
 class Spread(NamedTuple):
