@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pydoc import locate
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,7 @@ from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-define
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import Checkpoint, ProgressBar
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
-from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers import CSVLogger, Logger
 
 from bioprop.algorithms import Algorithm
 from bioprop.algorithms.trainer_precision import check_precision
@@ -105,6 +106,11 @@ class BiopropCLI(LightningCLI):
         check_precision(config.trainer.precision, algorithm.__name__, algorithm.precisions, algorithm.precision_reason)
         if self.subcommand == "fit":
             refuse_lightnings_steps(config.trainer)
+        elif config.ckpt_path is None:
+            raise UserError(
+                f"bioprop {self.subcommand} needs --ckpt_path, or it would judge untrained weights: "
+                "give a file, 'best' or 'last'"
+            )
         network = config.model.init_args.get("network")
         untyped = [name for name, value in vars(config.model.init_args).items() if callable(value)]
         if not isinstance(network, Namespace):
@@ -134,6 +140,20 @@ class BiopropCLI(LightningCLI):
                 Path(arguments.save_dir).mkdir(parents=True, exist_ok=True)  # or W&B warns, and writes elsewhere
             if locate(each.class_path) is CSVLogger:  # ours takes the same arguments
                 each.class_path = "bioprop.runs.MetricsFile"
+        if self.subcommand != "fit":
+            self._tell_what_was_trained_on(config, loggers[0], root)
+
+    def _tell_what_was_trained_on(self, config: Namespace, logger: Namespace, root: str | Path) -> None:
+        """Name the checkpoint to data that have no training images, whose classes and form come from there."""
+        data = config.data.get("init_args") or {}
+        if "trained_on" not in data or data["trained_on"] is not None or (Path(data["data_dir"]) / "train").is_dir():
+            return
+        if config.ckpt_path in ("last", "best"):
+            made = cast(type[Logger], locate(logger.class_path))(**vars(logger.init_args))
+            place = SimpleNamespace(logger=made, default_root_dir=root)
+            dirpath = self._get(self.config, "checkpoint").dirpath
+            config.ckpt_path = str(newest_checkpoint(config.ckpt_path, cast(Trainer, place), dirpath, config))
+        data["trained_on"] = config.ckpt_path
 
     def _dump_config(self) -> None:
         """Give a network without arguments a place for them, which Lightning 2.6.6 expects where links lead to."""
@@ -194,11 +214,6 @@ class BiopropCLI(LightningCLI):
                 self._refuse_another_seed(path)
                 if go_on_in_its_folder(self.trainer, path, checkpoint, checkpoints.dirpath):
                     checkpoints.hold_before_logging(path.parent)
-        elif self.subcommand != "fit":
-            raise UserError(
-                f"bioprop {self.subcommand} needs --ckpt_path, or it would judge untrained weights: "
-                "give a file, 'best' or 'last'"
-            )
 
     def _refuse_another_seed(self, checkpoint: Path) -> None:
         """Compare the seed with that of the run the checkpoint belongs to: its random streams come from the latter."""

@@ -1,7 +1,7 @@
 """The base of all image data modules: splits, limits, resident images, loaders, augmentation, normalisation."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -232,9 +232,10 @@ class ImageDataModule(LightningDataModule, ABC):
         return self._statistics[device]
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps besides the arguments: the classes, and the statistics of normalisation."""
+        """Returns what a checkpoint keeps besides the arguments: classes, shape, statistics of normalisation."""
         mean, std = self.statistics(torch.device("cpu"))
-        return {"classes": list(self.classes), "mean": mean.tolist(), "std": std.tolist()}
+        kept = {"classes": list(self.classes), "image_shape": tuple(self.image_shape)}
+        return {**kept, "mean": mean.tolist(), "std": std.tolist()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over the statistics of a checkpoint, whatever training images are here now.
@@ -288,6 +289,18 @@ class ImageDataModule(LightningDataModule, ABC):
     def __str__(self) -> str:
         # Lightning's version asks every loader for a `dataset`
         return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in self.hparams.items())})"
+
+
+def trained_images(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the state of the data module that wrote a checkpoint, whichever it was; see `state_dict`.
+
+    Raises:
+        UserError: There is none.
+    """
+    for state in checkpoint.values():
+        if isinstance(state, dict) and {"classes", "mean", "std"} <= state.keys():
+            return state
+    raise UserError("the checkpoint does not say which classes it was trained on: give images with a folder train")
 
 
 def free_memory(device: torch.device) -> int:
