@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 
 from bioprop.cli import main
-from bioprop.datamodules import ImageFolder
 from bioprop.errors import UserError
 from tests.datamodules.folders import bad, held, make, pixels
 
@@ -54,19 +53,23 @@ def test_a_flat_folder_and_a_file_are_predicted_at_the_size_that_was_trained_on(
 
 
 def test_what_cannot_be_done_without_training_images(folder, checkpoint, tmp_path):
-    bad("test/train' has no class folders", data_dir=str(folder / "test"))
+    bad("test' has no class folders in a folder train", data_dir=str(folder / "test"))
     bad("train' does not exist", "fit", data_dir=str(folder), trained_on=checkpoint)
     bad("nowhere' is not a folder: name that, or an image", data_dir=str(tmp_path / "nowhere"), trained_on=checkpoint)
+    (tmp_path / "empty").mkdir()
+    bad("empty' has no images: name a folder that has some", data_dir=str(tmp_path / "empty"), trained_on=checkpoint)
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     bad("does not say which classes", data_dir=str(folder), trained_on=str(tmp_path / "other.ckpt"))
 
 
-def test_a_checkpoint_that_does_not_say_the_shape_leaves_it_to_the_first_image(folder, checkpoint):
+def test_older_checkpoints_have_the_shape_with_the_network_or_leave_it_to_the_first_image(folder, checkpoint):
     content = torch.load(checkpoint)
     del content["ImageFolder"]["image_shape"]
-    torch.save(content, checkpoint)
-    Image.new("L", (6, 5)).save(folder / "test" / "ant" / "000.png")
-    assert ImageFolder(str(folder), trained_on=checkpoint).image_shape == (3, 5, 6)
+    Image.new("L", (8, 7)).save(folder / "test" / "ant" / "000.png")
+    for network, shape in (({"init_args": {"image_shape": [3, 5, 6]}}, (3, 5, 6)), ({"init_args": None}, (3, 7, 8))):
+        torch.save({**content, "hyper_parameters": {"network": network}}, checkpoint)
+        data = make(["predict"], data_dir=str(folder), trained_on=checkpoint)
+        assert data.image_shape == held(data, "test").images.shape[1:] == shape
 
 
 def test_the_commands_name_the_checkpoint(folder, tmp_path, monkeypatch):

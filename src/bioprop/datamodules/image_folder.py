@@ -79,8 +79,7 @@ class ImageFolder(ImageDataModule):
             raise UserError(
                 f"background is '{background}', which is no colour: choose a name such as white or '#808080'."
             ) from error
-        root = Path(data_dir).expanduser()
-        trained = None
+        root, trained = Path(data_dir).expanduser(), None
         if trained_on is not None and not (root / "train").is_dir():
             trained, cache = trained_images(read_checkpoint(trained_on)), False
         classes, splits = list_splits(root, None if trained is None else tuple(trained["classes"]))
@@ -89,13 +88,10 @@ class ImageFolder(ImageDataModule):
         kept = kept_images(root, "train", files, asked, None) if cache else None
         if kept is not None:
             shape = (kept.shape[1], kept.shape[2], kept.shape[3])
-        elif trained is not None and "image_shape" in trained:
-            shape = trained["image_shape"]
+        elif trained is not None:
+            shape = trained["image_shape"] or _shape(files[:1], len(trained["mean"]), image_size)
         else:
-            native, height, width = look(files[0])
-            grey = native == 1 and channels is None and all_grey(files[1:])
-            channels_used = len(trained["mean"]) if trained else channels or (1 if grey else 3)
-            shape = channels_used, image_size or height, image_size or width
+            shape = _shape(files, channels, image_size)
         super().__init__(image_shape=shape, classes=classes, **shared)
         gigabytes = min(len(files), self.limits["train"] or len(files)) * math.prod(shape) / 1e9
         if gigabytes > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9:
@@ -221,6 +217,13 @@ class ImageFolder(ImageDataModule):
                 else:
                     images = self._decode("train", indices[places])
                 self.resident[split] = Resident(images, labels[places], indices[places])
+
+
+def _shape(files: Sequence[Path], channels: int | None, image_size: int | None) -> tuple[int, int, int]:
+    """Returns (channels, height, width) as asked for, and else as the first image has them: grey if all images are."""
+    native, height, width = look(files[0])
+    grey = native == 1 and channels is None and all_grey(files[1:])
+    return channels or (1 if grey else 3), image_size or height, image_size or width
 
 
 _inform, _warn = rank_zero_only(logger.info), rank_zero_only(logger.warning)

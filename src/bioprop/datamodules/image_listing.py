@@ -56,8 +56,10 @@ def list_splits(root: Path, trained: tuple[str, ...] | None) -> tuple[tuple[str,
     found = {split: _Found(root / split) for split in SPLITS if (root / split).is_dir()}
     if trained and "train" not in found:
         classes, found = trained, found or {"test": _Found(root)}
+        if not any(each.images or each.loose for each in found.values()):
+            raise UserError(f"'{root}' has no images: name a folder that has some, or an image.")
     elif not (classes := tuple(found["train"].images) if "train" in found else ()):
-        raise UserError(f"'{root / 'train'}' has no class folders: images are expected in '{root / 'train'}/<class>/'.")
+        raise UserError(f"'{root}' has no class folders in a folder train: put images into '{root}/train/<class>/'.")
     for split in found.keys() - {"test"}:
         _check_classes(root, classes, found[split])
     splits = {split: each.labelled(classes, split) for split, each in found.items()}
