@@ -278,7 +278,7 @@ def _shaped(values: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 class RandomStreams(nn.Module):
-    """Generators that are a function of a seed, the number of batches seen and a place, all saved in checkpoints.
+    """Generators that are a function of a seed, the number of batches seen and a number, all saved in checkpoints.
 
     The seed is drawn from the global generator at construction, so it follows from the seed of the run; the number of
     batches counts through all epochs.
@@ -295,21 +295,21 @@ class RandomStreams(nn.Module):
         """Stay on the CPU: reading a counter from a GPU would make the host wait for it."""
         return self
 
-    def generator(self, place: int, device: torch.device, rank: int = 0) -> torch.Generator:
-        """Make the generator of one place for this batch.
+    def generator(self, number: int, device: torch.device, rank: int = 0) -> torch.Generator:
+        """Make the generator of one number for this batch.
 
         Args:
-            place: a stage or layer, by its number.
+            number: a stage or layer, by its number.
             device: where the numbers are wanted.
             rank: of the process whose images they are for: each draws its own.
         """
-        entropy = [int(self.seed), int(self.batches), place, *([rank] if rank else [])]
+        entropy = [int(self.seed), int(self.batches), number, *([rank] if rank else [])]
         (seed,) = np.random.SeedSequence(entropy).generate_state(1)
         return torch.Generator(device).manual_seed(int(seed))
 
-    def noise(self, place: int, like: Tensor, rank: int = 0) -> NoiseStream:
-        """Make the noise of this batch for one place, in the type and on the device of a tensor; see `generator`."""
-        return NoiseStream(self.generator(place, like.device, rank), like.dtype)
+    def noise(self, number: int, like: Tensor, rank: int = 0) -> NoiseStream:
+        """Make the noise of this batch for one number, in the type and on the device of a tensor; see `generator`."""
+        return NoiseStream(self.generator(number, like.device, rank), like.dtype)
 
     def next_batch(self) -> None:
         """Move on: the next generators differ from all before."""
