@@ -121,7 +121,7 @@ def draw_batch() -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_batch_stays_on_the_gpu(method: str, build: Callable[[], Network]) -> None:
     algorithm, backend = make(method, build), StandIn("cuda")
-    algorithm.feedback_training._recorded = defaultdict(lambda: Recorded(backend))
+    algorithm.feedback_training._recorded = defaultdict(lambda: Recorded(algorithm.streams, backend))
     with on_a_simulated_gpu(algorithm):
         algorithm._learn(*draw_batch())  # copies constants and makes momentum, which stay
         with NothingOnTheHost() as watched:
