@@ -1,6 +1,7 @@
 """Whole steps as CUDA graphs, with the stand-in of `tests.feedback.test_recorded`: the numbers of steps one by one."""
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -130,12 +131,18 @@ def test_recorded_steps_train_to_the_same_bits(
 def test_a_recording_that_fails_changes_no_number(
     make: Callable[[], Algorithm], tmp_path: Path, record: Callable[[Any], None]
 ) -> None:
-    """It stops anywhere: here within the second of the feedback iterations, where gradients are set."""
+    """Here within the first iteration of the second stage, whose gradients are set by then."""
     alone = train(make, tmp_path)
 
     def broken(function: Callable[[], Any], generators: Sequence[torch.Generator]) -> Callable[[], Any]:
+        step, steps = torch.optim.SGD.step, Counter[str]()
+
+        def third_is_refused(self: torch.optim.SGD) -> None:
+            steps.update(["taken"])
+            step(self) if steps["taken"] < 3 else refuse(function, generators)
+
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.optim.SGD, "step", lambda *given: refuse(function, generators))
+            patch.setattr(torch.optim.SGD, "step", third_is_refused)
             state = copy_state(algorithms[-1])
             try:
                 function()
@@ -184,18 +191,27 @@ def move_a_weight(algorithm: Algorithm) -> None:
     weight.data = 2 * weight.data
 
 
-CHANGES = [change_beta, change_noise, move_a_weight, lambda algorithm: algorithm.network.fc1.requires_grad_(False)]
+def freeze(algorithm: Algorithm) -> None:
+    algorithm.network.fc1.requires_grad_(False)
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=["beta", "noise", "weight moved", "frozen"])
+@pytest.mark.parametrize(
+    ("change", "recordings", "replays"),
+    # from the third batch on everything is new, and with a weight that moves again from the seventh
+    [(change_beta, 3, 5), (change_noise, 3, 5), (freeze, 3, 5), (move_a_weight, 2, 3)],
+)
 def test_what_changes_between_batches_is_noticed(
-    change: Callable[[Algorithm], object], tmp_path: Path, record: Callable[[Any], None]
+    change: Callable[[Algorithm], object],
+    recordings: int,
+    replays: int,
+    tmp_path: Path,
+    record: Callable[[Any], None],
 ) -> None:
     make, backend = MADE["L-DRL as published"], StandIn()
     alone = train(make, tmp_path, Rate(change))
     record(backend)
     assert_same(train(make, tmp_path, Rate(change)), alone)
-    assert backend.replays > 0
+    assert (backend.recordings, backend.replays) == (recordings, replays)
 
 
 class OwnBackprop(Backprop):
