@@ -15,7 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from bioprop.algorithms import (
     DTP,
     LDRL,
+    PEPITA,
     Algorithm,
+    AnalyticFeedback,
     Backprop,
     DirectFeedbackAlignment,
     DirectKolenPollack,
@@ -58,6 +60,8 @@ MADE: dict[str, Callable[[], Algorithm]] = {
         f"FA, {rule}": lambda rule=rule: FeedbackAlignment(small_lenet(), rule=rule)  # type: ignore[misc]
         for rule in ("fa", "frsf", "brsf", "kolen_pollack", "weight_mirror")
     },
+    "PEPITA": lambda: PEPITA(MLP(SHAPE, CLASSES, hidden=(9,))),
+    "analytic feedback": lambda: AnalyticFeedback(small_lenet()),
     "DFA": lambda: DirectFeedbackAlignment(small_lenet(), constrain_norm=True),
     "DRTP": lambda: DirectRandomTargetProjection(small_lenet()),
     "L-DRL": lambda: LDRL(small_lenet()),

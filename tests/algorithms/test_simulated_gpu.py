@@ -134,6 +134,22 @@ def test_a_batch_stays_on_the_gpu(method: str, build: Callable[[], Network]) -> 
     assert (backend.recordings, backend.replays) == (recorded, 2 * recorded)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_whole_recorded_step_stays_on_the_gpu(method: str) -> None:
+    algorithm, backend = make(method, NETWORKS["lenet"]), StandIn("cuda")
+    with on_a_simulated_gpu(algorithm):
+        step = Recorded(algorithm.streams, backend)
+        step(algorithm._learn, draw_batch())
+        with NothingOnTheHost() as watched:
+            for _ in range(2):
+                losses, gradients = step(algorithm._learn, draw_batch())
+    assert losses.keys() == algorithm.feedback.keys()
+    assert gradients.forward.keys() == dict(algorithm.network.named_parameters()).keys()
+    assert watched.operations > 0
+    assert (backend.recordings, backend.replays) == (1, 2)
+    assert algorithm.streams.batches == 3
+
+
 @pytest.mark.parametrize("fault", [Tensor.item, Tensor.cpu, Tensor.nonzero, lambda loss: loss + torch.ones(1)])
 def test_a_host_that_waits_is_noticed(fault: Callable[[Tensor], object], monkeypatch: pytest.MonkeyPatch) -> None:
     algorithm = make("L-DRL", NETWORKS["lenet"])
