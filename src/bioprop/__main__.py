@@ -23,6 +23,10 @@ def _command() -> int:
         from bioprop.experiments.compare import main as compare
 
         return compare(sys.argv[2:])
+    if sys.argv[1:2] == ["reproduce"]:
+        from bioprop.experiments.reproduce import main as reproduce
+
+        return reproduce(sys.argv[2:])
     from bioprop.cli import main
 
     main()

@@ -101,35 +101,49 @@ def compare(
         raise UserError(
             f"--seeds is {seeds}, but it must be from 1 to {MOST_SEEDS}: the number of runs of each algorithm"
         )
-    for name, value in (("parallel", parallel), ("epochs", epochs)):
-        if value is not None and value < 1:
-            raise UserError(f"--{name} is {value}, but it must be at least 1")
+    for option, number in (("parallel", parallel), ("epochs", epochs)):
+        if number is not None and number < 1:
+            raise UserError(f"--{option} is {number}, but it must be at least 1")
     if equal_time is not None and not 0.0 < equal_time < float("inf"):
         raise UserError(f"--equal_time is {equal_time}, but it must be a number of seconds above 0")
     if equal_time is not None and epochs is not None:
         raise UserError("--equal_time decides the number of epochs: leave it or --epochs out")
-    factors = _factors(lr_factors)
-    _refuse_own(options, sets_epochs=epochs is not None or equal_time is not None)
-    everywhere = [*options, *([] if epochs is None else [f"--trainer.max_epochs={epochs}"])]
     if folder is None:
         folder = Path("runs", "_".join(filter(None, ("compare", network, data))))
-    folder, console = folder.resolve(), Console()
     with TemporaryDirectory() as scratch:
         found = _find(_listed(algorithms), network, data, _listed(configs), Path(scratch))
-        rows = {name: resolve(row.config, [*row.options, *everywhere]) for name, row in found.items()}
-        words = {name: (f"--config={row.config}", *row.options, *everywhere) for name, row in found.items()}
-        comparison = Comparison.load(folder)
-        costs = Costs({})
-        if equal_time is not None:
-            costs = _fit_into(equal_time, rows, words, comparison, console)
-        comparison.admit(rows, seeds, factors, equal_time)
-        missing = [name for name in rows if not (runs := comparison.runs(name)) or any(map(_is_missing, runs))]
-        for mistake in ask(worker.check, {name: words[name] for name in missing}):
-            raise UserError(mistake)
-        if plan:
-            costs = costs if costs.turns else _measure(words, rows, console)
-            show_plan(comparison, list(rows), costs, parallel, console)
-            return 0
+        every = [*options, *([] if epochs is None else [f"--trainer.max_epochs={epochs}"])]
+        _refuse_own(options, sets_epochs=epochs is not None or equal_time is not None)
+        found = {name: row._replace(options=(*row.options, *every)) for name, row in found.items()}
+        return compare_rows(found, folder, seeds, _factors(lr_factors), equal_time, parallel, plan, command)
+
+
+def compare_rows(
+    found: Mapping[str, Row],
+    folder: Path,
+    seeds: int,
+    factors: list[float],
+    equal_time: float | None,
+    parallel: int,
+    plan: bool,
+    command: str,
+) -> int:
+    """Compare rows, wherever their settings come from; see `compare`."""
+    folder, console = folder.resolve(), Console()
+    rows = {name: resolve(row.config, row.options) for name, row in found.items()}
+    words = {name: (f"--config={row.config}", *row.options) for name, row in found.items()}
+    comparison = Comparison.load(folder)
+    costs = Costs({})
+    if equal_time is not None:
+        costs = _fit_into(equal_time, rows, words, comparison, console)
+    comparison.admit(rows, seeds, factors, equal_time)
+    missing = [name for name in rows if not (runs := comparison.runs(name)) or any(map(_is_missing, runs))]
+    for mistake in ask(worker.check, {name: words[name] for name in missing}):
+        raise UserError(mistake)
+    if plan:
+        costs = costs if costs.turns else _measure(words, rows, console)
+        show_plan(comparison, list(rows), costs, parallel, console)
+        return 0
     with locked(folder):
         comparison = Comparison.load(folder)
         comparison.admit(rows, seeds, factors, equal_time)
