@@ -130,7 +130,7 @@ def known_config(value: str) -> str:
 
 
 def _general_help() -> str:
-    return GENERAL_HELP.format(commands="\n".join(f"  {name:9} {text}" for name, text in COMMANDS.items()))
+    return GENERAL_HELP.format(commands="\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items()))
 
 
 def run_help(command: str) -> str:

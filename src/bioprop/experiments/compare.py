@@ -6,7 +6,7 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -331,10 +331,12 @@ class CompareParser(OneSentenceParser):
 OPTIONS = [name for name in inspect.signature(compare).parameters if name not in ("options", "command")]
 
 
-def main(words: Sequence[str]) -> int:
-    """Run ``bioprop compare``.
+def run_words(function: Callable[..., int], parser: OneSentenceParser, words: Sequence[str]) -> int:
+    """Call a function that runs comparisons with what stands on the command line.
 
     Args:
+        function: takes its options, ``options`` of every run (what follows ``--``), and the whole ``command``.
+        parser: knows its name and usage.
         words: what follows on the command line.
 
     Returns:
@@ -345,18 +347,21 @@ def main(words: Sequence[str]) -> int:
         SystemExit: with status 2, for arguments that do not parse.
     """
     cut = words.index("--") if "--" in words else len(words)
-    rules = (inspect.getdoc(compare) or "").split("\n\n")[1]
-    parser = CompareParser(prog="bioprop compare", usage=USAGE, description=rules)
-    parser.add_function_arguments(compare, as_positional=False, skip={"options", "command"})
-    own = ["--plan=true" if word == "--plan" else word for word in words[:cut]]
+    parser.add_function_arguments(function, as_positional=False, skip={"options", "command"})
+    own = [f"{word}=true" if word in ("--plan", "--list") else word for word in words[:cut]]
     given = resolve_homes(parser.parse_args(own))
-    command = shlex.join(["bioprop", "compare", *words])
     try:
-        return compare(**given.as_dict(), options=words[cut + 1 :], command=command)
+        return function(**given.as_dict(), options=words[cut + 1 :], command=shlex.join([*parser.prog.split(), *words]))
     except KeyboardInterrupt:
         sys.stderr.write(
-            "bioprop compare: interrupted; what has ended is kept, and the same command goes on from here\n"
+            f"{parser.prog}: interrupted; what has ended is kept, and the same command goes on from here\n"
         )
         return INTERRUPTED
     except OSError as error:
         raise as_user_error(error) or error from error
+
+
+def main(words: Sequence[str]) -> int:
+    """Run ``bioprop compare``; see `run_words`."""
+    rules = (inspect.getdoc(compare) or "").split("\n\n")[1]
+    return run_words(compare, CompareParser(prog="bioprop compare", usage=USAGE, description=rules), words)

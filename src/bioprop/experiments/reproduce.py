@@ -1,6 +1,5 @@
 """Published settings, run again: ``bioprop reproduce NAME``."""
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -9,13 +8,14 @@ from typing import Any, NamedTuple
 import yaml
 from rich.console import Console
 
-from bioprop.cli_parser import OneSentenceParser, resolve_values
+from bioprop.cli_parser import OneSentenceParser
 from bioprop.errors import UserError
-from bioprop.experiments.compare import INTERRUPTED, compare_rows
-from bioprop.experiments.configs import CONFIGS, Row
+from bioprop.experiments.compare import compare_rows, run_words
+from bioprop.experiments.configs import Row
 from bioprop.experiments.names import method
 from bioprop.experiments.plan import Comparison
 from bioprop.experiments.report import show_table
+from bioprop.front import CONFIGS
 
 FOLDER = CONFIGS / "reproduce"
 
@@ -140,27 +140,7 @@ def judge(comparison: Comparison, reproduction: Reproduction) -> list[dict[str, 
 
 
 def main(words: Sequence[str]) -> int:
-    """Run ``bioprop reproduce``.
-
-    Args:
-        words: what follows on the command line.
-
-    Returns:
-        The exit status.
-
-    Raises:
-        UserError: for a mistake in a value.
-        SystemExit: with status 2, for arguments that do not parse.
-    """
-    cut = words.index("--") if "--" in words else len(words)
-    parser = OneSentenceParser(prog="bioprop reproduce", usage="bioprop reproduce NAME [options] [-- options of runs]")
-    parser.add_function_arguments(reproduce, as_positional=False, skip={"options", "command"})
-    own = [f"{word}=true" if word in ("--plan", "--list") else word for word in words[:cut]]
-    if own and not own[0].startswith("-"):
-        own[0] = f"--name={own[0]}"
-    given = resolve_values(parser.parse_args(own))
-    command = shlex.join(["bioprop", "reproduce", *words])
-    try:
-        return reproduce(**given.as_dict(), options=words[cut + 1 :], command=command)
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    """Run ``bioprop reproduce``; see `bioprop.experiments.compare.run_words`."""
+    usage = "bioprop reproduce NAME [options] [-- options of every run, as of bioprop fit]"
+    named = [f"--name={words[0]}", *words[1:]] if words and not words[0].startswith("-") else words
+    return run_words(reproduce, OneSentenceParser(prog="bioprop reproduce", usage=usage), named)
