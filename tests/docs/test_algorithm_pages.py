@@ -1,0 +1,56 @@
+"""Every algorithm has a page, with the same parts and the figures that the tables of `docs/results/` hold."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+from bioprop import algorithms
+from docs.figures import MARKS, TABLES, fill, read_table
+from tests.docs.pages import ROOT, links, name_of
+
+PAGES = sorted((ROOT / "docs" / "algorithms").glob("*.md"))
+PARTS = ["Equations", "When not to use it", "Figures", "Run it", "Arguments"]
+every_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
+
+
+def names_on(page: Path) -> list[str]:
+    """The names, as in lightning_configs/, of what a page is about."""
+    found = MARKS.search(page.read_text())
+    assert found
+    return found[2].split()
+
+
+def test_every_configured_algorithm_has_one_page() -> None:
+    files = [path.stem for path in (ROOT / "lightning_configs").glob("*_*_*.yaml")]
+    assert sorted(name for page in PAGES for name in names_on(page)) == sorted({file.split("_")[0] for file in files})
+
+
+def test_every_public_algorithm_has_its_arguments_on_one_page() -> None:
+    shown = re.findall(r"autoclass:: bioprop\.algorithms\.(\w+)", "".join(page.read_text() for page in PAGES))
+    classes = {name for name in algorithms.__all__ if not inspect.isabstract(getattr(algorithms, name))}
+    assert len(shown) == len(set(shown))
+    assert classes <= set(shown)
+
+
+@every_page
+def test_a_page_has_its_parts_in_their_order(page: Path) -> None:
+    headings = re.findall(r"^## (.+)$", page.read_text(), re.MULTILINE)
+    assert [heading for heading in headings if heading in PARTS] == PARTS
+
+
+@every_page
+def test_its_figures_are_those_of_the_tables(page: Path) -> None:
+    text = page.read_text()
+    assert fill(text) == text, "run python -m docs.figures"
+
+
+@every_page
+def test_the_overview_links_it(page: Path) -> None:
+    assert f"algorithms/{page.name}" in set(links(ROOT / "docs" / "algorithms.md"))
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_table_has_bp_to_compare_with(table: str) -> None:
+    assert "backprop" in read_table(table)
