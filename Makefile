@@ -5,7 +5,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow bench docs lint format clean
+.PHONY: help setup demo test test-slow bench gpu-check docs lint format clean
 
 help:  ## say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ test-slow: .venv/ready  ## run the tests that take minutes
 
 bench: .venv/ready  ## compare the speed of L-DRL's closed forms with plain autograd and BP (some ten minutes on 2 cores)
 	$(BIN)/python -m benchmarks.bench
+
+gpu-check: .venv/ready  ## check and measure on a GPU all that needs one (under four minutes)
+	$(BIN)/python -m benchmarks.gpu_check
 
 docs: .venv/ready-for-docs  ## build the documentation into build/docs; opens in a browser as build/docs/index.html
 	$(BIN)/python -m sphinx -W --keep-going --jobs auto docs build/docs

@@ -22,7 +22,11 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_files_it_names_exist(page: Path) -> None:
     text = page.read_text()
     for name in re.findall(r"(?<![\w/.])(?:lightning_configs|docs|benchmarks|examples|tests|src)/[\w./]+\.\w+", text):
-        assert (ROOT / name).is_file() or "build/" + name in text, name
+        assert (ROOT / name).is_file() or f"build/{name}" in text, name
+    for module in re.findall(r"python -m ((?:benchmarks|examples|docs)\.\w+)", text):
+        assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file(), module
+    for target in re.findall(r"`make ([\w-]+)`", text):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
 
 
 def test_every_page_can_be_reached_from_the_readme() -> None:

@@ -1,6 +1,5 @@
 """FW-DTP: difference targets through feedback weights that are never trained."""
 
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, cast
 
@@ -27,7 +26,9 @@ class FixedWeightDTP(TargetAlgorithm):
     it was drawn: there is no phase 1. On conv stages (ours) ``B_n^T`` is a transposed convolution of the unpooled maps.
 
     Where the network standardises a stage over the batch (``MLP(standardize=true)``), so does the feedback to it, in
-    two places: ``G^n = BN(tanh(z B_n^T))``, and ``t^{n-1} = BN(s^{n-1} + G^n(t^n) - G^n(s^n))``.
+    two places: ``G^n = BN(tanh(z B_n^T))``, and ``t^{n-1} = BN(s^{n-1} + G^n(t^n) - G^n(s^n))``. The authors' command
+    for MNIST standardises the output too (``standardize=all``). Their local losses are without 1/2: a learning rate of
+    theirs is twice as large here where the size of a gradient matters, and ``beta`` times that (`TargetAlgorithm`).
 
     With the small weights of the default, targets lie closer to the activations by about two orders of magnitude for
     each stage. Standardisation undoes that. Without it only an optimizer that does not mind the size of a gradient
@@ -72,10 +73,6 @@ class FixedWeightDTP(TargetAlgorithm):
             self.feedback[name] = mirror.requires_grad_(False)
             if isinstance(below, StandardizedStage):
                 self._standardized.add(name)
-
-    def target_differences(self, passes: Sequence[StagePass], output: Tensor) -> list[Tensor]:
-        """Return ``t^n - s^n`` through the feedback operators, from the input to the output, given the output's."""
-        return self.differences_through_feedback(passes, output)
 
     def difference_below(self, name: str, clean: StagePass, difference: Tensor) -> Tensor:
         """Return ``t^{n-1} - s^{n-1}``, standardised where the stage below is."""

@@ -9,8 +9,31 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from bioprop.feedback.losses import FeedbackGradient
-from bioprop.networks.feedback_layers import FeedbackLayer
+from bioprop.feedback.losses import FeedbackGradient, FeedbackObjective, reconstruction_gradient
+from bioprop.feedback.noise import NoiseStream
+from bioprop.feedback.training import FeedbackTraining
+from bioprop.networks.layers import FeedbackLayer
+from bioprop.networks.mirrors import LayerMirror, Mirror
+from bioprop.networks.stages import Stage, StagePass
+
+
+class ReconstructionTraining(FeedbackTraining):
+    """Feedback training by the reconstruction loss of one stage at a time (Lee et al., 2015)."""
+
+    def objective(
+        self, name: str, stage: Stage, mirror: Mirror, clean: StagePass, noise: NoiseStream
+    ) -> FeedbackObjective:
+        """Prepare the reconstruction loss of one stage and batch, on fresh noise at the stage's input."""
+        shape = stage.noise_shape(clean.inputs)
+        layers = mirror.layers(stage, clean) if isinstance(mirror, LayerMirror) else None
+
+        def gradient_at(draw: int) -> FeedbackGradient:
+            (eps,) = noise.draw(self.noise[name], shape)
+            if layers is not None and isinstance(mirror, LayerMirror):
+                return FeedbackGradient(*layer_reconstruction_gradient(layers.layers[0], mirror.bias, eps), None)
+            return reconstruction_gradient(stage, mirror, clean.inputs, eps.view(clean.inputs.shape))
+
+        return gradient_at
 
 
 @torch.no_grad()
@@ -29,16 +52,15 @@ def layer_reconstruction_gradient(
     Returns:
         Gradients of ``weight`` and ``bias`` by name, and loss.
     """
-    products, batch = layer.layer, len(input_noise)
-    output, switches = layer.stage.activate(layer.affine + products.product(input_noise, layer.forward_weight))
-    features = layer.mirror.unpool(layer.mirror.phi(output), layer.mirror.locate(switches))
-    back = products.transposed_product(features, layer.effective, layer.size)
-    missing = layer.inputs + input_noise - back
+    batch = len(input_noise)
+    output, switches = layer.respond(input_noise)
+    features = layer.unpool(layer.activation.phi(output), switches)
+    missing = layer.inputs + input_noise - layer.project(features)
     gradients: dict[str, Tensor] = {}
     if bias is not None:
         missing -= bias.view(-1, *[1] * (missing.dim() - 2))
         gradients["bias"] = missing.sum([axis for axis in range(missing.dim()) if axis != 1]).mul_(-2.0 / batch)
-    gradients["weight"] = products.weight_gradient(missing, features).mul_(-2.0 / batch)
+    gradients["weight"] = layer.layer.weight_gradient(missing, features).mul_(-2.0 / batch)
     return gradients, missing.square().sum() / batch
 
 
@@ -62,19 +84,19 @@ def difference_reconstruction_gradient(
 
     Args:
         decode: ``g``, from what ``noisy`` is to ``[batch, *shape of s^n]``.
-        parameters: of ``g`` by name; ``Q`` are those whose name ends in ``weight``.
+        parameters: of ``g`` by name: ``Q``, biases included.
         noisy: ``z``: the output for ``s^n + sigma eps``, or what stages of feedback further up made of it.
         clean: ``z_clean``: the same for ``s^n``.
         noise: ``sigma eps``, ``[batch, *shape of s^n]``.
         sigma: standard deviation of the noise.
-        decay: of the weights, 0 for none; the damping of the pseudo-inverse.
+        decay: of the parameters, 0 for none; the damping of the pseudo-inverse.
 
     Returns:
         The gradient by name of parameter, through both ``g``, and the loss; without a curvature.
     """
     with torch.enable_grad():
         residual = decode(noisy) - decode(clean) - noise
-        loss = _mean_square(residual) / sigma**2 + decay * _weight_square(parameters)
+        loss = _mean_square(residual) / sigma**2 + decay * _square(parameters)
     return _differentiate(loss, parameters)
 
 
@@ -89,16 +111,16 @@ def plain_reconstruction_gradient(
 
     Args:
         decode: ``g``, from the output to ``[batch, *shape of s^n]``.
-        parameters: of ``g`` by name; ``Q`` are those whose name ends in ``weight``.
+        parameters: of ``g`` by name: ``Q``, biases included.
         noisy: the output for ``states``.
         states: ``s^n + sigma eps``, ``[batch, *shape of s^n]``.
-        decay: of the weights, 0 for none.
+        decay: of the parameters, 0 for none.
 
     Returns:
         The gradient by name of parameter, and the loss; without a curvature.
     """
     with torch.enable_grad():
-        loss = _mean_square(decode(noisy) - states) + decay * _weight_square(parameters)
+        loss = _mean_square(decode(noisy) - states) + decay * _square(parameters)
     return _differentiate(loss, parameters)
 
 
@@ -107,9 +129,9 @@ def _mean_square(residual: Tensor) -> Tensor:
     return residual.flatten(1).square().sum(1).mean()
 
 
-def _weight_square(parameters: Mapping[str, Tensor]) -> Tensor:
-    """``|Q|^2``."""
-    return torch.stack([value.square().sum() for name, value in parameters.items() if name.endswith("weight")]).sum()
+def _square(parameters: Mapping[str, Tensor]) -> Tensor:
+    """``|Q|^2``, with biases, as the weight decay of the authors' optimizer has it."""
+    return torch.stack([value.square().sum() for value in parameters.values()]).sum()
 
 
 def _differentiate(loss: Tensor, parameters: Mapping[str, Tensor]) -> FeedbackGradient:
