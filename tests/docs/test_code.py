@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jsonargparse
@@ -15,8 +16,9 @@ import pytest
 import torch
 
 from bioprop.cli import main
-from bioprop.experiments import compare
+from bioprop.experiments import compare, export
 from bioprop.experiments.configs import ParsingCLI
+from bioprop.front import answer
 from tests.docs.pages import FILE_NAME, PAGES, README, ROOT, blocks, blocks_in, name_of, write_files
 
 LANGUAGES = {"sh", "python", "text", "{toctree}", "{eval-rst}"}
@@ -105,17 +107,26 @@ def parse_run(words: Sequence[str]) -> None:
     main(list(words), Parsed)
 
 
-def parse_comparison(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parse, look for the files that rows are named by, and parse the options of the runs."""
-    given: dict[str, Any] = {}
+def arguments_of(command: ModuleType, name: str, words: Sequence[str]) -> dict[str, Any]:
+    """What a command of `bioprop.experiments` would call its function with."""
+    function, given = getattr(command, name), {}
 
-    @functools.wraps(compare.compare)
-    def keep(**arguments: Any) -> int:
-        given.update(inspect.signature(compare.compare).bind(**arguments).arguments)
+    @functools.wraps(function)
+    def keep(*args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(function).bind(*args, **kwargs)
+        bound.apply_defaults()
+        given.update(bound.arguments)
         return 0
 
-    monkeypatch.setattr(compare, "compare", keep)
-    assert compare.main(list(words)) == 0
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(command, name, keep)
+        assert command.main(list(words)) == 0
+    return given
+
+
+def parse_comparison(words: Sequence[str]) -> None:
+    """Parse, look for the files that rows are named by, and parse the options of the runs."""
+    given = arguments_of(compare, "compare", words)
     files = [Path(path) for path in given["configs"].split(",") if path]
     for algorithm in filter(None, given["algorithms"].split(",")):
         files.append(ROOT / "lightning_configs" / f"{algorithm}_{given['network']}_{given['data']}.yaml")
@@ -123,6 +134,19 @@ def parse_comparison(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> N
         assert file.is_file(), file
     if given["options"]:
         parse_run(["fit", f"--config={files[0]}", *given["options"]])
+
+
+def parse_bioprop(command: str, words: Sequence[str]) -> None:
+    if command == "list":
+        assert answer([command, *words])
+    elif command == "compare":
+        parse_comparison(words)
+    elif command == "export":
+        arguments_of(export, "export", words)
+    elif command == "check":  # the options of fit, and digits without --data
+        parse_run(["fit", *([] if "--data" in words else ["--data=Digits"]), *words])
+    else:
+        parse_run([command, *words])
 
 
 def parse_module(module: str, words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +170,7 @@ def parse_module(module: str, words: Sequence[str], monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("page", PAGES_OF_COMMANDS, ids=name_of)
 def test_commands_parse(page: Path, page_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_files(page, page_folder)
+    write_files(EXTENDING, page_folder)  # whose classes other pages name, too
     for text in blocks_in(page, "sh"):
         monkeypatch.chdir(ROOT)
         for program, *words in commands(text):
@@ -159,10 +183,7 @@ def test_commands_parse(page: Path, page_folder: Path, monkeypatch: pytest.Monke
                 assert words[0] == "-m"
                 with monkeypatch.context() as patched:
                     parse_module(words[1], words[2:], patched)
-            elif program == "bioprop" and words[0] == "compare":
-                with monkeypatch.context() as patched:
-                    parse_comparison(words[1:], patched)
             elif program == "bioprop":
-                parse_run(words)
+                parse_bioprop(words[0], words[1:])
             else:
                 assert program in OTHERS, program
