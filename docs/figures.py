@@ -9,6 +9,8 @@ the names are those of the tables' rows.
 import re
 from pathlib import Path
 
+from bioprop.experiments.names import METHODS
+
 DOCS = Path(__file__).parent
 MARKS = re.compile(r"(<!-- figures: (.+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 #: The tables that have figures for the pages, in their order, and the words that tell the data apart.
@@ -32,15 +34,26 @@ OUTDATED = {
 }
 #: What a row's name does not say.
 NOTES = {(f"cifar10_gpu/{network}", "ldrl"): "with `beta` 0.5, on a GPU" for network in ("simplevgg", "lenet")}
+#: Algorithms by how tables name them: by their methods, and in one by the names of its files.
+ALGORITHMS = {title: name for name, title in METHODS.items()} | {
+    title.lower().replace(" ", "-"): name for name, title in METHODS.items()
+}
 COLUMNS = ("test accuracy, %", "angle to BP, °", "time per batch, x BP")
 
 
 def read_table(name: str) -> dict[str, dict[str, str]]:
-    """Return the rows of a table of `docs/results/` by algorithm (``backprop`` for BP), each by column."""
-    lines = [line for line in (DOCS / "results" / name / "table.md").read_text().splitlines() if line.startswith("|")]
-    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
-    named = (dict(zip(head, row, strict=True)) for row in rows)
-    return {row["algorithm"].replace("-", "").replace("bp", "backprop"): row for row in named}
+    """Return the rows of the tables of a comparison by algorithm, as in lightning_configs/, each by column."""
+    rows: dict[str, dict[str, str]] = {}
+    head: list[str] = []
+    for line in (DOCS / "results" / name / "table.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
+        if not cells:
+            head = []
+        elif not head:
+            head = cells
+        elif not cells[0].startswith("-"):
+            rows.setdefault(ALGORITHMS.get(cells[0], cells[0]), {}).update(zip(head, cells, strict=True))
+    return rows
 
 
 def figures(names: list[str]) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from bioprop import algorithms
+from bioprop.experiments.report import Report, _markdown
 from docs.figures import MARKS, TABLES, fill, read_table
 from tests.docs.pages import ROOT, links, name_of
 
@@ -49,6 +50,20 @@ def test_its_figures_are_those_of_the_tables(page: Path) -> None:
 @every_page
 def test_the_overview_links_it(page: Path) -> None:
     assert f"algorithms/{page.name}" in set(links(ROOT / "docs" / "algorithms.md"))
+
+
+def test_rows_of_two_tables_are_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `bioprop compare` writes them: accuracy and cost apart, methods by name."""
+    rows = [{"algorithm": name, "test accuracy, %": "9"} for name in ("BP", "L-DRL, published", "weight mirror")]
+    cost = [{"algorithm": row["algorithm"], "time per batch, x BP": str(at)} for at, row in enumerate(rows)]
+    (tmp_path / "results" / "two").mkdir(parents=True)
+    (tmp_path / "results" / "two" / "table.md").write_text(_markdown(Report("both", {"a": rows, "cost": cost}, ["-"])))
+    monkeypatch.setattr("docs.figures.DOCS", tmp_path)
+
+    found = read_table("two")
+    assert list(found) == ["backprop", "ldrlpublished", "weightmirror"]
+    assert found["weightmirror"]["time per batch, x BP"] == "2"
+    assert found["weightmirror"]["test accuracy, %"] == "9"
 
 
 @pytest.mark.parametrize("table", TABLES)
