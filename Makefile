@@ -5,7 +5,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow faults bench lint format clean
+.PHONY: help setup demo test test-slow faults bench gpu-check lint format clean
 
 help:  ## say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ faults: .venv/ready  ## plant faults in a copy of the source and count those tha
 
 bench: .venv/ready  ## compare the speed of L-DRL's closed forms with plain autograd and BP (some ten minutes on 2 cores)
 	$(BIN)/python -m benchmarks.bench
+
+gpu-check: .venv/ready  ## check and measure on a GPU all that needs one (under four minutes)
+	$(BIN)/python -m benchmarks.gpu_check
 
 lint: .venv/ready  ## check style and types
 	$(BIN)/ruff check .

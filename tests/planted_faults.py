@@ -70,16 +70,16 @@ FAULTS = [
     ),
     Fault(
         "wrong switch: L-DRL's noisy output by the other pass's switches",
-        "algorithms/ldrl.py",
-        'self._clean_switches = switches == "clean"',
-        'self._clean_switches = switches != "clean"',
-        (f"{A}ldrl.py", f"{A}whole_steps.py"),
+        "feedback/ldrl.py",
+        "Rule(self.second_noise, self.clean_switches, *settings)",
+        "Rule(self.second_noise, not self.clean_switches, *settings)",
+        (f"{A}whole_steps.py",),
     ),
     Fault(
         "L-DRL's number of iterations is not read",
-        "algorithms/ldrl.py",
-        "        if given is not None:\n            return int(given)\n",
-        "",
+        "feedback/training.py",
+        "if given is None else given",
+        "if given is None else 1",
         (f"{A}whole_steps.py",),
     ),
     Fault(
@@ -154,7 +154,7 @@ FAULTS = [
     ),
     Fault(
         "forward weights learn in the extra epochs of feedback",
-        "algorithms/feedback_schedule.py",
+        "algorithms/difference_reconstruction.py",
         "since % (1 + self.extra_epochs) == 0",
         "since % (1 + self.extra_epochs) >= 0",
         (f"{A}difference_reconstruction.py",),

@@ -18,7 +18,14 @@ from pytorch_lightning.loggers import CSVLogger
 
 from bioprop.algorithms import Algorithm
 from bioprop.algorithms.trainer_precision import check_precision
-from bioprop.callbacks import AlignmentToBackprop, DivergenceGuard, EpochSeconds, PredictionsFile, RunningLoss
+from bioprop.callbacks import (
+    AlignmentToBackprop,
+    DivergenceGuard,
+    EpochSeconds,
+    PredictionsFile,
+    RunningLoss,
+    RunPictures,
+)
 from bioprop.cli_parser import OneSentenceParser, in_order, resolve_values
 from bioprop.datamodules import ImageDataModule
 from bioprop.distributed import LostProcessError, is_lost_process, process_rank
@@ -45,7 +52,14 @@ class BiopropCLI(LightningCLI):
             save_config_kwargs={"save_to_log_dir": False},
             # one process unless asked for more: Lightning's "auto" takes every GPU it finds
             trainer_defaults={
-                "callbacks": [DivergenceGuard(), EpochSeconds(), PredictionsFile(), WandbSummary(), RunReport()],
+                "callbacks": [
+                    DivergenceGuard(),
+                    EpochSeconds(),
+                    PredictionsFile(),
+                    WandbSummary(),
+                    RunReport(),
+                    RunPictures(),
+                ],
                 "devices": 1,
             },
             seed_everything_default=0,

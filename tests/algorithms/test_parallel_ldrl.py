@@ -96,7 +96,7 @@ def test_a_step_is_the_mean_over_the_samples(recorded_noise: list[Tensor]) -> No
         feedback_momentum=0.0,
     ).double()
     images = torch.rand(6, 1, 4, 4, dtype=torch.float64)
-    passes, before = algorithm.network.clean_passes(images), copy_state(algorithm.feedback)
+    passes, before = algorithm.clean_passes(images), copy_state(algorithm.feedback)
     recorded_noise.clear()
     gradients: dict[str, Tensor] = {}
     with torch.no_grad():
@@ -190,7 +190,9 @@ def test_processes_share_adams_gradients_whatever_is_asked_for(monkeypatch: pyte
     settings: dict[str, Any] = {"noise": 0.1, "iterations": 1, "feedback_lr": 1e-3, "speed": speed}
     adam, sgd = (ParallelLDRL(linear_mlp(), feedback_step=step, **settings) for step in ("adam", "sgd"))
     monkeypatch.setattr("bioprop.feedback.training.process_count", lambda: 2)
-    assert (adam.feedback_training.sharing(), sgd.feedback_training.sharing()) == ("gradients", "stages")
+    for algorithm in (adam, sgd):
+        algorithm.feedback_training.restart()
+    assert (adam.feedback_training.sharing, sgd.feedback_training.sharing) == ("gradients", "stages")
 
 
 def test_a_decay_that_nothing_would_use_is_refused() -> None:

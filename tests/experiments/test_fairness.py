@@ -91,7 +91,15 @@ def test_a_row_that_no_comparison_can_hold_is_refused(option: str, named: str) -
         (["--configs=a.yaml", "--algorithms=backprop"], "--configs names whole files"),
         (["--algorithms=backprop", *LENET, "--seeds=0"], "--seeds is 0, but it must be from 1 to 1000"),
         (["--algorithms=backprop", *LENET, "--epochs=0"], "--epochs is 0, but it must be at least 1"),
-        (["--algorithms=backprop", *LENET, "--jobs=0"], "--jobs is 0, but it must be at least 1"),
+        (["--algorithms=backprop", *LENET, "--parallel=0"], "--parallel is 0, but it must be at least 1"),
+        (
+            ["--algorithms=backprop", *LENET, "--equal_time=0"],
+            "--equal_time is 0.0, but it must be a number of seconds",
+        ),
+        (
+            ["--algorithms=backprop", *LENET, "--equal_time=9", "--epochs=2"],
+            "--equal_time decides the number of epochs",
+        ),
         (["--algorithms=backprop", *LENET, "--lr_factors=0,1"], "--lr_factors is 0,1, but it must be different"),
         (["--algorithms=backprop", *LENET, "--lr_factors=1,1"], "--lr_factors is 1,1, but it must be different"),
         (["--algorithms=backprop", *LENET, "--folder=file"], "file is a file"),
@@ -116,7 +124,6 @@ def test_mistakes_are_one_sentence_and_nothing_is_written(words: list[str], name
     ("words", "named"),
     [
         (["--folder=out", "--sedes=3"], "there is no option --sedes: did you mean --seeds?"),
-        (["--algorithms=backprop", *LENET], "--folder must be given"),
         (["--folder=out", "--seeds=x"], "seeds is x, but it must be a whole number"),
         (
             ["--folder=out", "--algorithms=backprop", *LENET, "--", "--data.batchsize=3"],

@@ -47,7 +47,3 @@ class AnalyticFeedback(TargetAlgorithm):
         """Phase 1: copy the forward weights."""
         self.symmetrize_feedback()
         return {}
-
-    def target_differences(self, passes: Sequence[StagePass], output: Tensor) -> list[Tensor]:
-        """Return ``t^n - s^n`` through the feedback operators, from the input to the output, given the output's."""
-        return self.differences_through_feedback(passes, output)
