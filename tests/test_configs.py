@@ -90,7 +90,7 @@ def test_config_runs_a_few_batches_under_smoke(config: str, data_folder: Path, m
     assert torch.isfinite(cli.trainer.callback_metrics["train/loss"])
     algorithm, network, data = config.removesuffix(".yaml").split("_")
     rule = getattr(cli.model, "rule", None)
-    assert algorithm != "ldrlpublished" or cli.model.second_noise == "independent"
+    assert algorithm != "ldrlpublished" or cli.model.feedback_training.second_noise == "independent"
     assert (type(cli.model), rule) == ALGORITHMS[algorithm]
     assert rule is None or rule.replace("_", "") == algorithm
     assert type(cli.model.network).__name__.lower() == network
