@@ -5,10 +5,10 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow faults bench gpu-check lint format clean
+.PHONY: help setup demo test test-slow faults bench gpu-check lint format release-check clean
 
 help:  ## say what each target does
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/ready  ## make .venv and install the package into it
 
@@ -47,6 +47,18 @@ lint: .venv/ready  ## check style and types
 format: .venv/ready  ## put the code into its standard form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+RELEASE := build/release
+release-check:  ## build sdist and wheel, install the wheel into a fresh environment, compare from an empty folder
+	rm -rf $(RELEASE)
+	$(PYTHON) -m venv $(RELEASE)/venv
+	$(RELEASE)/venv/bin/python -m pip install --quiet --disable-pip-version-check build
+	$(RELEASE)/venv/bin/python -m build --outdir $(RELEASE)/dist .
+	$(RELEASE)/venv/bin/python -m pip install --quiet --disable-pip-version-check $(RELEASE)/dist/*.whl
+	mkdir $(RELEASE)/empty
+	cd $(RELEASE)/empty && ../venv/bin/bioprop --version && \
+		../venv/bin/bioprop compare --network lenet --data digits --seeds 1 --epochs 2 && \
+		../venv/bin/bioprop check --model LDRL --model.network LeNet
 
 clean:  ## remove .venv and caches (not runs/)
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build src/*.egg-info

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from bioprop.algorithms.feedback_alignment import Rule
-from bioprop.cli import main
+from bioprop.cli import BiopropCLI, main
 from bioprop.errors import UserError
+from bioprop.experiments.configs import ParsingCLI
 from tests.test_cli import TINY, in_empty_folder
 from tests.test_cli_parser import said
 
@@ -124,8 +125,10 @@ def test_methods_of_stages_say_what_they_need(algorithm: str, capsys: pytest.Cap
 
 @pytest.mark.parametrize(("rule", "argument"), [("Untyped", "network"), ("UntypedOptimizer", "optimizer")])
 def test_an_argument_without_a_type_is_refused(rule: str, argument: str) -> None:
-    with pytest.raises(UserError, match=rf"{argument} of {rule} has no type, so that no class .*, as {argument}: \w+"):
-        main(["fit", f"--model=own_rules.{rule}", "--model.network=LeNet", *DATA])
+    words = ["fit", f"--model=own_rules.{rule}", "--model.network=LeNet", *DATA]
+    for command_line in (BiopropCLI, ParsingCLI):  # as of fit, and of compare
+        with pytest.raises(UserError, match=rf"{argument} of {rule} has no type, .*, as {argument}: \w+"):
+            main(words, command_line)
 
 
 @pytest.mark.parametrize(

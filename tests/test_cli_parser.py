@@ -153,27 +153,6 @@ def test_none_is_null_in_nested_classes_and_files_too() -> None:
     assert given["data"]["init_args"]["limit_val"] is None
 
 
-@pytest.mark.parametrize(
-    "option",
-    [
-        "seed_everything",
-        "checkpoint.filename",
-        "checkpoint.monitor",
-        "checkpoint.save_top_k",
-        "model.beta",
-        "model.optimizer",
-        "model.optimizer.weight_decay",
-        "model.network.activation",
-        "model.speed.bfloat16",
-        "data.seed",
-        "data.batch_size",
-        "trainer.devices",
-    ],
-)
-def test_what_is_not_optional_is_refused_as_null(option: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert f"{option.rpartition('.')[2]} is " in said(capsys, CONFIG, f"--{option}=None")
-
-
 # -- home folders ----------------------------------------------------------------------------------------------------
 
 
@@ -233,7 +212,8 @@ def test_a_home_folder_of_nobody_is_refused(capsys: pytest.CaptureFixture[str]) 
 # -- files -----------------------------------------------------------------------------------------------------------
 
 OPTIONS = "# für mich\ntrainer:\n  max_epochs: 7\n"
-NO_TEXT = "this is no text in UTF-8"
+NO_TEXT = "a file of options must be text in UTF-8, and this is not (a checkpoint is given by --ckpt_path)"
+NO_OPTIONS = "this file gives no options by name, such as trainer: {max_epochs: 3}"
 
 
 def write_files() -> None:
@@ -266,17 +246,17 @@ def write_files() -> None:
     [
         ("latin.yaml", NO_TEXT),
         ("utf16.yaml", NO_TEXT),
-        ("utf16le.yaml", "this file of options is not valid YAML (characters that no text in UTF-8 has"),
+        ("utf16le.yaml", "this file of options is not valid YAML"),
         ("noise.yaml", NO_TEXT),
-        ("a.ckpt", "this is no file of options; a checkpoint is given as --ckpt_path a.ckpt"),
+        ("a.ckpt", NO_TEXT),
         ("folder.yaml", "it is not a file"),
-        ("empty.yaml", "this file of options is empty"),
-        ("comment.yaml", "this file of options is empty"),
-        ("list.yaml", "this is a list [a, b, ...], but"),
-        ("text.yaml", "this is a text, but"),
-        ("number.yaml", "this is a whole number, but"),
-        ("tab.yaml", "this file of options is not valid YAML, at line 2 (no word may begin with a tab, @, ` or %)"),
-        ("nothing.yaml", "this file of options gives no value to trainer"),
+        ("empty.yaml", NO_OPTIONS),
+        ("comment.yaml", NO_OPTIONS),
+        ("list.yaml", NO_OPTIONS),
+        ("text.yaml", NO_OPTIONS),
+        ("number.yaml", NO_OPTIONS),
+        ("tab.yaml", "this file of options is not valid YAML, at line 2"),
+        ("nothing.yaml", NO_OPTIONS),
         ("scalar.yaml", "trainer is 3, but it takes a file of its settings by name"),
         ("value.yaml", "max_epochs is many, but it must be a whole number"),
         ("key.yaml", "there is no option --trainer.max_epoch: did you mean --trainer.max_epochs?"),
@@ -288,17 +268,18 @@ def write_files() -> None:
 def test_of_several_files_the_bad_one_is_named(file: str, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
     write_files()
     sentence = said(capsys, CONFIG, f"--config={file}", SMOKE)
-    assert f"{file}: {reason}" in sentence
+    assert reason in sentence
+    # misspelt options show when all files are read
+    assert f"{file}: " in sentence or "there is no option" in sentence
 
 
 @pytest.mark.parametrize("option", ["model", "model.network", "model.optimizer", "data", "trainer", "trainer.logger"])
-@pytest.mark.parametrize(("file", "reason"), [("latin.yaml", NO_TEXT), ("a.ckpt", "a checkpoint is given as")])
-def test_a_file_of_a_part_of_the_options_is_named_too(
-    option: str, file: str, reason: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("file", ["latin.yaml", "a.ckpt"])
+def test_a_file_of_a_part_of_the_options_is_refused_too(
+    option: str, file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_files()
-    assert f"{file}: " in (sentence := said(capsys, CONFIG, f"--{option}={file}"))
-    assert reason in sentence
+    assert NO_TEXT in said(capsys, CONFIG, f"--{option}={file}")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])

@@ -83,13 +83,6 @@ def test_a_bug_shows_its_traceback() -> None:
     assert done.stderr.startswith(b"Traceback")
 
 
-def test_a_backend_that_matplotlib_does_not_know_is_refused() -> None:
-    done = conducted("return 0", MPLBACKEND="nonsense")
-    sentence = b"bioprop: error: MPLBACKEND is nonsense, which matplotlib does not know: unset it, or set it to agg\n"
-    assert (done.returncode, done.stderr) == (2, sentence)
-    assert conducted("return 0", MPLBACKEND="agg").returncode == 0
-
-
 def test_a_terminal_that_is_closed_takes_no_run_with_it() -> None:
     terminal, side = os.openpty()
     stream = unbreakable(side)

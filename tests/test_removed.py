@@ -31,12 +31,6 @@ def test_python_hears_of_sampling(algorithm: type[LDRL], value: str) -> None:
         algorithm(small_lenet(), sampling=value)
 
 
-@pytest.mark.parametrize("value", [True, False])
-def test_python_hears_of_the_compiler(value: bool) -> None:
-    with refused(NO_COMPILER):
-        Speed(compile=value)
-
-
 @pytest.mark.parametrize("make", [lambda **given: LDRL(small_lenet(), **given), Speed])
 def test_an_argument_that_never_was_is_pythons_own_error(make: Any) -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'smapling'"):

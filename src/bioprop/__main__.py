@@ -19,12 +19,27 @@ def run() -> None:
 
 
 def _command() -> int:
-    if sys.argv[1:2] == ["compare"]:  # many runs, each of which comes back here
+    from bioprop.front import answer, rewritten
+
+    words = sys.argv[1:]
+    if answer(words):  # help, and mistakes that are seen without torch
+        return 0
+    command, *rest = words
+    if command == "compare":  # many runs, each of which comes back here
         from bioprop.experiments.compare import main as compare
 
-        return compare(sys.argv[2:])
+        return compare(rest)
+    if command == "check":
+        from bioprop.experiments.check import main as check
+
+        return check(rest)
+    if command == "export":
+        from bioprop.experiments.export import main as export
+
+        return export(rest)
     from bioprop.cli import main
 
+    sys.argv[1:] = rewritten(words)
     main()
     return 0
 

@@ -22,11 +22,12 @@ from bioprop.callbacks import (
     AlignmentToBackprop,
     DivergenceGuard,
     EpochSeconds,
+    GradientClipping,
     PredictionsFile,
     RunningLoss,
     RunPictures,
 )
-from bioprop.cli_parser import OneSentenceParser, in_order, resolve_values
+from bioprop.cli_parser import OneSentenceParser, in_order, resolve_homes
 from bioprop.datamodules import ImageDataModule
 from bioprop.distributed import LostProcessError, is_lost_process, process_rank
 from bioprop.errors import UserError
@@ -39,6 +40,8 @@ from bioprop.runs.wandb import reported_to_wandb
 
 #: Arguments of a network that flow from the data.
 DECIDED_BY_DATA = ("image_shape", "num_classes")
+#: Settings that a run goes on with, and that its config.yaml has, but no checkpoint.
+OF_THE_RUN = ("seed_everything", "trainer.gradient_clip_val", "trainer.gradient_clip_algorithm")
 
 
 class BiopropCLI(LightningCLI):
@@ -71,11 +74,6 @@ class BiopropCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make the parser whose errors are one sentence each."""
-        kwargs.setdefault(
-            "description",
-            "Train deep networks without backpropagation's implausible parts. `bioprop compare --help` tells how to "
-            "compare several algorithms.",
-        )
         parser = OneSentenceParser(**kwargs)
         parser.add_argument(
             "-c", "--config", action=ActionConfigFile, help="YAML file of options; of several, the later ones win."
@@ -86,17 +84,18 @@ class BiopropCLI(LightningCLI):
         """Parse; options override files, whatever their order, and ``~`` is the home folder in all paths.
 
         Raises:
-            UserError: if the seed is negative or too large, or a path names a home folder that is not known.
+            UserError: for a seed out of range, a home folder that is not known, or what no class can be named for.
         """
         words = sys.argv[1:] if args is None else args
         if isinstance(words, list):
             behind = next((at for at, word in enumerate(words, 1) if word in self.subcommands()), len(words))
             words = [*words[:behind], *in_order(words[behind:])]
         super().parse_arguments(parser, words)
-        resolve_values(self.config)
+        resolve_homes(self.config)
         seed = self.config[self.config.subcommand].get("seed_everything")
         if seed is not None and not isinstance(seed, bool) and not 0 <= seed < 2**32:
             raise UserError(f"seed_everything is {seed}, but it must be from 0 to {2**32 - 1}")
+        refuse_untyped(self.config[self.config.subcommand].model)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Let image shape and number of classes flow from the data to the network, and name the standing callbacks."""
@@ -117,22 +116,13 @@ class BiopropCLI(LightningCLI):
         algorithm = cast(type[Algorithm], locate(config.model.class_path))
         # before Lightning turns "16-mixed" on a CPU into another one, and before there is a run's folder
         check_precision(config.trainer.precision, algorithm.__name__, algorithm.precisions, algorithm.precision_reason)
-        if self.subcommand == "fit":
-            refuse_lightnings_steps(config.trainer)
-        network = config.model.init_args.get("network")
-        untyped = [name for name, value in vars(config.model.init_args).items() if callable(value)]
-        if not isinstance(network, Namespace):
-            untyped = ["network"]
-        if untyped:
-            kind = (
-                "bioprop.networks.AnyModule" if untyped[0] == "network" else "pytorch_lightning.cli.OptimizerCallable"
-            )
+        if config.trainer.accumulate_grad_batches != 1:
             raise UserError(
-                f"{untyped[0]} of {algorithm.__name__} has no type, so that no class can be named for it: annotate the "
-                f"argument in the constructor, as {untyped[0]}: {kind}"
+                f"accumulate_grad_batches is {config.trainer.accumulate_grad_batches}, but it is not supported, since "
+                "each algorithm steps by gradients of its own: leave it out, and raise data.batch_size"
             )
         for key in DECIDED_BY_DATA:
-            if network.get(f"init_args.{key}") is not None:
+            if config.model.init_args.network.get(f"init_args.{key}") is not None:
                 raise UserError(f"{key} of the network is decided by the data: leave it out")
         root = config.trainer.default_root_dir or "runs"
         if config.trainer.logger in (None, True, False):
@@ -167,7 +157,7 @@ class BiopropCLI(LightningCLI):
             raise UserError(" ".join(str(error).split())) from error
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        """Let our callback alone save nothing with ``enable_checkpointing false``, which Lightning would refuse."""
+        """Do by callbacks of ours what Lightning would refuse: save nothing, clip what an algorithm steps along."""
         given = config.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
         if config.get("enable_checkpointing") is False and not any(isinstance(each, Checkpoint) for each in given):
@@ -177,6 +167,9 @@ class BiopropCLI(LightningCLI):
                     each.saves = False
         if config.get("enable_progress_bar") is not False and not any(isinstance(each, ProgressBar) for each in given):
             callbacks.append(RunningLoss())
+        value, algorithm = config.pop("gradient_clip_val", None), config.pop("gradient_clip_algorithm", None)
+        if value:
+            callbacks.append(GradientClipping(value, algorithm or "norm"))
         return super()._instantiate_trainer(config, callbacks)
 
     def after_instantiate_classes(self) -> None:
@@ -205,7 +198,7 @@ class BiopropCLI(LightningCLI):
             checkpoint = read_checkpoint(config.ckpt_path)
             if self.subcommand == "fit":
                 path = Path(config.ckpt_path)
-                self._refuse_another_seed(path)
+                self._refuse_what_no_checkpoint_holds(path)
                 if go_on_in_its_folder(self.trainer, path, checkpoint, checkpoints.dirpath):
                     checkpoints.hold_before_logging(path.parent)
         elif self.subcommand != "fit":
@@ -214,34 +207,39 @@ class BiopropCLI(LightningCLI):
                 "give a file, 'best' or 'last'"
             )
 
-    def _refuse_another_seed(self, checkpoint: Path) -> None:
-        """Compare the seed with that of the run the checkpoint belongs to: its random streams come from the latter."""
+    def _refuse_what_no_checkpoint_holds(self, checkpoint: Path) -> None:
+        """Compare settings with those of the run the checkpoint belongs to, whose files alone have them."""
         saved = run_settings(checkpoint.parent)
-        if saved is not None:
-            before = saved["seed_everything"]
-            now = self._get(self.config, "seed_everything")
+        for key in OF_THE_RUN if saved is not None else ():
+            before, now = (_at(each, key) for each in (saved, self.config[self.subcommand]))
             if before != now:
                 raise UserError(
-                    f"the checkpoint's run has seed_everything {before} and now it is {now}: give the same, or start a "
-                    "new run without --ckpt_path"
+                    f"the checkpoint's run has {key} {before} and now it is {now}: give the same, or start a new run "
+                    "without --ckpt_path"
                 )
 
 
-def refuse_lightnings_steps(trainer: Namespace) -> None:
-    """Refuse what Lightning does to the gradients of its own backward pass.
+def _at(settings: Any, key: str) -> Any:
+    """The value of a dotted name in nested settings; None where there is none."""
+    for part in key.split("."):
+        settings = settings.get(part)
+    return settings
+
+
+def refuse_untyped(model: Namespace) -> None:
+    """Look for arguments of an algorithm that a class is to be named for, but that have no type.
 
     Raises:
-        UserError: naming the option, and what works.
+        UserError: saying how to annotate them.
     """
-    if trainer.gradient_clip_val:
+    untyped = [name for name, value in vars(model.init_args).items() if callable(value)]
+    if not isinstance(model.init_args.get("network"), Namespace):
+        untyped = ["network"]
+    if untyped:
+        kind = "bioprop.networks.AnyModule" if untyped[0] == "network" else "pytorch_lightning.cli.OptimizerCallable"
         raise UserError(
-            f"gradient_clip_val is {trainer.gradient_clip_val}, but gradient clipping is not supported, since each "
-            "algorithm steps by gradients of its own: leave it out, and lower the learning rate where a run diverges"
-        )
-    if trainer.accumulate_grad_batches != 1:
-        raise UserError(
-            f"accumulate_grad_batches is {trainer.accumulate_grad_batches}, but it is not supported, since each "
-            "algorithm steps by gradients of its own: leave it out, and raise data.batch_size"
+            f"{untyped[0]} of {model.class_path.rpartition('.')[2]} has no type, so that no class can be named for it: "
+            f"annotate the argument in the constructor, as {untyped[0]}: {kind}"
         )
 
 

@@ -1,40 +1,31 @@
 """The grammar of the command line: the order of options, null, home folders, and files of options."""
 
-import inspect
-import os
-import re
 import sys
-import zipfile
 from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from pydoc import locate
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import Namespace, get_loader, set_loader
 from pytorch_lightning.cli import LightningArgumentParser
 
-from bioprop.cli_classes import parameters
 from bioprop.cli_messages import explain
 from bioprop.errors import UserError
+from bioprop.front import CONFIG, known_config
 
 #: jsonargparse's name for our way to read values.
 MODE = "yaml_and_none"
-#: Words that stand for null on its way from the agents of W&B, which are Python, and in YAML.
-NULLS = ("None", "null")
-CONFIG = ("-c", "--config")
 
 #: The words that are parsed, and the --config file that is read, if one is; the parsers of classes know neither.
 _words: ContextVar[Sequence[str]] = ContextVar("_words", default=())
 _file: ContextVar[str] = ContextVar("_file", default="")
 
-
 _read_yaml = get_loader("yaml")
 
 
 def _load(text: str) -> Any:
-    """Read YAML, with Python's spelling of null, too."""
+    """Read YAML, with Python's spelling of null, as W&B's agents write it, too."""
 
     def convert(value: Any) -> Any:
         if isinstance(value, dict):
@@ -73,7 +64,7 @@ class OneSentenceParser(LightningArgumentParser):
 
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
         """Parse a file; errors name it."""
-        token = _file.set(str(path))
+        token = _file.set(f"{path}: ")
         try:
             found: Namespace = super().parse_path(path, *args, **kwargs)
             for name in self.groups or ():
@@ -92,23 +83,11 @@ class OneSentenceParser(LightningArgumentParser):
         cause: BaseException | None = ex
         while cause is not None and not isinstance(cause, UserError | UnicodeDecodeError):
             cause = cause.__cause__
-        words = _words.get()
-        named = [word.partition("=")[2] if word.startswith("-") else word for word in words]
-        file = _file.get()
         if isinstance(cause, UnicodeDecodeError):
-            file = file or next(filter(_is_no_text, named), "")
-            sentence = _no_text(file)
+            sentence = "a file of options must be text in UTF-8, and this is not (a checkpoint is given by --ckpt_path)"
         else:
-            sentence = str(cause or explain(message, self._all_options(), words))
-        if unknown := re.search(r"[oO]ption '([\w.]+)'", message):  # found when all files are read
-            file = file or next((each for each in named if _holds(each, unknown[1])), "")
-        self.exit(2, f"bioprop: error: {f'{file}: ' if file else ''}{sentence}\n")
-
-    def _all_options(self) -> list[str]:
-        """Those of the parser and of its commands."""
-        commands = [action.choices for action in self._actions if isinstance(action.choices, dict)]
-        parsers = [self, *(parser for choices in commands for parser in choices.values())]
-        return [option for parser in parsers for option in parser._option_string_actions]
+            sentence = str(cause or explain(message, _words.get()))
+        self.exit(2, f"bioprop: error: {_file.get()}{sentence}\n")
 
 
 def in_order(words: Iterable[str]) -> list[str]:
@@ -121,91 +100,44 @@ def in_order(words: Iterable[str]) -> list[str]:
     """
     groups: list[list[str]] = []
     for word in words:
-        if not groups or word.startswith("--") or word[:2] in CONFIG:
+        if not groups or word.startswith("--") or word[:2] == "-c":
             groups.append([word])
         else:
             groups[-1].append(word)
-    names = [group[0].partition("=")[0] for group in groups]
-
-    def place(index: int) -> tuple[bool, int, int]:
-        name, before = names[index], names[:index]
+    files: list[str] = []
+    ordered: list[tuple[str, list[str]]] = []
+    for group in groups:
+        name, _, value = group[0].partition("=")
+        if CONFIG.fullmatch(name):
+            given = [value, *group[1:]] if value else group[1:]
+            files += [name, *map(known_config, given)]
+            continue
+        places = [at for at, (before, _) in enumerate(ordered) if before.startswith(f"{name}.")]
         # a second naming of the class replaces all that stands before it
-        first = (
-            index
-            if name in before
-            else next((at for at, each in enumerate(before) if each.startswith(f"{name}.")), index)
-        )
-        return not (name in CONFIG or name[:2] == "-c"), first, name.count(".") if first < index else 99
-
-    return [word for index in sorted(range(len(groups)), key=place) for word in groups[index]]
+        again = any(before == name for before, _ in ordered)
+        ordered.insert(places[0] if places and not again else len(ordered), (name, group))
+    return [*files, *(word for _, group in ordered for word in group)]
 
 
-def resolve_values(value: Any, key: str = "") -> Any:
-    """Spell ``~`` out wherever a path begins with it, in place, and refuse null where it is no value.
+def resolve_homes(value: Any, key: str = "") -> Any:
+    """Spell ``~`` out wherever a path begins with it, in place.
 
     Args:
         value: what was parsed, whole or in part.
         key: its name, for the message.
 
     Raises:
-        UserError: if a path names the home folder of somebody who is not known here, or an argument that cannot be
-            null is; jsonargparse takes null as an argument that was not given.
+        UserError: if a path names the home folder of somebody who is not known here.
     """
     if isinstance(value, Namespace | dict):
         parts = vars(value) if isinstance(value, Namespace) else value
         for name, each in parts.items():
-            parts[name] = resolve_values(each, name)
-        if isinstance(parts.get("class_path"), str) and isinstance(parts.get("init_args"), Namespace):
-            for name, each in vars(parts["init_args"]).items():
-                if each is None and not _takes_null(locate(parts["class_path"]), name):
-                    raise _null(name)
+            parts[name] = resolve_homes(each, name)
     elif isinstance(value, list):
-        value[:] = [resolve_values(each, key) for each in value]
-    elif isinstance(value, str | Path) and str(value) in NULLS:
-        raise _null(key)
+        value[:] = [resolve_homes(each, key) for each in value]
     elif isinstance(value, str | Path) and str(value).startswith("~"):
-        path = os.path.expanduser(value)
-        if path == str(value) and os.sep in path:
-            raise UserError(f"{key} is {value}, but nobody of that name has a home here: write the folder out")
-        return type(value)(path)
+        try:
+            return type(value)(Path(value).expanduser())
+        except RuntimeError as error:
+            raise UserError(f"{key} is {value}, but nobody of that name has a home here") from error
     return value
-
-
-def _null(key: str) -> UserError:
-    return UserError(f"{key} is null, but it needs a value: give one, or leave it out")
-
-
-def _takes_null(factory: Any, name: str) -> bool:
-    """Return true if an argument of a class or function may be null: by its default, or else by its type."""
-    parameter = parameters(factory).get(name)
-    if parameter is None or parameter.default is None or parameter.default is inspect.Parameter.empty:
-        return True  # what is required is missed elsewhere
-    hint = parameter.annotation
-    return isinstance(hint, str) or hint in (Any, inspect.Parameter.empty) or type(None) in get_args(hint)
-
-
-def _is_no_text(path: str) -> bool:
-    try:
-        Path(path).expanduser().read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        return True
-    except (OSError, RuntimeError):
-        return False
-    return False
-
-
-def _no_text(path: str) -> str:
-    if path and zipfile.is_zipfile(Path(path).expanduser()):
-        return f"this is no file of options; a checkpoint is given as --ckpt_path {path}"
-    return "this is no text in UTF-8, as a file of options must be: save it in that encoding"
-
-
-def _holds(path: str, key: str) -> bool:
-    """Return true if a file has an option."""
-    try:
-        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, RuntimeError, UnicodeDecodeError, yaml.YAMLError):
-        return False
-    for part in key.split("."):
-        content = content.get(part, NULLS) if isinstance(content, dict) else NULLS
-    return content is not NULLS

@@ -33,7 +33,6 @@ def conduct(command: Callable[[], int | None]) -> NoReturn:
     try:
         if sys.platform != "win32":
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # where another process started this one
-        _check_backend()
         status = command()
     except UserError as error:
         distributed = sys.modules.get("bioprop.distributed")  # if nobody has imported it, this process is alone
@@ -120,14 +119,3 @@ class _Unbreakable(io.FileIO):
                 with suppress(OSError):
                     os.write(STREAMS["stderr"], f"bioprop: output is lost from here on: {error.strerror}\n".encode())
             return memoryview(content).nbytes
-
-
-def _check_backend() -> None:
-    """Refuse a backend that matplotlib does not know: it says so whenever it is imported, here or by a library."""
-    if backend := os.environ.get("MPLBACKEND"):
-        try:
-            import matplotlib  # noqa: F401
-        except ValueError as error:
-            raise UserError(
-                f"MPLBACKEND is {backend}, which matplotlib does not know: unset it, or set it to agg"
-            ) from error

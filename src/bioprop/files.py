@@ -154,6 +154,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _what_it_is(path: Path) -> str:
+    if not path.exists():
+        return "not there"
     if path.is_dir():
         return "a folder"
     if path.stat().st_size == 0:

@@ -184,15 +184,11 @@ def test_adams_state_survives_a_checkpoint(tmp_path: Path) -> None:
     AdamSuite().test_a_resumed_run_equals_the_uninterrupted_one(tmp_path)
 
 
-def test_processes_share_adams_gradients_whatever_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No process may have moments that the others do not have."""
-    speed = Speed(processes="stages")
-    settings: dict[str, Any] = {"noise": 0.1, "iterations": 1, "feedback_lr": 1e-3, "speed": speed}
-    adam, sgd = (ParallelLDRL(linear_mlp(), feedback_step=step, **settings) for step in ("adam", "sgd"))
-    monkeypatch.setattr("bioprop.feedback.training.process_count", lambda: 2)
-    for algorithm in (adam, sgd):
-        algorithm.feedback_training.restart()
-    assert (adam.feedback_training.sharing, sgd.feedback_training.sharing) == ("gradients", "stages")
+def test_processes_that_would_each_have_their_own_moments_are_refused() -> None:
+    settings: dict[str, Any] = {"noise": 0.1, "iterations": 1, "feedback_lr": 1e-3, "feedback_step": "adam"}
+    for processes in ("stages", "weights"):
+        with refused(f"speed.processes {processes}", "speed.processes: gradients"):
+            ParallelLDRL(small_lenet(), speed=Speed(processes=processes), **settings)
 
 
 def test_a_decay_that_nothing_would_use_is_refused() -> None:

@@ -105,7 +105,7 @@ def test_a_row_that_no_comparison_can_hold_is_refused(option: str, named: str) -
         (["--algorithms=backprop", *LENET, "--folder=file"], "file is a file"),
         (["--algorithms=backprop", *LENET, "--folder=file/below"], "file/below: Not a directory"),
         (["--algorithms=backprop", *LENET, "--folder=full"], "full holds other files"),
-        (["--algorithms=backprop", *LENET, "--", "--data.batch_size=0"], "backprop: batch_size is 0"),
+        ([*LENET, "--", "--data.batch_size=0"], "backprop: batch_size is 0"),  # of the standard ones
     ],
 )
 def test_mistakes_are_one_sentence_and_nothing_is_written(words: list[str], named: str) -> None:

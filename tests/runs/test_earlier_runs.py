@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from bioprop.errors import UserError
-from bioprop.runs import RunCheckpoints
 from bioprop.testing.resuming import read_metrics
 from tests.runs.test_checkpoint_faults import BATCHES, step_of
 from tests.runs.test_folder import LAST, RUN, RUNS, fit, run
@@ -47,22 +46,6 @@ def test_a_damaged_last_checkpoint_does_not_hide_the_best() -> None:
     fit("--checkpoint.filename=mine")
     LAST.write_bytes(b"")
     run("test", "--ckpt_path=best")
-
-
-@pytest.mark.parametrize(
-    ("name", "sentence"),
-    [
-        ("../../x", "must be a name without folders"),
-        ("sub/{epoch}", "must be a name without folders"),
-        ("/tmp/x", "must be a name without folders"),
-        ("last", "is the file that a run goes on from"),
-        ("{epoch", "is no pattern"),
-        ("{epoch:zz}", "is no pattern"),
-    ],
-)
-def test_a_name_that_is_none_is_refused(name: str, sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
-        RunCheckpoints(filename=name)
 
 
 def test_weights_are_kept_for_their_own_metric_alone() -> None:

@@ -19,7 +19,8 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from bioprop.cli import main
 from bioprop.errors import UserError
-from bioprop.runs.wandb import WandbSummary, exit_status, flatten
+from bioprop.runs.folder import flat
+from bioprop.runs.wandb import WandbSummary, exit_status
 from bioprop.testing.helpers import KilledError
 from tests.test_cli import LDRL_TINY, TINY
 from tests.wandb_log import WandbLog, offline_runs
@@ -214,7 +215,7 @@ def test_settings_are_listed_under_the_command_lines_names() -> None:
         "seed": 0,
         "model": {"class_path": "a.b.C", "init_args": {"x": None, "n": {"class_path": "N", "init_args": {"k": [1]}}}},
     }
-    assert flatten(settings) == {"seed": 0, "model": "C", "model.n": "N", "model.n.k": [1]}
+    assert flat(settings) == {"seed": 0, "model": "C", "model.x": None, "model.n": "N", "model.n.k": [1]}
 
 
 def process(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,6 +1,7 @@
-"""Callbacks that watch a run: alignment with BP, feedback training, divergence, time, pictures, predictions."""
+"""Callbacks of a run: alignment with BP, clipping, divergence, time, feedback training, pictures, predictions."""
 
 from bioprop.callbacks.alignment import AlignmentToBackprop
+from bioprop.callbacks.clipping import GradientClipping
 from bioprop.callbacks.divergence import DivergenceGuard
 from bioprop.callbacks.epoch_seconds import EpochSeconds
 from bioprop.callbacks.feedback_record import FeedbackRecord
@@ -13,6 +14,7 @@ __all__ = [
     "DivergenceGuard",
     "EpochSeconds",
     "FeedbackRecord",
+    "GradientClipping",
     "PredictionsFile",
     "RunPictures",
     "RunningLoss",

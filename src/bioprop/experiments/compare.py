@@ -17,7 +17,7 @@ from typing import Literal, NoReturn, TypeVar
 import torch
 from rich.console import Console
 
-from bioprop.cli_parser import OneSentenceParser, resolve_values
+from bioprop.cli_parser import OneSentenceParser, resolve_homes
 from bioprop.errors import UserError
 from bioprop.experiments import worker
 from bioprop.experiments.configs import Row, Settings, find_rows, name_configs, resolve
@@ -38,6 +38,8 @@ USAGE = "bioprop compare [options] [-- options of every run, as of bioprop fit]"
 INTERRUPTED = 130
 #: Hyperparameters that make epochs which train feedback alone.
 ALONE = ("feedback_pretraining_epochs", "extra_feedback_epochs")
+#: Algorithms that are compared where none are named.
+STANDARD = "backprop,dtp,ldrl"
 
 #: Options of a run that a comparison sets itself, and what is to be done instead of giving them.
 DECIDED_BY_COMPARE = {
@@ -74,8 +76,8 @@ def compare(
     Args:
         folder: results folder: table.md (.csv, .tex), runs.csv, curves.csv, trials.csv, figures (.png, .pdf), and all
             runs with checkpoints and logs; by default runs/compare_<network>_<data>.
-        algorithms: names as in lightning_configs/<algorithm>_<network>_<data>.yaml, such as backprop,ldrl,dtp, or of
-            classes, such as my_rules.MyRule, which have the defaults of the class.
+        algorithms: names as in lightning_configs/<algorithm>_<network>_<data>.yaml, by default backprop,dtp,ldrl, or
+            of classes, such as my_rules.MyRule, which have the defaults of the class.
         network: name of the network, as there: lenet, mlp, simplevgg, ..., or of a class, such as my_nets.MyNet.
         data: name of the data, as there: digits, cifar10, imagefolder, ...
         configs: configuration files to compare instead of the three above, such as a.yaml,b.yaml.
@@ -108,6 +110,8 @@ def compare(
         raise UserError(f"--equal_time is {equal_time}, but it must be a number of seconds above 0")
     if equal_time is not None and epochs is not None:
         raise UserError("--equal_time decides the number of epochs: leave it or --epochs out")
+    if algorithms == "" and network and data:
+        algorithms = STANDARD
     factors = _factors(lr_factors)
     _refuse_own(options, sets_epochs=epochs is not None or equal_time is not None)
     everywhere = [*options, *([] if epochs is None else [f"--trainer.max_epochs={epochs}"])]
@@ -331,7 +335,7 @@ def main(words: Sequence[str]) -> int:
     parser = CompareParser(prog="bioprop compare", usage=USAGE, description=rules)
     parser.add_function_arguments(compare, as_positional=False, skip={"options", "command"})
     own = ["--plan=true" if word == "--plan" else word for word in words[:cut]]
-    given = resolve_values(parser.parse_args(own))
+    given = resolve_homes(parser.parse_args(own))
     command = shlex.join(["bioprop", "compare", *words])
     try:
         return compare(**given.as_dict(), options=words[cut + 1 :], command=command)

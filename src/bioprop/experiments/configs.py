@@ -3,18 +3,17 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
+from bioprop.catalogue import entries
 from bioprop.cli import BiopropCLI, main
-from bioprop.cli_classes import KINDS, subclasses
 from bioprop.errors import UserError
-from bioprop.experiments.environment import CLONE
+from bioprop.front import CONFIGS
 
-CONFIGS = CLONE / "lightning_configs"
 Settings = dict[str, Any]
 
 
@@ -68,10 +67,6 @@ def find_rows(algorithms: Sequence[str], network: str, data: str, folder: Path) 
     Raises:
         UserError: if nothing has such a name, naming the files that exist.
     """
-    if not CONFIGS.is_dir():
-        raise UserError(
-            f"there is no folder {CONFIGS}, because bioprop is not installed from a clone: name files with --configs"
-        )
     # backpropagation and LeNet come first, where any file will do
     stems = sorted(_stems(), key=lambda stem: (stem[0] != "backprop", stem[1] != "lenet", stem))
     here = [stem for stem in stems if stem[1:] == (network.lower(), data.lower())]
@@ -109,7 +104,7 @@ def _named_by_class(path: Path, written: Path, algorithm: str, network: str) -> 
 
 def _class_path(key: str, name: str) -> str:
     """The dotted path of a class that an option can name; of a bare name, whatever its case; empty if there is none."""
-    known = {cls.__name__.lower(): f"{cls.__module__}.{cls.__name__}" for cls in subclasses(KINDS[key])}
+    known = {entry.name.lower(): entry.path for entry in entries(key).values()}
     return name if "." in name else known.get(name.lower(), "")
 
 
@@ -142,26 +137,6 @@ def resolve(config: Path, options: Sequence[str]) -> Settings:
     parsed = main(["fit", "--config", os.fspath(config), *options], ParsingCLI)
     assert isinstance(parsed, ParsingCLI)
     return parsed.settings
-
-
-def class_name(part: Mapping[str, Any]) -> str:
-    """The class that a part of the settings names, without its module."""
-    return str(part["class_path"]).rpartition(".")[2]
-
-
-def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
-    """Spell nested settings out by dotted names, without the words that only structure them."""
-    if not isinstance(settings, Mapping):
-        return {prefix: settings}
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        if key == "class_path":
-            found[prefix] = class_name(settings)
-        elif key in ("init_args", "dict_kwargs"):
-            found |= flat(value, prefix) if value else {}
-        else:
-            found |= flat(value, f"{prefix}.{key}" if prefix else key)
-    return found
 
 
 def _once(names: Iterable[str]) -> list[str]:

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from bioprop.errors import UserError
-from bioprop.experiments.configs import Settings, flat
+from bioprop.experiments.configs import Settings
+from bioprop.runs.folder import flat
 
 #: Settings that `bioprop compare` makes itself for each run; a config that sets it too would lose silently.
 DECIDED = (

@@ -7,7 +7,8 @@ from typing import Any
 from bioprop.algorithms import Backprop
 from bioprop.algorithms.difference_reconstruction import DifferenceReconstruction
 from bioprop.algorithms.target_algorithm import TargetAlgorithm
-from bioprop.experiments.configs import Settings, class_name
+from bioprop.experiments.configs import Settings
+from bioprop.runs.folder import class_name
 
 #: By the names of files in ``lightning_configs/``; other rows keep the names that they have.
 METHODS = {

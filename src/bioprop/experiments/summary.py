@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 from scipy import stats
 
-from bioprop.experiments.configs import class_name
 from bioprop.experiments.costs import Costs
 from bioprop.experiments.names import family, method
 from bioprop.experiments.plan import Comparison, Run
 from bioprop.experiments.results import Result, Test
+from bioprop.runs.folder import class_name
 
 #: With fewer pairs of runs nothing is said about a difference.
 FEWEST_PAIRS = 3

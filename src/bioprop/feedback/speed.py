@@ -3,13 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from bioprop.removed import refuses_removed
-
 #: What several processes share of feedback training, see `Speed`.
 Sharing = Literal["gradients", "weights", "stages"]
 
 
-@refuses_removed("speed.")
 @dataclass(frozen=True)
 class Speed:
     """The way in which feedback gradients are computed.

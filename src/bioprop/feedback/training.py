@@ -134,6 +134,11 @@ class FeedbackTraining(ABC):
             raise UserError(f"feedback_decay is {feedback_decay}, but it belongs to feedback_step: adam alone")
         if speed.processes not in get_args(Sharing):
             raise UserError(f"speed.processes {speed.processes!r} is not known: choose one of {get_args(Sharing)}")
+        if feedback_step == "adam" and speed.processes != "gradients":
+            raise UserError(
+                f"speed.processes {speed.processes} leaves each process its own moments of Adam: with feedback_step: "
+                "adam use speed.processes: gradients"
+            )
         self._recorded = defaultdict[str, Recorded](Recorded)
         self.optimizer: torch.optim.Optimizer | None
         self.sharing: Sharing | None
@@ -165,9 +170,7 @@ class FeedbackTraining(ABC):
         """Begin a new fit: without momentum and recorded graphs. Returns the optimizer, if the step needs one."""
         self.optimizer = self._make_optimizer()
         self._recorded.clear()
-        # with Adam no process has the moments of others' stages
-        processes = "gradients" if self.feedback_step == "adam" else self.speed.processes
-        self.sharing = processes if process_count() > 1 else None
+        self.sharing = self.speed.processes if process_count() > 1 else None
         together = self.sharing == "gradients"
         self.peers = Peers(process_count(), process_rank(), mean_over_processes, gather_rows) if together else ALONE
         return self.optimizer
@@ -255,7 +258,8 @@ class FeedbackTraining(ABC):
         """Return whether the iterations can be a CUDA graph: no graph of autograd, no exchange, and nobody watching."""
         # Adam counts its steps outside of the graph
         alone = clean.affine is not None and not self.observers and self.sharing != "gradients"
-        return self.speed.cuda_graph and clean.inputs.is_cuda and alone and self.feedback_step != "adam"
+        alone = alone and self.feedback_step != "adam"
+        return self.speed.cuda_graph and clean.inputs.is_cuda and alone
 
     def _recording_failed(self) -> bool:
         """Whether one stage could not be recorded, after which all run one by one."""

@@ -27,9 +27,6 @@ from bioprop.runs.signals import RunStopped, StopSignals
 
 logger = logging.getLogger(__name__)
 
-#: A metric in a file's name, as ``{val/accuracy:.2f}``.
-FIELD = r"\{[^{}]*\}"
-
 
 class RunCheckpoints(ModelCheckpoint):
     """Keep ``last.ckpt``, from which a run goes on, and ``best.ckpt``, that of the best metric, in ``checkpoints/``.
@@ -56,7 +53,7 @@ class RunCheckpoints(ModelCheckpoint):
         dirpath: folder of the files, those of one run alone; by default ``checkpoints/`` in the run's folder.
 
     Raises:
-        UserError: if ``every_n_batches`` is below 0, or ``filename`` is no name for the best checkpoint.
+        UserError: if ``every_n_batches`` is below 0.
     """
 
     def __init__(
@@ -80,7 +77,6 @@ class RunCheckpoints(ModelCheckpoint):
             save_on_train_epoch_end=True,
             enable_version_counter=save_top_k != 1,
         )
-        self._refuse_filename()
         self.every_n_batches = every_n_batches
         self.saves = True  # or only listens to signals: `enable_checkpointing` of a trainer that has this callback
         self.signals = StopSignals()
@@ -288,25 +284,6 @@ class RunCheckpoints(ModelCheckpoint):
             return f"its state could not be saved ({self._failure}); {self._kept()}"
         return f"--ckpt_path last, or {self.last_model_path}, goes on from here"
 
-    def _refuse_filename(self) -> None:
-        name = self.filename or ""
-        if re.search(r"[/\\]", re.sub(FIELD, "", name)):
-            raise UserError(
-                f"checkpoint.filename is {name}, but it must be a name without folders: --checkpoint.dirpath says "
-                "where the files go"
-            )
-        if f"{name}{self.FILE_EXTENSION}" == LAST:
-            raise UserError(
-                f"checkpoint.filename is {name}, but {LAST} is the file that a run goes on from: choose another"
-            )
-        try:
-            self.format_checkpoint_name({})
-        except (ValueError, LookupError, AttributeError, TypeError) as error:
-            raise UserError(
-                f"checkpoint.filename is {name}, which is no pattern ({error}): names of metrics stand in braces, as "
-                "in {epoch}-{val/accuracy:.2f}"
-            ) from error
-
     def _format_checkpoint_name(self, *args: Any, **kwargs: Any) -> str:
         """Replace the slash in a metric's name, which would make a sub-folder."""
         return super()._format_checkpoint_name(*args, **kwargs).replace("/", "_")
@@ -315,7 +292,7 @@ class RunCheckpoints(ModelCheckpoint):
         """Say which files of another run this one would replace."""
         if goes_on(trainer, folder) or (self.last_model_path and Path(self.last_model_path).parent == folder):
             return None
-        pattern = re.sub(FIELD, "*", f"{self.filename}{self.FILE_EXTENSION}")
+        pattern = re.sub(r"\{[^{}]*\}", "*", f"{self.filename}{self.FILE_EXTENSION}")  # of names of metrics
         found = sorted(path.name for path in folder.iterdir() if path.name == LAST or fnmatch(path.name, pattern))
         return found and (  # type: ignore[return-value]
             f"{folder / found[0]} is another run's, and this one would replace it: choose another folder "

@@ -38,9 +38,29 @@ def run_labels(settings: Any) -> RunLabels:
     """Read the labels off a configuration, parsed (a jsonargparse namespace) or as plain data."""
     arguments = settings["model"]["init_args"]
     classes = (settings["model"], arguments["network"], settings["data"])
-    algorithm, network, data = (each["class_path"].rpartition(".")[2].lower() for each in classes)
+    algorithm, network, data = (class_name(each).lower() for each in classes)
     rule = arguments.get("rule")  # an algorithm that is several by this choice
     return RunLabels(f"{algorithm}_{rule}" if rule else algorithm, network, data)
+
+
+def class_name(part: Mapping[str, Any]) -> str:
+    """The class that a part of the settings names, without its module."""
+    return str(part["class_path"]).rpartition(".")[2]
+
+
+def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Spell nested settings out by dotted names, without the words that only structure them."""
+    if not isinstance(settings, Mapping):
+        return {prefix: settings}
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if key == "class_path":
+            found[prefix] = class_name(settings)
+        elif key in ("init_args", "dict_kwargs"):
+            found |= flat(value, prefix) if value else {}
+        else:
+            found |= flat(value, f"{prefix}.{key}" if prefix else key)
+    return found
 
 
 def experiment_folder(trainer: Trainer, logger: Logger | None = None) -> Path:

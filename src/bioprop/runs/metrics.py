@@ -2,7 +2,6 @@
 
 import csv
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ class MetricsFile(CSVLogger):
         """Return the number of rows so far; 0 in all processes but the first, which writes."""
         self.save()
         writer = self.experiment
-        return writer.rows + len(writer.metrics) if isinstance(writer, MetricsWriter) else 0
+        return len(writer.metrics) if isinstance(writer, MetricsWriter) else 0
 
     def keep(self, rows: int) -> bool:
         """Take over the first rows of the file that is in the folder, and drop the rest.
@@ -69,7 +68,7 @@ class NoMetrics(MetricsFile):
 
 
 class MetricsWriter(ExperimentWriter):
-    """The rows that are not on the disk yet, and the file that holds the others.
+    """The rows of a run, and the file that holds them, which is written as a whole.
 
     Args:
         log_dir: folder of the file, made if need be.
@@ -78,8 +77,6 @@ class MetricsWriter(ExperimentWriter):
     def __init__(self, log_dir: str) -> None:
         super().__init__(log_dir)
         self.path = Path(self.metrics_file_path)
-        self.rows = 0  # in the file
-        self._header: list[str] | None = None  # of the file; None while there is none of this run
         self._warned = False
 
     def keep(self, rows: int) -> bool:
@@ -88,51 +85,30 @@ class MetricsWriter(ExperimentWriter):
             return False
         with self.path.open(newline="") as file:
             reader = csv.DictReader(file)
-            kept = list(reader)[:rows]
+            self.metrics = list[Any](reader)[:rows]
             self.metrics_keys = list(reader.fieldnames or ())
-        self._rewrite(kept)
-        self.rows = len(kept)
+        self._write()
         return True
 
     def save(self) -> None:
-        """Write the rows that are not on the disk yet; report a refusal once, and try again at the next call."""
+        """Write the rows; report a refusal once, and try again at the next call."""
         if not self.metrics:
             return
         self._record_new_keys()
         try:
-            if self._header == self.metrics_keys and self.path.is_file():
-                self._append()
-            else:
-                self._rewrite([*self._written(), *self.metrics])
+            self._write()
         except OSError as error:
             if not self._warned:
                 logger.warning("%s: %s: metrics wait in memory until it can be written", self.path, error.strerror)
             self._warned = True
         else:
-            self.rows, self.metrics, self._warned = self.rows + len(self.metrics), [], False
+            self._warned = False
 
-    def _written(self) -> list[dict[str, Any]]:
-        """Rows of this run that are in the file."""
-        if self._header is None or not self.path.is_file():
-            return []
-        with self.path.open(newline="") as file:
-            return list(csv.DictReader(file))[: self.rows]
-
-    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+    def _write(self) -> None:
         with replacing(self.path, "w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=self.metrics_keys)
             writer.writeheader()
-            writer.writerows(rows)
-        self._header = list(self.metrics_keys)
-
-    def _append(self) -> None:
-        size = self.path.stat().st_size
-        try:
-            with self.path.open("a", newline="") as file:
-                csv.DictWriter(file, fieldnames=self.metrics_keys).writerows(self.metrics)
-        except OSError:
-            os.truncate(self.path, size)  # no half rows
-            raise
+            writer.writerows(self.metrics)
 
     def _check_log_dir_exists(self) -> None:
         """Leave what is in the folder alone: Lightning's own deletes the metrics."""

@@ -18,7 +18,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from bioprop.errors import UserError
 from bioprop.feedback.training import FeedbackIteration
-from bioprop.runs.folder import run_labels
+from bioprop.runs.folder import flat, run_labels
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -55,7 +55,7 @@ def describe_run(trainer: Trainer, settings: Mapping[str, Any]) -> None:
     run.tags = tuple(dict.fromkeys((*(run.tags or ()), *labels)))
     # All that is logged belongs to an epoch. Overwrites the logger's pattern: of two that match, W&B takes either.
     run.define_metric("*", step_metric="epoch", step_sync=True, overwrite=True)
-    entries = flatten(settings) | labels._asdict()
+    entries = {name: value for name, value in flat(settings).items() if value is not None} | labels._asdict()
     if run.sweep_id:  # a sweep's own parameters are there already, under the same names, and locked
         entries = {name: value for name, value in entries.items() if name not in run.config}
     run.config.update(entries, allow_val_change=True)  # type: ignore[no-untyped-call]
@@ -69,23 +69,6 @@ def leave_hyperparameters(trainer: Trainer) -> None:
     trainer.lightning_module._log_hyperparams = False
     if trainer.datamodule is not None:  # type: ignore[attr-defined]
         trainer.datamodule._log_hyperparams = False  # type: ignore[attr-defined]
-
-
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """List nested settings under dotted names, as short as the command line takes them; what is None is left out.
-
-    A class goes by its name: ``{"model": {"class_path": "a.LDRL", "init_args": {"beta": 0.5}}}`` becomes
-    ``{"model": "LDRL", "model.beta": 0.5}``.
-    """
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if key == "class_path":
-            flat[prefix] = value.rpartition(".")[2]
-        elif isinstance(value, Mapping):
-            flat |= flatten(value, prefix if key == "init_args" else f"{prefix}.{key}".lstrip("."))
-        elif value is not None:
-            flat[f"{prefix}.{key}".lstrip(".")] = value
-    return flat
 
 
 def _named_by_user(loggers: Any) -> bool:
