@@ -12,13 +12,14 @@ from bioprop.runs.folder import class_name
 
 #: By the names of files in ``lightning_configs/``; other rows keep the names that they have.
 METHODS = {
+    "analytic": "analytic feedback",
     "backprop": "BP",
     "brsf": "brSF",
     "ddtpcontrol": "DDTP-control",
     "ddtplinear": "DDTP-linear",
     "ddtprhl": "DDTP-RHL",
     "dfa": "DFA",
-    "directkolenpollack": "direct KP",
+    "dkp": "direct KP",
     "drtp": "DRTP",
     "dtp": "DTP",
     "dtpdrl": "DTP-DRL",
@@ -29,6 +30,7 @@ METHODS = {
     "kolenpollack": "Kolen-Pollack",
     "ldrl": "L-DRL",
     "ldrlpublished": "L-DRL, published",
+    "ndfa": "normalised DFA",
     "parallelldrl": "parallel L-DRL",
     "pepita": "PEPITA",
     "tp": "TP",
