@@ -27,8 +27,9 @@ def test_names_and_places_are_not_given_twice() -> None:
 
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> Path:
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A package of one function, and a test of it."""
+    monkeypatch.setattr("tests.planted_faults.PRELOADED", ["pytest"])
     (tmp_path / "src" / "twice").mkdir(parents=True)
     (tmp_path / "src" / "twice" / "__init__.py").write_text("def twice(x):\n    return 2 * x  # not 3\n")
     (tmp_path / "test_twice.py").write_text("from twice import twice\n\ndef test_it():\n    assert twice(2) == 4\n")
