@@ -5,7 +5,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow bench lint format release-check clean
+.PHONY: help setup demo test test-slow bench gpu-check lint format release-check clean
 
 help:  ## say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ test-slow: .venv/ready  ## run the tests that take minutes
 
 bench: .venv/ready  ## compare the speed of L-DRL's closed forms with plain autograd and BP (some ten minutes on 2 cores)
 	$(BIN)/python -m benchmarks.bench
+
+gpu-check: .venv/ready  ## check and measure on a GPU all that needs one (under four minutes)
+	$(BIN)/python -m benchmarks.gpu_check
 
 lint: .venv/ready  ## check style and types
 	$(BIN)/ruff check .

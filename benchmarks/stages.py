@@ -26,7 +26,7 @@ def stage_runs(
     ours = setting.ldrl()
     plain = plain_twin(setting, ours)
     images, _ = setting.draw(batch)
-    passes = ours.network.clean_passes(images)
+    passes = ours.clean_passes(images)
     states, switches = plain.run(images)
     plain.iterations = [iterations] * len(setting.iterations)
     runs: dict[tuple[str, str], Callable[[], None]] = {}

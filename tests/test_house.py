@@ -18,7 +18,7 @@ ROOT = Path(bioprop.__file__).parent
 #: Each package may import those before it.
 ORDER = ("functional", "networks", "feedback", "algorithms", "runs", "callbacks", "experiments")
 #: Files, and calls from one file into another, that one batch of L-DRL on four stages may take.
-FILES, HOPS = 17, 230
+FILES, HOPS = 11, 98
 
 
 def imports_of(path: Path) -> Iterator[str]:
@@ -104,4 +104,4 @@ def test_one_batch_is_a_short_walk() -> None:
     names = sorted(str(Path(file).relative_to(ROOT)) for file in files)
     assert len(files) <= FILES, names
     assert hops <= HOPS
-    assert {"algorithms/ldrl.py", "feedback/training.py", "feedback/ldrl.py", "networks/stages.py"} <= set(names)
+    assert {"feedback/training.py", "feedback/ldrl.py", "networks/stages.py"} <= set(names)

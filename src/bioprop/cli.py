@@ -25,6 +25,7 @@ from bioprop.callbacks import (
     GradientClipping,
     PredictionsFile,
     RunningLoss,
+    RunPictures,
 )
 from bioprop.cli_parser import OneSentenceParser, in_order, resolve_homes
 from bioprop.datamodules import ImageDataModule
@@ -54,7 +55,14 @@ class BiopropCLI(LightningCLI):
             save_config_kwargs={"save_to_log_dir": False},
             # one process unless asked for more: Lightning's "auto" takes every GPU it finds
             trainer_defaults={
-                "callbacks": [DivergenceGuard(), EpochSeconds(), PredictionsFile(), WandbSummary(), RunReport()],
+                "callbacks": [
+                    DivergenceGuard(),
+                    EpochSeconds(),
+                    PredictionsFile(),
+                    WandbSummary(),
+                    RunReport(),
+                    RunPictures(),
+                ],
                 "devices": 1,
             },
             seed_everything_default=0,

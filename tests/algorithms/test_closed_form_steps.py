@@ -1,7 +1,7 @@
 """Whole training steps by the closed forms: those of autograd and of the plain implementation, on any geometry."""
 
 from collections.abc import Callable, Iterator
-from copy import copy, deepcopy
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -11,15 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bioprop.algorithms import DTP, LDRL, TargetAlgorithm
-from bioprop.algorithms import ldrl as algorithm
 from bioprop.feedback import ldrl
 from bioprop.feedback import noise as noises
 from bioprop.feedback.noise import NoiseStream, Probing
 from bioprop.feedback.speed import Speed
 from bioprop.functional.pooling import Pool
 from bioprop.networks import ConvStage, LinearStage, Network, layers
-from bioprop.networks.feedback_layers import FeedbackLayer
-from bioprop.networks.layers import ConvLayer
+from bioprop.networks.layers import Block, ConvLayer, FeedbackLayer
 from tests.algorithms.plain import SGD, PlainLearner
 from tests.algorithms.plain_geometry import general_stage
 from tests.geometries import few, networks
@@ -223,14 +221,13 @@ Fault = Callable[[pytest.MonkeyPatch], None]
 NOTICED = (AssertionError, RuntimeError, StopIteration)
 
 
-def with_another_slope(slope: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]) -> Fault:
+def with_another_slope(slope: Callable[[Tensor], Tensor]) -> Fault:
     """Change ``phi'`` in the echo alone, not in the curvature."""
     right = ldrl.echo_gradient
 
-    def faulty(layer: FeedbackLayer, eps: Tensor) -> tuple[Tensor, Tensor]:
-        mirror = copy(layer.mirror)
-        object.__setattr__(mirror, "slope", lambda values: slope(values, layer.mirror.slope))
-        return right(layer._replace(mirror=mirror), eps)
+    def faulty(blocks: list[Block], eps: Tensor) -> tuple[Tensor, Tensor]:
+        changed = [Block(samples, part._replace(slope=slope(part.slope))) for samples, part in blocks]
+        return right(changed, eps)
 
     return lambda monkeypatch: monkeypatch.setattr(ldrl, "echo_gradient", faulty)
 
@@ -258,14 +255,14 @@ def replacing(name: str, value: Any) -> Fault:
 
 
 FAULTS: dict[str, tuple[Fault, bool]] = {
-    "the echo's sign flipped": (with_another_slope(lambda values, slope: -slope(values)), True),
-    "no slope in the echo": (with_another_slope(lambda values, slope: torch.ones_like(values)), True),
+    "the echo's sign flipped": (with_another_slope(torch.neg), True),
+    "no slope in the echo": (with_another_slope(torch.ones_like), True),
     "the echo not constant": (with_an_echo_that_is_not_constant, False),
     "no damping": (replacing("damped", lambda self, curvature, draw: curvature), True),
     "no noise along the activities": (replacing("is_along", lambda self, draw: False), True),
     "curvatures not squared": (with_curvatures_of_slopes, True),
     "another size of noise": (lambda monkeypatch: monkeypatch.setattr(noises, "NOISE_SHARE", 0.02), True),
-    "one iteration": (lambda monkeypatch: monkeypatch.setattr(algorithm, "ECHO_ITERATIONS", 1), True),
+    "one iteration": (lambda monkeypatch: monkeypatch.setattr(ldrl, "ECHO_ITERATIONS", 1), True),
     "noise on more images": (lambda monkeypatch: monkeypatch.setattr(noises, "IMAGES_MULTIPLE", 16), True),
 }
 
@@ -366,7 +363,7 @@ def overlapping_network_of_seed() -> Network:
 
 
 def test_a_forgotten_block_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ldrl, "blocks", lambda affine: [slice(0, len(affine) // 2)])
+    monkeypatch.setattr(layers, "blocks", lambda affine: [slice(0, len(affine) // 2)])
     with pytest.raises(AssertionError):
         assert_closed_form_is_autograd(LDRL, overlapping_network())
 

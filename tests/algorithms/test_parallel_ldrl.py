@@ -95,7 +95,7 @@ def test_a_step_is_the_mean_over_the_samples(recorded_noise: list[Tensor]) -> No
         feedback_momentum=0.0,
     ).double()
     images = torch.rand(6, 1, 4, 4, dtype=torch.float64)
-    passes, before = algorithm.network.clean_passes(images), copy_state(algorithm.feedback)
+    passes, before = algorithm.clean_passes(images), copy_state(algorithm.feedback)
     recorded_noise.clear()
     gradients: dict[str, Tensor] = {}
     with torch.no_grad():

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from bioprop.algorithms import DTP, LDRL, TargetAlgorithm
 from bioprop.callbacks.alignment import alignment_to_backprop
-from bioprop.feedback.losses import FeedbackGradient
 from bioprop.functional.angles import flatten_all
 from bioprop.functional.gradients import backprop_gradients
 from bioprop.networks import BasicBlockStage, Network, PooledLinearStage, ResNet, StagePass, StemStage
@@ -27,7 +26,13 @@ from bioprop.testing.helpers import (
     refused,
     sgd,
 )
-from tests.algorithms.test_theory import DroppedTargets, FlippedDifference, FlippedFeedback, with_other_weights
+from tests.algorithms.test_theory import (
+    DroppedTargets,
+    FlippedDifference,
+    FlippedFeedback,
+    climbing,
+    with_other_weights,
+)
 
 Make = Callable[..., TargetAlgorithm]
 AS_PUBLISHED = {"feedback_step": "sgd", "feedback_lr": (3e-4, 1e-3, 1e-3, 10.0), "noise": 0.2}
@@ -120,14 +125,9 @@ def test_with_statistics_held_in_feedback_alone_it_does_in_evaluation_mode_only(
 class Climbing(LDRL):
     """Mutation: feedback weights climb their loss."""
 
-    def feedback_objective(self, *args: Any) -> Callable[[int], FeedbackGradient]:
-        gradient_at = super().feedback_objective(*args)
-
-        def climbing(iteration: int) -> FeedbackGradient:
-            gradient = gradient_at(iteration)
-            return gradient._replace(parameters={name: -value for name, value in gradient.parameters.items()})
-
-        return climbing
+    def __init__(self, network: Network, **settings: Any) -> None:
+        super().__init__(network, **settings)
+        self.feedback_training.objective = climbing(self.feedback_training.objective)
 
 
 def assert_feedback_learns(make: Make, batch_norm: bool, images: Batch, **settings: Any) -> None:

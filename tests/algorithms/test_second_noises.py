@@ -195,8 +195,8 @@ def test_several_samples_are_averaged() -> None:
     torch.manual_seed(1)
     algorithm = ParallelLDRL(MLP(SHAPE, CLASSES, hidden=(40,)), samples=3).double()
     images = draw_batch()[0].double()
-    (name, stage, mirror), clean = algorithm.mirrored_stages()[0], algorithm.network.clean_passes(images)[1]
-    gradient_at = algorithm.feedback_objective(name, stage, mirror, clean, algorithm.streams.noise(0, images))
+    (name, stage, mirror), clean = algorithm.mirrored_stages()[0], algorithm.clean_passes(images)[1]
+    gradient_at = algorithm.feedback_training.objective(name, stage, mirror, clean, algorithm.streams.noise(0, images))
     start, expected = mirror.weight.detach().clone(), mirror.weight.detach().clone()
     with torch.no_grad():
         for iteration in range(2):

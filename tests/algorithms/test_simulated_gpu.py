@@ -23,7 +23,6 @@ from bioprop.feedback.noise import RandomStreams
 from bioprop.feedback.recorded import Recorded
 from bioprop.feedback.speed import Speed
 from bioprop.feedback.training import FeedbackTraining, StageBatch
-from bioprop.functional import pooling
 from bioprop.networks.network import Network
 from bioprop.testing.helpers import NETWORKS, SHAPE, on_every_network
 from tests.feedback.test_recorded import StandIn
@@ -87,13 +86,6 @@ class Counters(RandomStreams):
         super().__init__()
         del self._buffers["seed"], self._buffers["batches"]
         self.seed, self.batches = 7, 0  # type: ignore[assignment]
-
-
-@pytest.fixture(autouse=True)
-def own_constants() -> Iterator[None]:
-    """Keep constants without values from other tests."""
-    yield
-    pooling.window_indices.cache_clear()
 
 
 @pytest.fixture(autouse=True)

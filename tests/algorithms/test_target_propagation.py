@@ -66,13 +66,15 @@ def invertible(make: type[DTP], exact: bool = True) -> DTP:
             mirror.weight.copy_(inverse.T if exact else 1.1 * inverse.T)
             mirror.bias.copy_(-inverse @ stage.bias)
             if stage.activation == "leaky_relu":
-                mirror.phi = lambda values: torch.where(values > 0, values, values / LEAK)
+                mirror.activation = mirror.activation._replace(
+                    phi=lambda values: torch.where(values > 0, values, values / LEAK)
+                )
     return algorithm
 
 
 def targets_of(algorithm: DTP) -> list[Tensor]:
     images, labels = torch.randn(5, 1, 4, 4, dtype=torch.float64), torch.randint(16, (5,))
-    passes = algorithm.network.clean_passes(images)
+    passes = algorithm.clean_passes(images)
     logits = passes[-1].output.detach()
     with torch.no_grad():
         differences = algorithm.target_differences(passes, -algorithm.beta * cross_entropy_gradient(logits, labels))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bioprop.algorithms import DTP, LDRL, TargetAlgorithm
-from bioprop.feedback.losses import FeedbackGradient
+from bioprop.feedback.losses import FeedbackGradient, FeedbackObjective
 from bioprop.functional.angles import angle_degrees, flatten_all
 from bioprop.functional.gradients import backprop_gradients
 from bioprop.networks import MLP, LeNet, Network, SimpleVGG, StagePass
@@ -72,14 +72,22 @@ class AliasedFeedback(LDRL):
 class FlippedLearning(LDRL):
     """Mutation: feedback weights climb their loss."""
 
-    def feedback_objective(self, *args):  # type: ignore[no-untyped-def]
-        gradient_at = super().feedback_objective(*args)
+    def __init__(self, network: Network, **settings: object) -> None:
+        super().__init__(network, **settings)
+        self.feedback_training.objective = climbing(self.feedback_training.objective)
 
-        def climbing(iteration: int) -> FeedbackGradient:
-            gradient = gradient_at(iteration)
-            return gradient._replace(parameters={"weight": -gradient.parameters["weight"]})
 
-        return climbing
+def climbing(objective: Callable[..., FeedbackObjective]) -> Callable[..., FeedbackObjective]:
+    def prepare(*args: object) -> FeedbackObjective:
+        gradient_at = objective(*args)
+
+        def gradient_uphill_at(draw: int) -> FeedbackGradient:
+            gradient = gradient_at(draw)
+            return gradient._replace(parameters={name: -value for name, value in gradient.parameters.items()})
+
+        return gradient_uphill_at
+
+    return prepare
 
 
 def with_other_weights(network: Network, **settings: object) -> LDRL:

@@ -1,12 +1,13 @@
 import math
+from collections import OrderedDict
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bioprop.algorithms import DTP, LDRL, Backprop, DDTPLinear
 from bioprop.callbacks import AlignmentToBackprop
-from bioprop.callbacks.alignment import alignment_to_backprop, alignment_to_gauss_newton
+from bioprop.callbacks.alignment import alignment_to_backprop, alignment_to_gauss_newton, hidden_stages
 from bioprop.errors import UserError
 from bioprop.functional.gauss_newton import gauss_newton_gradients
 from bioprop.networks import LeNet, ResNet
@@ -140,6 +141,15 @@ def test_frozen_stages_have_no_angle_to_gauss_newton(batch: tuple[Tensor, Tensor
     algorithm = Backprop(network()).double()
     algorithm.network[1].requires_grad_(False)
     assert list(alignment_to_gauss_newton(algorithm, *batch, damping=0.1)) == ["conv1", "fc1", "fc2", "overall"]
+
+
+def test_hidden_stages_are_all_but_the_one_that_has_its_error_from_the_loss() -> None:
+    linear = nn.Linear(4, 4)
+    assert hidden_stages(network()) == ["conv1", "conv2", "fc1"]
+    assert hidden_stages(nn.Sequential(linear, nn.ReLU(), nn.Linear(4, 2))) == ["0"]
+    assert hidden_stages(linear) == []
+    head = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    assert hidden_stages(nn.Sequential(OrderedDict(body=linear, head=head))) == ["body", "head"]
 
 
 def test_out_of_range_arguments_are_named() -> None:

@@ -26,7 +26,6 @@ from bioprop.callbacks import (
 from bioprop.callbacks.divergence import LOOK_EVERY
 from bioprop.datamodules import Digits
 from bioprop.errors import DivergenceError, UserError
-from bioprop.experiments.figures import draw_feedback_training
 from bioprop.functional.angles import angle_degrees
 from bioprop.networks import LeNet
 from bioprop.runs import RunCheckpoints
@@ -64,6 +63,9 @@ def test_alignment_is_logged_before_training_and_each_epoch(tmp_path: Path) -> N
     assert [row["epoch"] for row in rows] == ["-1", "0", "1"]
     assert all(abs(float(row["angle/fc2"])) < 0.1 for row in rows)
     assert all(float(row["angle/conv1"]) > 1.0 for row in rows)
+    for row in rows:
+        hidden = [float(row[f"angle/{stage}"]) for stage in ("conv1", "conv2", "fc1")]
+        assert float(row["angle/hidden_stages"]) == pytest.approx(sum(hidden) / 3, rel=1e-5)
 
 
 def test_the_angle_to_gauss_newton_is_logged_where_asked_for(tmp_path: Path) -> None:
@@ -161,7 +163,6 @@ def test_feedback_record_of_feedback_through_all_stages_above(kind: type, shown:
     assert [(row["batch"], row["stage"], row["iteration"]) for row in rows] == expected
     assert all((row["angle"] == "nan") == (shown == "nan") for row in rows)
     assert not algorithm._observers
-    draw_feedback_training(run_folder(trainer) / "feedback_training.csv", tmp_path / "course.png")
 
 
 def test_feedback_record_of_an_algorithm_without_feedback_leaves_no_file(tmp_path: Path) -> None:

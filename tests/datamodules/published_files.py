@@ -14,14 +14,14 @@ import pytest
 import scipy.io
 from torchvision import datasets
 
-from bioprop.datamodules import imagenet32_files, mnist
-from bioprop.datamodules.cifar import CIFAR10_CLASSES, CIFAR100_CLASSES
+from bioprop import datamodules
+from bioprop.datamodules import CIFAR10, CIFAR100, imagenet32_files
 
 
 def write_cifar(root: Path, monkeypatch: pytest.MonkeyPatch, name: str = "CIFAR10", train: int = 200) -> Path:
     """Writes CIFAR-10 or CIFAR-100 as pickled batches, with `train` training images, 40 or 200 test images."""
     cls = getattr(datasets, name)
-    classes, key = (CIFAR10_CLASSES, "labels") if name == "CIFAR10" else (CIFAR100_CLASSES, "fine_labels")
+    classes, key = (CIFAR10.class_names, "labels") if name == "CIFAR10" else (CIFAR100.class_names, "fine_labels")
     folder = root / cls.base_folder
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -56,7 +56,7 @@ def write_idx(path: Path, array: np.ndarray) -> str:
 def write_mnist(root: Path, monkeypatch: pytest.MonkeyPatch, name: str = "MNIST", train: int = 200) -> Path:
     """Writes MNIST, FashionMNIST or KMNIST as compressed idx files, with `train` training and 40 test images."""
     cls = getattr(datasets, name)
-    folder = root / getattr(mnist, name).folder
+    folder = root / getattr(datamodules, name).folder
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     resources = []

@@ -6,7 +6,7 @@ import torch
 from torchvision import datasets
 
 from bioprop.datamodules import CIFAR10
-from bioprop.datamodules.cifar import CIFAR10_CLASSES
+from bioprop.datamodules.torchvision_sets import CIFAR10_NAMES
 from bioprop.errors import UserError
 from tests.datamodules.published_files import write_cifar
 
@@ -19,7 +19,7 @@ def root(tmp_path, monkeypatch):
 
 def test_constants_and_published_defaults():
     data = CIFAR10()
-    assert (data.image_shape, data.num_classes, data.classes) == ((3, 32, 32), 10, CIFAR10_CLASSES)
+    assert (data.image_shape, data.num_classes, data.classes) == ((3, 32, 32), 10, tuple(CIFAR10_NAMES.split()))
     assert (data.horizontal_flip, data.crop_padding, data.normalization, data.batch_size) == (True, 4, "cifar10", 128)
     mean, std = data.statistics(torch.device("cpu"))
     assert torch.equal(mean, torch.tensor([0.4914, 0.4822, 0.4465]))
@@ -27,7 +27,7 @@ def test_constants_and_published_defaults():
 
 
 def test_classes_are_torchvisions(root):
-    assert tuple(datasets.CIFAR10(root).classes) == CIFAR10_CLASSES
+    assert tuple(datasets.CIFAR10(root).classes) == tuple(CIFAR10_NAMES.split())
 
 
 def test_images_and_labels_are_those_of_the_files(root):

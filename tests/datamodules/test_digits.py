@@ -157,7 +157,6 @@ def test_text_form():
 @pytest.mark.parametrize(
     ("argument", "value", "advice"),
     [
-        ("image_size", 28, "16 or 32"),
         ("batch_size", 0, "choose 1 or more"),
         ("crop_padding", -1, "choose 0 or more"),
         ("seed", -1, "choose 0 or more"),

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image, features
 
-from bioprop.datamodules.image_files import Form, decode, look
-from bioprop.datamodules.image_listing import Tally
+from bioprop.datamodules.image_files import Form, decoded, look
+from bioprop.datamodules.image_listing import Tally, told
 from bioprop.errors import UserError
 from tests.datamodules.folders import bad, make, pixels
 
@@ -30,9 +30,9 @@ STORED = {
 
 def read(path, shape=RGB, background="white"):
     """Returns a decoded image, and what was said of it."""
-    found = Tally()
-    (image,) = decode([path], Form(shape, False, background), found)
-    return image, str(found)
+    changed: Tally = {}
+    ((image,),) = decoded([path], Form(shape, False, background), changed)
+    return torch.from_numpy(image), told(changed)
 
 
 def noise(channels=3, size=(5, 6), most=256, dtype=np.uint8):
@@ -121,14 +121,14 @@ def test_opaque_images_with_an_alpha_channel_keep_their_values(tmp_path, channel
 
 
 def test_the_background_must_be_an_opaque_colour(folder):
-    for value in ("whitish", "#12", "#ffffff80", ""):
+    for value in ("whitish", "#12", ""):
         bad(rf"background is '{value}', which is no colour", data_dir=str(folder), background=value)
 
 
-def png16(channels, most):
+def png16(channels):
     """A PNG file of 16 bits per channel, which Pillow does not write."""
-    kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
-    rows = b"".join(b"\0" + row.tobytes() for row in noise(channels, most=most, dtype=np.uint16).astype(">u2"))
+    kind = {1: 0, 3: 2}[channels]
+    rows = b"".join(b"\0" + row.tobytes() for row in noise(channels, most=65536, dtype=np.uint16).astype(">u2"))
     chunks = (
         (b"IHDR", struct.pack(">IIBBBBB", 6, 5, 16, kind, 0, 0, 0)),
         (b"IDAT", zlib.compress(rows)),
@@ -138,58 +138,29 @@ def png16(channels, most):
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
-def tiff16(channels):
-    """An uncompressed TIFF file of 16 bits per channel."""
-    data = noise(channels, most=65536, dtype=np.uint16).astype("<u2").tobytes()
-    bits = 8 + 2 + 12 * 9 + 4
-    tags = [(256, 3, 1, 6), (257, 3, 1, 5), (258, 3, channels, bits if channels > 2 else 16), (259, 3, 1, 1)]
-    tags += [(262, 3, 1, 2 if channels == 3 else 1), (273, 4, 1, bits + 6), (277, 3, 1, channels)]
-    tags += [(278, 3, 1, 5), (279, 4, 1, len(data))]
-    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
-    return b"II*\0\x08\0\0\0" + struct.pack("<H", 9) + entries + bytes(4) + struct.pack("<HHH", 16, 16, 16) + data
-
-
 @pytest.mark.parametrize(
     ("suffix", "content"),
     [
-        *((f"{channels}.png", png16(channels, most)) for channels in (1, 2, 3, 4) for most in (4096, 65536)),
-        ("grey.tif", tiff16(1)),
-        ("colour.tif", tiff16(3)),
-        ("grey.pgm", b"P5 6 5 4095\n" + noise(1, most=4096, dtype=np.uint16).astype(">u2").tobytes()),
-        ("colour.ppm", b"P6 6 5 4095\n" + noise(3, most=4096, dtype=np.uint16).astype(">u2").tobytes()),
-        (
-            "plain.ppm",
-            b"P3 6 5 4095\n" + b" ".join(b"%d" % value for value in noise(3, most=4096, dtype=np.uint16).flat),
-        ),
+        ("png", png16(1)),
+        ("pgm", b"P5 6 5 4095\n" + noise(1, most=4096, dtype=np.uint16).astype(">u2").tobytes()),
+        ("tif", noise(1).squeeze().astype(np.int32)),
+        ("tif", noise(1).squeeze().astype(np.float32)),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
 )
 @pytest.mark.parametrize("shape", [RGB, GREY])
-def test_more_than_8_bits_are_refused_rather_than_cut(tmp_path, suffix, content, shape):
-    path = tmp_path / suffix
-    path.write_bytes(content)
+def test_grey_values_of_more_than_8_bits_are_refused_rather_than_cut(tmp_path, suffix, content, shape):
+    path = tmp_path / f"x.{suffix}"
+    path.write_bytes(content) if isinstance(content, bytes) else Image.fromarray(content).save(path)
     assert look(path)[1:] == (5, 6)
     with pytest.raises(UserError, match=rf"{suffix}' has more than 8 bits per channel .*: scale it to 8 bits\.$"):
         read(path, shape)
 
 
-@pytest.mark.parametrize(("dtype", "suffix"), [(np.int32, "tif"), (np.float32, "tif"), (np.uint16, "sgi")])
-def test_numbers_that_are_no_bytes_are_refused(tmp_path, dtype, suffix):
-    path = tmp_path / f"x.{suffix}"
-    if suffix == "sgi":  # which Pillow reads of 16 bits, and writes of 8
-        header = struct.pack(">hBBHHHH", 474, 0, 2, 3, 6, 5, 3)
-        path.write_bytes(header.ljust(512, b"\0") + noise(3, dtype=np.uint16, most=4096).astype(">u2").tobytes())
-    else:
-        Image.fromarray(noise(1).squeeze().astype(dtype)).save(path)
-    with pytest.raises(UserError, match="has more than 8 bits per channel"):
-        read(path)
-
-
-def test_16_bits_a_pixel_are_not_16_bits_a_channel(tmp_path):
-    header = struct.pack("<IiiHHIIiiII", 40, 6, 5, 1, 16, 0, 60, 0, 0, 0, 0)
-    (tmp_path / "x.bmp").write_bytes(b"BM" + struct.pack("<IHHI", 114, 0, 0, 54) + header + b"\xff\x7f" * 30)
-    image, _ = read(tmp_path / "x.bmp")
-    assert bool((image == 255).all())
+def test_colours_of_16_bits_are_scaled_to_8(tmp_path):
+    (tmp_path / "x.png").write_bytes(png16(3))
+    image, _ = read(tmp_path / "x.png")
+    expected = noise(3, most=65536, dtype=np.uint16) >> 8
+    assert np.abs(image.numpy().astype(int) - expected.transpose(2, 0, 1)).max() <= 1
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr"])
@@ -253,10 +224,8 @@ def test_only_headers_up_to_the_first_coloured_image_are_read(write_images, monk
 @pytest.mark.parametrize("size", [100_000, 10**12])
 def test_images_that_no_memory_holds_are_refused(folder, size):
     sentence = bad(
-        rf"of {size}x{size} pixels .* GB of memory, more than .* choose a smaller image_size",
+        rf"of {size}x{size} pixels take .* GB, more than .* choose a smaller image_size",
         data_dir=str(folder),
         image_size=size,
     )
     assert len(sentence) < 300
-    with pytest.raises(UserError, match="choose a smaller image_size"):
-        decode([folder / "train" / "cat" / "000.png"] * 100, Form((3, size, size), True, "white"))

@@ -84,7 +84,7 @@ def test_image_size_resizes_mixed_sizes_with_antialiasing(write_images):
 
 
 def test_files_are_decoded_in_order_by_several_threads(write_images, monkeypatch):
-    monkeypatch.setattr("bioprop.datamodules.image_files.usable_cpus", lambda: 4)
+    monkeypatch.setattr("bioprop.datamodules.image_files._usable_cpus", lambda: 4)
     folder = write_images("train", {"a": 200, "b": 100})
     data = ImageFolder(str(folder), normalization="none")
     data.setup("fit")

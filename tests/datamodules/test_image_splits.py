@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image, features
 
-from bioprop.datamodules import ImageFolder, image_listing
+from bioprop.datamodules import ImageFolder
 from bioprop.errors import UserError
 from tests.datamodules.folders import bad, held, make
 
@@ -39,12 +39,9 @@ def test_what_is_passed_over_is_counted_with_its_reason(folder, said, write_imag
     train = folder / "train"
     (train / ".cache").mkdir()
     (train / "cat" / ".hidden.png").write_bytes(b"")
-    for name in ("notes.txt", "b.heic", "a.heic", "README", "film.mpg"):
+    for name in ("notes.txt", "b.heic", "a.heic", "README"):
         (train / "cat" / name).write_text("no image")
-    (train / "cat" / "gone.png").symlink_to("nowhere.png")
-    (train / "cat" / "self.png").symlink_to("self.png")
     (train / "cat" / "again").symlink_to(train, target_is_directory=True)
-    os.mkfifo(train / "cat" / "pipe.png")
     (folder / ".git").mkdir()
     (folder / "loop").symlink_to("loop")
     for name in ("loose.png", "loose2.png", "valid/1.png"):
@@ -53,11 +50,9 @@ def test_what_is_passed_over_is_counted_with_its_reason(folder, said, write_imag
     data = make(["fit"], data_dir=str(folder), batch_size=8)
     assert sum(len(held(data, split).labels) for split in ("train", "val")) == 30
     assert said()[1] == (
-        f"passed over in '{train}': 2 hidden ('.cache'), 1 without a suffix ('cat/README'), "
-        "2 of suffix .heic, which is not read ('cat/a.heic'), 1 linked to a folder above ('cat/again'), "
-        "1 of suffix .mpg, which is not read ('cat/film.mpg'), 2 linked to nothing ('cat/gone.png'), "
-        "1 of suffix .txt, which is not read ('cat/notes.txt'), 1 neither file nor folder ('cat/pipe.png'), "
-        "2 beside the class folders ('loose.png')"
+        f"passed over in '{train}': 2 hidden ('.cache'), 1 linked to a folder above ('cat/again'), "
+        "1 without a suffix ('cat/README'), 2 of suffix .heic, which is not read ('cat/a.heic'), "
+        "1 of suffix .txt, which is not read ('cat/notes.txt'), 2 beside the class folders ('loose.png')"
     )
     assert said()[2] == f"passed over in '{folder}': 1 beside train, val and test ('valid')"
 
@@ -86,26 +81,15 @@ def test_whatever_pillow_reads_is_read(folder, suffix):
     assert (red - torch.tensor([255.0, 0, 0])).abs().max() < 4
 
 
-def test_a_format_that_pillow_was_built_without_is_passed_over(folder, said, monkeypatch):
-    monkeypatch.setattr(features, "check", lambda name: False)
-    image_listing.readable_suffixes.cache_clear()
-    try:
-        (folder / "train" / "cat" / "x.jp2").write_bytes(b"?")
-        make(["fit"], data_dir=str(folder))
-    finally:
-        image_listing.readable_suffixes.cache_clear()
-    assert "1 of suffix .jp2, which is not read ('cat/x.jp2')" in said()[1]
-
-
 def test_a_class_that_is_a_link_to_nothing_is_refused(folder):
-    for split in ("train", "val"):
+    for split in ("train", "val", "test"):
         (folder / split).mkdir(exist_ok=True)
         (folder / split / "dog").symlink_to("/nowhere/dog")
-        bad(f"{split}/dog' is a link to '/nowhere/dog', which does not exist", data_dir=str(folder))
+        bad(f"{split}/dog' is a link to '/nowhere/dog', which is not there", data_dir=str(folder))
         (folder / split / "dog").unlink()
 
 
-def test_a_folder_that_may_not_be_read_is_named(folder, monkeypatch):
+def test_a_folder_that_may_not_be_read_stops_the_listing(folder, monkeypatch):
     scan = os.scandir
 
     def refuse(path):
@@ -115,22 +99,23 @@ def test_a_folder_that_may_not_be_read_is_named(folder, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", refuse)
     (folder / "train" / "cat" / "secret").mkdir()
-    bad(r"cat/secret' cannot be read \(Permission denied\)", data_dir=str(folder))
+    with pytest.raises(PermissionError, match="cat/secret"):
+        make(data_dir=str(folder))
 
 
 def test_missing_folders(tmp_path):
-    bad("'/nowhere/images' is not a folder", data_dir="/nowhere/images")
-    (tmp_path / "empty").mkdir()
-    bad(r"empty/train' does not exist", data_dir=str(tmp_path / "empty"))
-    (tmp_path / "empty" / "train").mkdir()
-    bad(r"empty/train' has no class folders", data_dir=str(tmp_path / "empty"))
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    bad("/nowhere' is not a folder", data_dir=str(tmp_path / "nowhere"))
+    for folder in (".", "empty"):
+        bad(rf"{tmp_path / folder / 'train'}' has no class folders", data_dir=str(tmp_path / folder))
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_empty_class(folder, write_images, split):
     write_images("val", {"ant": 2, "cat": 2})
-    (folder / split / "dog").mkdir()
-    bad(f"{split}/dog' has no images", data_dir=str(folder))
+    shutil.rmtree(folder / split / "cat")
+    (folder / split / "cat").mkdir()
+    bad(f"{split}/cat' has no images", data_dir=str(folder))
 
 
 def test_a_class_of_files_that_are_not_read_says_so(folder):
@@ -142,9 +127,9 @@ def test_a_class_of_files_that_are_not_read_says_so(folder):
 def test_validation_images_are_of_all_classes_and_no_others(write_images):
     write_images("train", {"ant": 2, "cat": 2})
     folder = write_images("val", {"ant": 2})
-    sentence = bad(r"class 'cat' of '.*train' is missing from '.*val'", data_dir=str(folder))
+    sentence = bad(r"val/cat' has no images.*or remove '.*val'", data_dir=str(folder))
     (folder / "val" / "cat").mkdir()  # which is no way out
-    assert bad("is missing", data_dir=str(folder)) == sentence
+    assert bad("has no images", data_dir=str(folder)) == sentence
     write_images("val", {"ant": 2, "cat": 2, "dog": 2})
     bad(r"class 'dog' of '.*val' is unknown", data_dir=str(folder))
 
@@ -168,7 +153,7 @@ def test_a_test_set_may_lack_classes(folder, said, empty):
     if empty:
         (folder / "test" / "ant").mkdir()
     data = make(["fit", "test", "predict"], data_dir=str(folder))
-    assert f"images in '{folder}': train 30 of 2 classes; test 4 of 1 classes (none of 'ant')" in said()
+    assert f"images in '{folder}': train 30 of 2 classes; test 4 of 1 classes" in said()
     assert held(data, "test").labels.tolist() == [1] * 4
     assert data.prediction_names() == [f"test/cat/{number:03d}.png" for number in range(4)]
 
@@ -182,7 +167,7 @@ def test_unlabelled_images_are_predicted_and_not_tested_on(folder, said):
     assert f"images in '{folder}': train 30 of 2 classes; test 4 without a label" in said()
     assert len(held(data, "test").images) == len(data.prediction_names()) == 3
     assert set(data.prediction_names()) < {"test/more/003.png", *(f"test/00{number}.png" for number in range(3))}
-    bad(r"images in '.*test' have no labels to test on", "test", data_dir=str(folder))
+    bad(r"^4 test image.* have no label to test on.*\(ant, cat\), such as '", "test", data_dir=str(folder))
 
 
 def test_a_test_class_that_was_not_trained_on_is_predicted_and_not_tested_on(folder, said, write_images):
@@ -190,17 +175,14 @@ def test_a_test_class_that_was_not_trained_on_is_predicted_and_not_tested_on(fol
     data = make(["fit", "predict"], data_dir=str(folder))
     assert f"images in '{folder}': train 30 of 2 classes; test 7 of 2 classes and 2 without a label" in said()
     assert data.prediction_names()[-2:] == ["test/dog/000.png", "test/dog/001.png"]
-    bad(r"class 'dog' of '.*test' is unknown", "test", data_dir=str(folder))
+    bad(r"^2 test image.* have no label.*test/dog/000.png'", "test", data_dir=str(folder))
 
 
 def test_a_test_set_with_classes_passes_over_images_beside_them(folder, said):
     shutil.copy(folder / "train" / "ant" / "000.png", folder / "test" / "preview.png")
-    (folder / "test" / "dog").symlink_to("/nowhere")
     data = make(["fit", "test"], data_dir=str(folder))
     assert len(held(data, "test").labels) == 7
-    assert said()[1] == (
-        f"passed over in '{folder / 'test'}': 1 linked to nothing ('dog'), 1 beside the class folders ('preview.png')"
-    )
+    assert said()[1] == f"passed over in '{folder / 'test'}': 1 beside the class folders ('preview.png')"
 
 
 def test_python_users_see_what_was_passed_over_but_not_of_hidden_files(folder, caplog):

@@ -2,11 +2,9 @@ import json
 import logging
 import multiprocessing
 import os
-import shutil
 import signal
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +14,7 @@ from torchvision.models._meta import _IMAGENET_CATEGORIES
 from bioprop.datamodules import ImageNet32, imagenet32_files
 from bioprop.datamodules.imagenet32 import class_names
 from bioprop.datamodules.imagenet32_files import ARCHIVES, COUNTS
-from bioprop.datamodules.images import DeviceImages, MappedImages, blocks
-from bioprop.errors import UserError
+from bioprop.datamodules.images import MappedImages, blocks, copy_to
 from tests.datamodules.imagenet32_helpers import TEST, every, ready, refused, stored_images
 from tests.datamodules.published_files import write_imagenet32
 
@@ -152,15 +149,6 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch, place):
     refused("cannot be converted into .*name a folder .* converted_dir", tmp_path, converted_dir=tmp_path / place)
 
 
-def test_a_full_disk_is_noticed_before(tmp_path, monkeypatch):
-    write_imagenet32(tmp_path, monkeypatch, **TEST)
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=3_000_000))
-    refused(r"needs 0\.0 GB in '.*', where 0\.0 GB are free: make room", tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=20_000_000))
-    ready(tmp_path, "test")
-
-
 def convert_in_a_process(folder, delay, results):
     """Converts with a pause in the middle, and says how often this process did so."""
     read, calls = imagenet32_files.read_part, []
@@ -270,51 +258,12 @@ def test_train_statistics_are_those_of_the_training_images(tmp_path, monkeypatch
 def test_blocks_of_mapped_images_come_in_the_order_of_the_file():
     stored = np.arange(50, dtype=np.uint8).reshape(50, 1, 1, 1)
     images = MappedImages(stored, torch.tensor([40, 3, 17, 5]))
-    assert torch.cat(list(blocks(images))).flatten().tolist() == [3, 5, 17, 40]
+    assert torch.cat([block for _, block in blocks(images)]).flatten().tolist() == [3, 5, 17, 40]
     assert images.index_select(0, torch.tensor([2, 0])).flatten().tolist() == [17, 40]
 
 
-def test_images_on_a_device_are_the_same_in_the_same_order(monkeypatch):
+def test_images_copied_to_a_device_are_the_same_in_the_same_order(monkeypatch):
     monkeypatch.setattr("bioprop.datamodules.images.BLOCK", 7)
     stored = np.arange(100, dtype=np.uint8).reshape(50, 2, 1, 1)
     mapped = MappedImages(stored, torch.randperm(50)[:30])
-    kept = mapped.on(torch.device("cpu"))
-    assert isinstance(kept, DeviceImages)
-    assert len(kept) == len(mapped) == 30
-    assert kept.kept.shape == (30, 2, 1, 1)
-    index = torch.randperm(30)
-    assert torch.equal(kept.index_select(0, index), mapped.index_select(0, index))
-
-
-class TestOnDevice:
-    @staticmethod
-    def on(device, folder, **kwargs):
-        data = ImageNet32(str(folder), num_val_per_class=1, on_device=True, **kwargs)
-        data.trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))
-        data.setup("test")
-        return data.resident["test"].images
-
-    def test_images_go_to_the_device_that_trains_and_to_no_cpu(self, tmp_path, monkeypatch):
-        write_imagenet32(tmp_path, monkeypatch, **TEST)
-        images = self.on("meta", tmp_path, limit_test=30)
-        assert isinstance(images, DeviceImages)
-        assert images.kept.shape == (30, 3, 32, 32)
-        assert images.index_select(0, torch.arange(4)).device.type == "meta"
-        assert isinstance(self.on("cpu", tmp_path), MappedImages)
-
-    def test_too_small_a_device_is_a_sentence(self, tmp_path, monkeypatch):
-        def fail(self, device):
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-        write_imagenet32(tmp_path, monkeypatch, **TEST)
-        monkeypatch.setattr(MappedImages, "on", fail)
-        with pytest.raises(UserError, match=r"on_device needs 0\.0 GB of free memory on meta: set it to false"):
-            self.on("meta", tmp_path)
-
-    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-    def test_batches_put_together_on_a_gpu_are_those_of_the_file(self, tmp_path, monkeypatch):
-        write_imagenet32(tmp_path, monkeypatch, **TEST)
-        kept = self.on("cuda", tmp_path)
-        mapped = ready(tmp_path, "test").resident["test"].images
-        index = torch.randperm(1000)
-        assert torch.equal(kept.index_select(0, index).cpu(), mapped.index_select(0, index))
+    assert torch.equal(copy_to(torch.device("cpu"), mapped), every(mapped))

@@ -69,7 +69,7 @@ class TestDamage:
         (path,) = tmp_path.iterdir()
         raw = path.read_bytes()
         path.write_bytes(raw[: int(share * len(raw))])
-        refused(f"'{path}' is (damaged|not a readable pickle) .*download it again", tmp_path)
+        refused(f"'{path}' is (damaged|no pickled dictionary of arrays) .*download it again", tmp_path)
         assert {file.name for file in tmp_path.iterdir()} <= {path.name, ".imagenet32_val.lock"}
 
     @pytest.mark.parametrize("form", ["npz.zip", "npz", "pickle.zip"])
@@ -95,11 +95,11 @@ class TestDamage:
     @pytest.mark.parametrize(
         ("change", "reason"),
         [
-            ({"data": np.zeros((1000, 12288), np.uint8)}, r"its images are uint8 \[1000, 12288\]"),
-            ({"data": np.zeros((1000, 3072), np.float32)}, r"its images are float32"),
-            ({"labels": list(range(1000))}, "its labels are from 0 to 999, not 1 to 1000"),
-            ({"labels": [1] * 999}, r"it has 1000 images and labels of shape \(999,\)"),
-            ({"labels": [1.5] * 1000}, "its labels are not whole numbers"),
+            ({"data": np.zeros((1000, 12288), np.uint8)}, r"data, uint8 \[1000, 12288\], and labels, int64 \[1000\]"),
+            ({"data": np.zeros((1000, 3072), np.float32)}, r"data, float32"),
+            ({"labels": list(range(1000))}, r"whole numbers from 1 to 1000 \[images\], but"),
+            ({"labels": [1] * 999}, r"data, uint8 \[1000, 3072\], and labels, int64 \[999\]"),
+            ({"labels": [1.5] * 1000}, r"labels, float64 "),
         ],
     )
     def test_files_of_another_format(self, tmp_path, monkeypatch, write, change, reason):
@@ -107,7 +107,7 @@ class TestDamage:
         (part,) = imagenet32_arrays("val")
         name = "val_data.npz" if write is npz else "val_data"
         (tmp_path / name).write_bytes(write({**part, **change}))
-        message = refused(f"'.*{name}' is not a file of ImageNet 32x32, because {reason}", tmp_path, verify=False)
+        message = refused(f"'.*{name}' is not a file of ImageNet 32x32, which holds .*{reason}", tmp_path, verify=False)
         assert "another size" in message
 
     @pytest.mark.parametrize("write", [npz, pickle.dumps], ids=["npz", "pickle"])
@@ -124,9 +124,7 @@ class TestDamage:
         refused(r"damaged \(.*data\.npy", tmp_path)
         (tmp_path / "val_data.npz").unlink()
         (tmp_path / "val_data").write_bytes(pickle.dumps({"data": [1, 2]}))
-        refused("it has no 'labels'", tmp_path)
-        (tmp_path / "val_data").write_bytes(pickle.dumps({"data": [1, 2], "labels": [1]}))
-        refused("its 'data' is no array", tmp_path)
+        refused(r"but data, int64 \[2\], and labels, object \[\]", tmp_path)
 
     def test_a_converted_file_that_was_cut_is_converted_again(self, tmp_path, monkeypatch):
         arrays = write_imagenet32(tmp_path, monkeypatch, **TEST)
@@ -156,7 +154,7 @@ class TestPickles:
     def test_a_malicious_file_runs_nothing_and_is_refused_by_name(self, tmp_path, write):
         proof = tmp_path / "proof"
         (tmp_path / "val_data").write_bytes(write({"data": self.Malicious(proof), "labels": [1]}))
-        message = refused(r"val_data' asks for (posix|os|nt)\.system, which no file of images needs", tmp_path)
+        message = refused(r"val_data' .*asks for (posix|os|nt)\.system, which no file of images needs", tmp_path)
         assert "nothing was run" in message
         assert not proof.exists()
         pickle.loads((tmp_path / "val_data").read_bytes())  # the plain unpickler does run it
@@ -182,7 +180,7 @@ class TestPickles:
     )
     def test_pickles_of_something_else(self, tmp_path, raw):
         (tmp_path / "val_data").write_bytes(raw)
-        refused("a dictionary of images and labels is expected|is not a readable pickle", tmp_path)
+        refused("is no pickled dictionary of arrays", tmp_path)
 
     def test_numbers_of_numpy_and_either_byte_order(self, tmp_path, monkeypatch):
         monkeypatch.setitem(COUNTS, "val", (1000,))

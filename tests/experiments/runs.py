@@ -30,10 +30,14 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def table(folder: Path) -> dict[str, dict[str, str]]:
-    """The Markdown table by row and heading."""
-    lines = [line for line in (folder / "table.md").read_text().splitlines() if line.startswith("| ")]
-    headings, _, *rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
-    return {cells[0]: dict(zip(headings, cells, strict=True)) for cells in rows}
+    """The Markdown tables by row and heading, those of a row joined."""
+    found: dict[str, dict[str, str]] = {}
+    for part in (folder / "table.md").read_text().split("\n\n"):
+        lines = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in part.splitlines()]
+        if part.startswith("| "):
+            for cells in lines[2:]:
+                found.setdefault(cells[0], {}).update(zip(lines[0], cells, strict=True))
+    return found
 
 
 def write_config(path: Path, algorithm: str = "backprop", lr: float | None = None, model: str | None = None) -> Path:

@@ -38,8 +38,8 @@ def test_options_of_runs_that_a_comparison_sets_itself_are_refused(option: list[
 def parsed(monkeypatch: pytest.MonkeyPatch) -> list[Comparison]:
     """The comparisons that would run; their runs are left out."""
     found: list[Comparison] = []
-    monkeypatch.setattr(compare_module, "check_runs", lambda runs: None)
-    monkeypatch.setattr(compare_module, "_run", lambda comparison, rows, jobs: found.append(comparison) or 0)
+    monkeypatch.setattr(compare_module, "ask", lambda work, runs: iter(()))
+    monkeypatch.setattr(compare_module, "_run", lambda comparison, *_: found.append(comparison) or 0)
     return found
 
 
@@ -66,13 +66,22 @@ def test_folder_and_files_are_found_in_the_home_folder(
     assert not Path("~").exists()
 
 
-@pytest.mark.parametrize("words", [["--folder=None"], ["--folder=out", "--seeds=None"], ["--folder=out", "--seed=3"]])
+def test_the_folder_is_named_by_what_is_compared(parsed: list[Comparison], tmp_path: Path) -> None:
+    main(["--algorithms=backprop", *LENET])
+    write_config(Path("a.yaml"))
+    main(["--configs=a.yaml"])
+    assert [each.folder for each in parsed] == [
+        tmp_path / "runs" / "compare_lenet_digits",
+        tmp_path / "runs" / "compare",
+    ]
+
+
+@pytest.mark.parametrize("words", [["--folder=out", "--seeds=None"], ["--folder=out", "--seed=3"]])
 def test_null_and_abbreviations_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises((SystemExit, UserError)) as caught:
         main([*words, "--algorithms=backprop", *LENET])
     said = str(caught.value) if caught.type is UserError else capsys.readouterr().err
-    assert any(each in said for each in ("folder is null", "seeds is None", "did you mean --seeds?"))
-    assert not Path("None").exists()
+    assert any(each in said for each in ("seeds is None", "did you mean --seeds?"))
 
 
 # -- rows named by class ---------------------------------------------------------------------------------------------

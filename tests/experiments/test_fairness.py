@@ -91,7 +91,15 @@ def test_a_row_that_no_comparison_can_hold_is_refused(option: str, named: str) -
         (["--configs=a.yaml", "--algorithms=backprop"], "--configs names whole files"),
         (["--algorithms=backprop", *LENET, "--seeds=0"], "--seeds is 0, but it must be from 1 to 1000"),
         (["--algorithms=backprop", *LENET, "--epochs=0"], "--epochs is 0, but it must be at least 1"),
-        (["--algorithms=backprop", *LENET, "--jobs=0"], "--jobs is 0, but it must be at least 1"),
+        (["--algorithms=backprop", *LENET, "--parallel=0"], "--parallel is 0, but it must be at least 1"),
+        (
+            ["--algorithms=backprop", *LENET, "--equal_time=0"],
+            "--equal_time is 0.0, but it must be a number of seconds",
+        ),
+        (
+            ["--algorithms=backprop", *LENET, "--equal_time=9", "--epochs=2"],
+            "--equal_time decides the number of epochs",
+        ),
         (["--algorithms=backprop", *LENET, "--lr_factors=0,1"], "--lr_factors is 0,1, but it must be different"),
         (["--algorithms=backprop", *LENET, "--lr_factors=1,1"], "--lr_factors is 1,1, but it must be different"),
         (["--algorithms=backprop", *LENET, "--folder=file"], "file is a file"),

@@ -17,7 +17,7 @@ from bioprop.feedback.losses import (
     ldrl_gradient,
     reconstruction_gradient,
 )
-from bioprop.functional.activations import feedback_activation
+from bioprop.functional.activations import find_activation
 from bioprop.functional.pooling import Pool
 from bioprop.networks import ConvStage, LinearStage, Mirror, Stage, StageOutput, build_mirror
 from bioprop.networks.layers import unit_square_sums
@@ -335,7 +335,7 @@ def test_reconstruction_uses_the_switches_of_the_noisy_pass() -> None:
 def test_curvature_is_the_mean_square_of_the_noisy_activations(make: Callable[[str], Case]) -> None:
     case = make("exact")
     output, eta = case.stage.run(case.inputs).output.detach(), case.noise[1]
-    phi = feedback_activation("elu", "exact")
+    phi = find_activation("elu").phi
     expected = torch.zeros(output.shape[1], dtype=torch.float64)
     for sample, unit in product(range(BATCH), range(output.shape[1])):
         change = phi(output[sample, unit] + eta[sample, unit]) - phi(output[sample, unit])

@@ -14,6 +14,7 @@ from bioprop.feedback.noise import ALONE, Peers, Probing, along_activities, scal
 from bioprop.feedback.training import normalized_step
 from bioprop.functional.pooling import Pool
 from bioprop.networks import ConvStage, LinearStage, Mirror, Stage, build_mirror
+from tests.feedback.given_noise import rule_of
 from tests.geometries import few
 
 # -- sizes, by hand ----------------------------------------------------------------------------------------------------
@@ -283,7 +284,7 @@ def test_nor_on_convolutions_of_random_images(pool: Pool | None) -> None:
         stage = ConvStage((60, 4, 4), 3, 3, padding=1, activation="elu", pool=pool).double()
         mirror, inputs = build_mirror(stage, "exact").double(), torch.randn(4, 60, 4, 4, dtype=torch.float64)
         size = stage.output_shape[1] * stage.output_shape[2]
-        asked = Probing(inputs, 540, size, mirror.overlap, mirror.area, noise=1e-5)
+        asked = rule_of("echo", 1e-5).probing(inputs, mirror.weight, torch.empty(1, 1, size), 16, pool)
         assert asked.is_along(1)
         before = (mirror.weight - stage.weight).detach()
         step_of(mirror, stage, inputs, asked, 1, None)
@@ -300,6 +301,6 @@ def test_nor_where_one_pattern_moves_from_image_to_image() -> None:
     with torch.no_grad():
         stage.weight.copy_(pattern.view_as(stage.weight))
         mirror.weight.copy_(2 * stage.weight)
-    asked = Probing(inputs.view(4, 8, 2, 2), 8, 1, mirror.overlap, mirror.area, noise=1e-5)
+    asked = rule_of("echo", 1e-5).probing(inputs.view(4, 8, 2, 2), mirror.weight, torch.empty(1, 1, 1), 4, stage.pool)
     step_of(mirror, stage, inputs.view(4, 8, 2, 2), asked, 1, None)
     assert (mirror.weight - stage.weight).norm() <= stage.weight.norm() * (1 + 1e-3)

@@ -21,7 +21,7 @@ from bioprop.feedback.losses import (
 )
 from bioprop.functional.pooling import Pool
 from bioprop.networks import BasicBlockStage, ConvStage, LinearStage, Mirror, Stage, StagePass, build_mirror
-from bioprop.networks.feedback_layers import FeedbackLayer
+from bioprop.networks.layers import FeedbackLayer
 from tests.feedback.given_noise import GivenNoise, rule_of
 from tests.geometries import few, stages
 
@@ -293,7 +293,8 @@ def test_on_given_noise_a_layers_gradient_is_autograds(batch_norm: bool, second_
             loss = (SIGMA**2 * sum(pairs) - 2 * (eps * (noisy - back(above))).sum()) / len(eps)
         (wanted,) = torch.autograd.grad(loss, getattr(mirror, name))
         assert (found.parameters[name] - wanted).norm() < 1e-9 * wanted.norm()
-        damped = curvature_of(layer, SIGMA**2) + rule.probing(layer.inputs, layer.weight, layer.output).damping(0)
+        probing = rule.probing(layer.inputs, layer.weight, layer.output, layer.output[0, 0].numel(), None)
+        damped = curvature_of(layer, SIGMA**2) + probing.damping(0)
         units = 1.0 if layer.scale is None else layer.scale.square().view(-1, *[1] * (damped.dim() - 1))
         torch.testing.assert_close(found.curvature[name], units * damped)
 
@@ -309,9 +310,9 @@ def layer_of(case: Case) -> FeedbackLayer:
 def closed_form(case: Case, second_noise: str, eps: Tensor, sigma: float) -> FeedbackGradient:
     layer, eps = layer_of(case), eps.reshape(case.stage.noise_shape(eps))
     if second_noise == "echo":
-        weight, loss = ldrl.echo_gradient(layer, eps)
+        weight, loss = ldrl.echo_gradient(layer.blocks(), eps)
     else:
-        weight, loss = ldrl.expected_gradient(layer, eps, curvature_of_taps(layer, sigma**2))
+        weight, loss = ldrl.expected_gradient(layer.blocks(), eps, curvature_of_taps(layer, sigma**2))
     return FeedbackGradient({"weight": weight}, loss, None)
 
 

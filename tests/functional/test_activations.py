@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bioprop.errors import UserError
-from bioprop.functional.activations import ACTIVATIONS, feedback_activation, forward_activation
+from bioprop.functional.activations import ACTIVATIONS, find_activation
 
 ActivationFunction = Callable[[Tensor], Tensor]
 BEFORE_ACTIVATION = torch.tensor([-6.0, -2.5, -1.0, -0.3, -0.01, 0.01, 0.3, 1.0, 2.5, 6.0], dtype=torch.float64)
@@ -29,17 +29,17 @@ def assert_slopes_match(rho: ActivationFunction, phi: ActivationFunction) -> Non
 
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
 def test_the_exact_activation_has_the_forward_slope_at_the_output(name: str) -> None:
-    assert_slopes_match(forward_activation(name), feedback_activation(name, "exact"))
+    assert_slopes_match(find_activation(name).rho, find_activation(name).phi)
 
 
 @pytest.mark.parametrize(("name", "expected"), [("elu", F.elu), ("tanh", torch.tanh)])
 def test_the_papers_activation_is_the_forward_one_and_has_another_slope(
     name: str, expected: ActivationFunction
 ) -> None:
-    phi = feedback_activation(name, "paper")
+    phi = find_activation(name, "paper").phi
     assert torch.equal(phi(BEFORE_ACTIVATION), expected(BEFORE_ACTIVATION))
     with pytest.raises(AssertionError):
-        assert_slopes_match(forward_activation(name), phi)
+        assert_slopes_match(find_activation(name).rho, phi)
 
 
 @pytest.mark.parametrize("name", ["elu", "tanh"])
@@ -49,7 +49,7 @@ def test_a_flipped_sign_in_the_exact_activation_is_noticed(name: str) -> None:
         "tanh": lambda y: y + y**3 / 3,
     }
     with pytest.raises(AssertionError):
-        assert_slopes_match(forward_activation(name), mutated[name])
+        assert_slopes_match(find_activation(name).rho, mutated[name])
 
 
 @pytest.mark.parametrize(
@@ -59,14 +59,14 @@ def test_a_flipped_sign_in_the_exact_activation_is_noticed(name: str) -> None:
 def test_the_exact_activation_is_constant_beyond_the_forward_range(
     name: str, beyond: list[float], limit: float
 ) -> None:
-    phi = feedback_activation(name, "exact")
+    phi = find_activation(name).phi
     values = torch.tensor(beyond, dtype=torch.float64)
     torch.testing.assert_close(phi(values), torch.full_like(values, limit), rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("name", ["elu", "tanh"])
 def test_the_exact_activation_is_continuous_at_the_ends_of_its_pieces(name: str) -> None:
-    phi = feedback_activation(name, "exact")
+    phi = find_activation(name).phi
     ends = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)
     torch.testing.assert_close(phi(ends - 1e-12), phi(ends + 1e-12), rtol=0, atol=1e-11)
 
@@ -75,14 +75,14 @@ def test_the_exact_activation_is_continuous_at_the_ends_of_its_pieces(name: str)
 @pytest.mark.parametrize("mirror", ["paper", "exact"])
 def test_feedback_activations_keep_zero(name: str, mirror: str) -> None:
     """Unpooled maps are mostly zeros, before or after the activation: both orders must agree on them."""
-    assert feedback_activation(name, mirror)(torch.zeros(1)).item() == 0.0
+    assert find_activation(name, mirror).phi(torch.zeros(1)).item() == 0.0
 
 
 def test_an_unknown_activation_is_refused_with_the_choices() -> None:
     with pytest.raises(UserError, match=r"'gelu' is not known: choose one of elu, relu, tanh, leaky_relu, identity"):
-        forward_activation("gelu")
+        find_activation("gelu")
 
 
 def test_an_unknown_form_of_mirror_is_refused_with_the_choices() -> None:
     with pytest.raises(UserError, match="'mine' is not known: choose one of paper, exact"):
-        feedback_activation("elu", "mine")
+        find_activation("elu", "mine")

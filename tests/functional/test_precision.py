@@ -14,7 +14,7 @@ from bioprop.functional.backward_matrices import mirror_estimate
 from bioprop.functional.precision import (
     bfloat16_products,
     float32_products,
-    products_are_reduced,
+    products,
     products_of_autocast,
 )
 
@@ -108,20 +108,20 @@ def test_contexts_nest_and_end() -> None:
     with bfloat16_products():
         reduced = F.linear(x, W)
         with float32_products(x.device):
-            assert not products_are_reduced()
+            assert not products.reduced
             assert torch.equal(F.linear(x, W), exact)
             with bfloat16_products():
                 assert torch.equal(F.linear(x, W), reduced)
-        assert products_are_reduced()
+        assert products.reduced
         assert torch.equal(F.linear(x, W), reduced)
         seen: list[bool] = []
-        other = threading.Thread(target=lambda: seen.append(products_are_reduced()))
+        other = threading.Thread(target=lambda: seen.append(products.reduced))
         other.start()
         other.join()
         assert seen == [False]
     with pytest.raises(ZeroDivisionError), bfloat16_products():
         _ = 1 / 0
-    assert not products_are_reduced()
+    assert not products.reduced
     assert torch.equal(F.linear(x, W), exact)
     assert not torch.equal(reduced, exact)
 
@@ -140,7 +140,7 @@ def test_it_takes_the_place_of_autocast() -> None:
     x, W, b = torch.randn(5, 40), torch.randn(7, 40), torch.randn(7)
     with products_of_autocast(W):
         assert torch.equal(F.linear(x, W, b), torch.nn.functional.linear(x, W, b))
-        assert not products_are_reduced()
+        assert not products.reduced
     with bfloat16_products():
         expected = F.linear(x, W, b)
     with torch.autocast("cpu", torch.bfloat16):

@@ -22,10 +22,13 @@ CLOSED = Speed()
 
 
 def gradients_of(network: Network, images: Tensor, closed_form: bool) -> dict[str, Tensor]:
-    passes = network.clean_passes(images, closed_form)
-    generator = torch.Generator().manual_seed(1)
-    errors = [torch.randn(each.output.shape, generator=generator, dtype=torch.float64) for each in passes]
-    return network.local_gradients(passes, errors)
+    generator, inputs, gradients = torch.Generator().manual_seed(1), images, dict[str, Tensor]()
+    for name, stage in network.stages():
+        clean = stage.clean_pass(inputs, closed_form)
+        error = torch.randn(clean.output.shape, generator=generator, dtype=torch.float64)
+        gradients |= {f"{name}.{each}": value for each, value in stage.local_gradients(clean, error).items()}
+        inputs = clean.output.detach()
+    return gradients
 
 
 def assert_same_gradients(network: Network, images: Tensor) -> None:

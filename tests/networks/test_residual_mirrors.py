@@ -92,7 +92,7 @@ def test_samples_are_apart_but_for_batch_norm_in_training(build: Build, batch_no
 
 def without_shortcut(pair: Pair, y: Tensor) -> Tensor:
     if pair.mirror.shortcut_weight is None:
-        return pair.mirror(y, pair.clean.switches) - pair.mirror.phi(y)
+        return pair.mirror(y, pair.clean.switches) - pair.mirror.activation.phi(y)
     with torch.no_grad():
         pair.mirror.shortcut_weight.zero_()
     return pair.mirror(y, pair.clean.switches)
@@ -107,7 +107,7 @@ def with_values(**other: Callable[[BlockPass], object]) -> Callable[[Pair, Tenso
 
 
 def without_phi(pair: Pair, y: Tensor) -> Tensor:
-    pair.mirror.phi = lambda values: values
+    pair.mirror.activation = pair.mirror.activation._replace(phi=lambda values: values)
     return pair.mirror(y, pair.clean.switches)
 
 

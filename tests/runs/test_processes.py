@@ -5,9 +5,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from bioprop.runs import processes
-from bioprop.runs.processes import WatchfulLauncher
+from bioprop.runs.processes import GradientAveraging, WatchfulLauncher
 
 
 class Ended(Exception):  # noqa: N818
@@ -52,3 +53,10 @@ def test_nothing_is_said_of_processes_that_are_done() -> None:
     launcher = WatchfulLauncher.__new__(WatchfulLauncher)
     launcher.procs = [subprocess.Popen([sys.executable, "-c", ""])]
     launcher._watch()
+
+
+def test_processes_that_share_a_gpu_exchange_over_gloo() -> None:
+    one, other = torch.device("cuda", 0), torch.device("cuda", 1)
+    shared, apart = GradientAveraging(parallel_devices=[one, one]), GradientAveraging(parallel_devices=[one, other])
+    assert (shared.process_group_backend, apart.process_group_backend) == ("gloo", None)
+    assert GradientAveraging(parallel_devices=[one, one], process_group_backend="nccl").process_group_backend == "nccl"

@@ -13,8 +13,8 @@ from bioprop.errors import UserError
 from bioprop.hyperparameters import plain
 from bioprop.removed import refuse_removed
 
-# Where files lie, and how they are kept, is not a setting of training: a data folder may move within a run.
-LOCATIONS = ("data_dir", "download", "cache")
+# Where files and images lie, and how they are kept, is not a setting of training: a data folder may move within a run.
+LOCATIONS = ("data_dir", "download", "cache", "on_device")
 # What makes the same image another input, and what decides which training images are held out for validation.
 PREPARATION = ("normalization", "image_size", "channels", "background")
 HELD_OUT = ("seed", "val_fraction", "limit_train")

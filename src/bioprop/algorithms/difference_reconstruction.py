@@ -1,17 +1,16 @@
 """The common part of the methods of Meulemans et al. (2020): feedback that undoes all stages above; its schedule."""
 
+import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pytorch_lightning.cli import OptimizerCallable
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from bioprop.algorithms.base import Gradients
 from bioprop.algorithms.checkpoints import describe_optimization
-from bioprop.algorithms.feedback_schedule import FeedbackSchedule
 from bioprop.algorithms.target_algorithm import TargetAlgorithm
 from bioprop.distributed import process_rank
 from bioprop.errors import UserError
@@ -25,6 +24,38 @@ from bioprop.ranges import check_range, count, per_stage
 
 #: From the output for noisy activations, and the noise, to the gradient of one feedback operator's loss.
 ReconstructionObjective = Callable[[Tensor, Tensor], FeedbackGradient]
+
+logger = logging.getLogger(__name__)
+
+
+class FeedbackSchedule(NamedTuple):
+    """First P epochs of feedback alone, then again and again one epoch that trains both and E of feedback alone.
+
+    All are epochs of the trainer, with validation and checkpoints: F epochs that train both need
+    ``max_epochs = P + F (1 + E)``.
+
+    Attributes:
+        pretraining_epochs: P.
+        extra_epochs: E.
+    """
+
+    pretraining_epochs: int
+    extra_epochs: int
+
+    def trains_forward(self, epoch: int) -> bool:
+        """Return whether an epoch, counted from 0, trains forward weights; every one trains feedback weights."""
+        since = epoch - self.pretraining_epochs
+        return since >= 0 and since % (1 + self.extra_epochs) == 0
+
+    def warn_of_no_training(self, max_epochs: int | None) -> None:
+        """Say so where no epoch of a run trains forward weights."""
+        if max_epochs is not None and 0 <= max_epochs <= self.pretraining_epochs:
+            logger.warning(
+                "all %d epochs train feedback weights alone (feedback_pretraining_epochs is %d): raise max_epochs to "
+                "train the network",
+                max_epochs,
+                self.pretraining_epochs,
+            )
 
 
 class DifferenceReconstruction(TargetAlgorithm):
@@ -149,10 +180,8 @@ class DifferenceReconstruction(TargetAlgorithm):
 
     def _run_above(self, place: int, states: Tensor) -> Tensor:
         """``f_{n->N}``: the output for activations of the hidden stage at this place."""
-        for _, stage in self.network.stages()[place + 1 :]:
-            # batch norm, where a stage has it, takes its statistics from a copy: noise must not move those of the stage
-            buffers = {name: buffer.clone() for name, buffer in stage.named_buffers()}
-            states = functional_call(stage, buffers, (states,)) if buffers else stage(states)
+        for _, stage in self.chain[place + 1 :]:
+            states = stage(states)
         return states
 
     def _step_feedback_weights(self, gradients: Mapping[str, FeedbackGradient]) -> None:
@@ -174,9 +203,8 @@ class DifferenceReconstruction(TargetAlgorithm):
     def _learn(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Gradients]:
         if self.schedule.trains_forward(self.current_epoch):
             return super()._learn(images, labels)
-        passes = self.network.clean_passes(images, self.closed_form)
-        with self._profiled("train_feedback"):
-            losses = self._train_feedback(passes)
+        passes = self.clean_passes(images)
+        losses = self._phase_1(passes)
         # no gradients: the forward optimizer's step changes nothing, but `global_step` goes on counting batches
         return losses, Gradients({}, passes[-1].output.detach())
 

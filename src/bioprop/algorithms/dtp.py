@@ -1,27 +1,19 @@
 """DTP: difference target propagation with feedback trained to reconstruct."""
 
-from collections.abc import Sequence
-from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import torch
 from pytorch_lightning.cli import OptimizerCallable
-from torch import Tensor
 
 from bioprop.algorithms.target_algorithm import TargetAlgorithm
 from bioprop.errors import UserError
-from bioprop.feedback import losses
-from bioprop.feedback.losses import FeedbackGradient, FeedbackObjective
-from bioprop.feedback.noise import NoiseStream, RandomStreams
-from bioprop.feedback.reconstruction import layer_reconstruction_gradient
+from bioprop.feedback.noise import RandomStreams
+from bioprop.feedback.reconstruction import ReconstructionTraining
 from bioprop.feedback.speed import DEFAULT_SPEED, Speed
-from bioprop.feedback.training import FeedbackTraining, StageBatch
-from bioprop.functional.gradients import preserve_buffers
-from bioprop.networks.mirrors import LayerMirror, Mirror, build_mirror
+from bioprop.networks.mirrors import build_mirror
 from bioprop.networks.network import Network
 from bioprop.networks.outer_mirrors import activation_of, build_outer_mirror
-from bioprop.networks.stages import Stage, StagePass
 
 ReconstructingMirrorName = Literal["exact", "paper", "outer"]
 PenultimateTarget = Literal["feedback", "gradient"]
@@ -90,7 +82,7 @@ class DTP(TargetAlgorithm):
             else:
                 self.feedback[name] = build_mirror(stage, mirror)
         self.streams = RandomStreams()
-        self.feedback_training: FeedbackTraining = FeedbackTraining(
+        self.feedback_training: ReconstructionTraining = ReconstructionTraining(
             self.feedback,
             self.streams,
             self._observers,
@@ -102,47 +94,3 @@ class DTP(TargetAlgorithm):
             speed=speed,
         )
         self.closed_form = speed.closed_form
-
-    def _train_feedback(self, passes: Sequence[StagePass]) -> dict[str, Tensor]:
-        """Phase 1: every stage that has feedback descends its reconstruction loss on fresh noise."""
-        batches = []
-        for (name, stage, mirror), clean in zip(
-            self.mirrored_stages(), passes[1:], strict=False
-        ):  # the last may have none
-            iterations = self.feedback_training.iterations[name]
-            objective = partial(self.feedback_objective, name, stage, mirror)
-            batches.append(StageBatch(name, stage, mirror, clean, iterations, objective))
-        return self.feedback_training.train(batches)
-
-    def target_differences(self, passes: Sequence[StagePass], output: Tensor) -> list[Tensor]:
-        """Return ``t^n - s^n`` through the feedback operators, from the input to the output, given the output's."""
-        return self.differences_through_feedback(passes, output)
-
-    def feedback_objective(
-        self, name: str, stage: Stage, mirror: Mirror, clean: StagePass, noise: NoiseStream
-    ) -> FeedbackObjective:
-        """Prepare the reconstruction loss of one stage and batch, on fresh noise at the stage's input.
-
-        Args:
-            name: of the stage.
-            stage: ``F^n``.
-            mirror: ``G^n``.
-            clean: its clean pass.
-            noise: where noise is drawn from.
-
-        Returns:
-            A function from the number of the iteration to the gradient of the loss.
-        """
-        sigma = self.feedback_training.noise[name]
-        shape = stage.noise_shape(clean.inputs)
-        layers = mirror.layers(stage, clean) if isinstance(mirror, LayerMirror) else None
-
-        def gradient_at(iteration: int) -> FeedbackGradient:
-            (eps,) = noise.draw(sigma, shape)
-            if layers is not None and isinstance(mirror, LayerMirror):
-                found = layer_reconstruction_gradient(layers.layers[0], mirror.bias, eps)
-                return FeedbackGradient(*found, None)
-            with preserve_buffers(stage):
-                return losses.reconstruction_gradient(stage, mirror, clean.inputs, eps.view(clean.inputs.shape))
-
-        return gradient_at

@@ -57,10 +57,6 @@ class DTPDRL(DifferenceReconstruction):
         sigma, decay = self.noise[name], self.feedback_decay[name]
         return difference_reconstruction_gradient(decode, parameters, state + step, state, noise, sigma, decay)
 
-    def target_differences(self, passes: Sequence[StagePass], output: Tensor) -> list[Tensor]:
-        """Return ``t^n - s^n`` through the feedback operators, from the input to the output, given the output's."""
-        return self.differences_through_feedback(passes, output)
-
     def _send_back(self, passes: Sequence[StagePass], output: Tensor, down_to: int = 0) -> list[Tensor]:
         """Send ``t^N - s^N`` back as ``t^n - s^n``, from the output to the stage at this place, counted from 0."""
         differences = [output]

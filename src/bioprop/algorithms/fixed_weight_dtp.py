@@ -1,6 +1,5 @@
 """FW-DTP: difference targets through feedback weights that are never trained."""
 
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, cast
 
@@ -72,10 +71,6 @@ class FixedWeightDTP(TargetAlgorithm):
             self.feedback[name] = mirror.requires_grad_(False)
             if isinstance(below, StandardizedStage):
                 self._standardized.add(name)
-
-    def target_differences(self, passes: Sequence[StagePass], output: Tensor) -> list[Tensor]:
-        """Return ``t^n - s^n`` through the feedback operators, from the input to the output, given the output's."""
-        return self.differences_through_feedback(passes, output)
 
     def difference_below(self, name: str, clean: StagePass, difference: Tensor) -> Tensor:
         """Return ``t^{n-1} - s^{n-1}``, standardised where the stage below is."""

@@ -1,37 +1,19 @@
 """L-DRL: layer-wise difference target propagation with the difference reconstruction loss."""
 
-from collections.abc import Sequence
-from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from pytorch_lightning.cli import OptimizerCallable
-from torch import Tensor
 
 from bioprop.algorithms.target_algorithm import TargetAlgorithm
-from bioprop.distributed import gather_rows, mean_over_processes, process_count, process_rank
-from bioprop.errors import UserError
-from bioprop.feedback.ldrl import has_curvature, ldrl_objective
-from bioprop.feedback.losses import FeedbackObjective
-from bioprop.feedback.noise import (
-    ALONE,
-    ECHO_ITERATIONS,
-    NoiseStream,
-    Peers,
-    RandomStreams,
-    Rule,
-    SecondNoise,
-    expected_iterations,
-)
+from bioprop.feedback.ldrl import LDRLTraining, NoiseAt, SwitchesOf
+from bioprop.feedback.noise import RandomStreams, SecondNoise
 from bioprop.feedback.speed import DEFAULT_SPEED, Speed
-from bioprop.feedback.training import FeedbackStep, FeedbackTraining, StageBatch
+from bioprop.feedback.training import FeedbackStep
 from bioprop.functional.activations import MirrorName
-from bioprop.networks.mirrors import Mirror, build_mirror
+from bioprop.networks.mirrors import build_mirror
 from bioprop.networks.network import Network
-from bioprop.networks.stages import Stage, StagePass
 
-SwitchesOf = Literal["noisy", "clean"]
-NoiseAt = Literal["layer", "stage"]
 Auto = Literal["auto"]
 
 
@@ -103,128 +85,21 @@ class LDRL(TargetAlgorithm):
         **settings: Any,
     ) -> None:
         super().__init__(network, beta, optimizer, **settings)
-        for option, value, known in (
-            ("second_noise", second_noise, get_args(SecondNoise)),
-            ("switches", switches, get_args(SwitchesOf)),
-            ("noise_at", noise_at, get_args(NoiseAt)),
-        ):
-            if value not in known:
-                raise UserError(f"{option} {value!r} is not known: choose one of {', '.join(known)}")
-        self.second_noise, self.noise_at = second_noise, noise_at
-        self._clean_switches = switches == "clean"
         for name, stage in network.stages()[1:]:
             self.feedback[name] = build_mirror(stage, mirror)
         self.streams = RandomStreams()
-        self.feedback_training: FeedbackTraining = FeedbackTraining(
-            self.feedback,
-            self.streams,
-            self._observers,
+        self.feedback_training: LDRLTraining = LDRLTraining(
+            second_noise,
+            switches,
+            noise_at,
+            feedback=self.feedback,
+            streams=self.streams,
+            observers=self._observers,
             noise=noise,
             feedback_lr=feedback_lr,
             iterations=iterations,
             feedback_step=feedback_step,
             feedback_momentum=feedback_momentum,
             speed=speed,
-            finds_settings=True,
         )
         self.closed_form = speed.closed_form
-        self._check_combinations()
-
-    def _train_feedback(self, passes: Sequence[StagePass]) -> dict[str, Tensor]:
-        """Phase 1: every stage n >= 2 descends its feedback loss, on fresh noise in every iteration."""
-        batches = []
-        for (name, stage, mirror), clean in zip(self.mirrored_stages(), passes[1:], strict=True):
-            iterations = self.iterations_of(name, mirror, clean)
-            objective = partial(self.feedback_objective, name, stage, mirror)
-            batches.append(StageBatch(name, stage, mirror, clean, iterations, objective))
-        return self.feedback_training.train(batches)
-
-    def target_differences(self, passes: Sequence[StagePass], output: Tensor) -> list[Tensor]:
-        """Return ``t^n - s^n`` through the feedback operators, from the input to the output, given the output's."""
-        return self.differences_through_feedback(passes, output)
-
-    def iterations_of(self, name: str, mirror: Mirror, clean: StagePass) -> int:
-        """Number of feedback iterations that one stage takes on a batch.
-
-        Args:
-            name: of the stage.
-            mirror: its feedback operator.
-            clean: its clean pass.
-        """
-        given = self.feedback_training.iterations[name]
-        if given is not None:
-            return int(given)
-        if self.second_noise == "echo":
-            return ECHO_ITERATIONS
-        fan_in = max(weight[0].numel() for each, weight in mirror.named_parameters() if each != "bias")
-        samples = len(clean.inputs) * self._peers().size * clean.output[0, 0].numel()
-        return expected_iterations(fan_in / samples)
-
-    def feedback_objective(
-        self, name: str, stage: Stage, mirror: Mirror, clean: StagePass, noise: NoiseStream
-    ) -> FeedbackObjective:
-        """Prepare the L-DRL loss of one stage and batch: noise at the stage's input, the second noise at its output.
-
-        Args:
-            name: of the stage.
-            stage: ``F^n``.
-            mirror: ``G^n``.
-            clean: its clean pass: ``s^{n-1}``, ``s^n``, switches.
-            noise: where noise is drawn from.
-
-        Returns:
-            A function from the number of the draw of noise to the gradient of the loss.
-        """
-        training = self.feedback_training
-        rule = Rule(
-            self.second_noise,
-            self._clean_switches,
-            training.noise[name],
-            training.iterations[name] is not None,
-            self.noise_at == "layer",
-            training.samples,
-            self._peers(),
-        )
-        return ldrl_objective(rule, stage, mirror, clean, noise)
-
-    def _peers(self) -> Peers:
-        """The processes that average their feedback gradients."""
-        if self.feedback_training.sharing() != "gradients":
-            return ALONE
-        return Peers(process_count(), process_rank(), mean_over_processes, gather_rows)
-
-    def _check_combinations(self) -> None:
-        """Refuse what has no meaning together.
-
-        Raises:
-            UserError: naming the setting and what works.
-        """
-        training = self.feedback_training
-        settings = {"noise": training.noise, "feedback_lr": training.feedback_lr, "iterations": training.iterations}
-        left = [name for name, values in settings.items() if None in values.values()]
-        if self.second_noise == "independent" and left:
-            raise UserError(
-                f"{', '.join(left)}: auto follows from the sizes for second_noise echo and expected; independent noise "
-                "needs numbers, such as noise: 0.1, feedback_lr: 0.05, iterations: 20"
-            )
-        if self.second_noise != "independent" and not self._clean_switches:
-            raise UserError(
-                f"switches noisy: a switch that noise flips moves a whole activation, and the few samples of "
-                f"second_noise {self.second_noise} do not average that out: use switches: clean, or second_noise: "
-                "independent"
-            )
-        if training.feedback_step == "sgd" and "feedback_lr" in left:
-            raise UserError(
-                "feedback_lr: auto is a normalized step: with feedback_step sgd give a number, such as 0.01"
-            )
-        for name, _, mirror in self.mirrored_stages():
-            if training.feedback_step == "normalized" and not has_curvature(mirror, self.noise_at == "layer"):
-                raise UserError(
-                    f"noise_at stage has no curvature for each of {name}'s several feedback weights, which the "
-                    "normalized step divides by: use feedback_step: sgd, or noise_at: layer"
-                )
-            if self.second_noise == "expected" and not has_curvature(mirror, self.noise_at == "layer"):
-                raise UserError(
-                    f"second_noise expected is not known for the feedback of {name} as a whole: use echo, or "
-                    "noise_at: layer"
-                )

@@ -1,8 +1,7 @@
 """Methods that learn from targets: the pass through the stages, the targets that come down, and the forward phase."""
 
-from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -14,7 +13,7 @@ from bioprop.distributed import gather_rows, process_count, process_rank
 from bioprop.errors import UserError
 from bioprop.feedback.training import FeedbackIteration, FeedbackTraining, Observers
 from bioprop.functional.angles import angle_degrees, flatten_all
-from bioprop.functional.gradients import input_gradient
+from bioprop.functional.gradients import input_gradient, preserve_buffers
 from bioprop.functional.precision import products_in_autocast_type
 from bioprop.networks.mirrors import Mirror
 from bioprop.networks.network import Network
@@ -42,6 +41,7 @@ class TargetAlgorithm(Algorithm):
         settings: the other arguments of `Algorithm`.
 
     Attributes:
+        chain: names and stages of the network, from the input to the output.
         feedback: the feedback operators ``G^n`` by name of stage. ``G^1`` would reach the input: nothing needs it.
 
     Raises:
@@ -67,6 +67,7 @@ class TargetAlgorithm(Algorithm):
                 "bioprop.networks.Network"
             )
         self.network: Network
+        self.chain, self._has_buffers = network.stages(), any(True for _ in network.buffers())
         self.beta = number("beta", beta)
         check_range("beta", [self.beta], 0.0, low_allowed=False)
         self.feedback = nn.ModuleDict()
@@ -78,11 +79,28 @@ class TargetAlgorithm(Algorithm):
         if shared := self._shares_stages():
             images, labels = gather_rows(images), gather_rows(labels)
         # both phases see the same forward weights: one pass serves them
-        passes = self.network.clean_passes(images, self.closed_form)
-        with self._profiled("train_feedback"):
-            losses = self._train_feedback(passes)
+        passes = self.clean_passes(images)
+        losses = self._phase_1(passes)
         forward, logits, _ = self._local_gradients(passes, labels)
         return losses, Gradients(forward, logits[process_rank() :: process_count()] if shared else logits, shared)
+
+    def clean_passes(self, images: Tensor) -> list[StagePass]:
+        """Run every stage once, each cut off from the one below; return the passes from the input to the output.
+
+        Args:
+            images: ``[batch, channels, height, width]``.
+        """
+        passes: list[StagePass] = []
+        inputs = images
+        for _, stage in self.chain:
+            passes.append(stage.clean_pass(inputs, self.closed_form))
+            inputs = passes[-1].output.detach()
+        return passes
+
+    def _phase_1(self, passes: Sequence[StagePass]) -> dict[str, Tensor]:
+        """Train the feedback weights; passes made for it move no running statistics."""
+        with self._profiled("train_feedback"), preserve_buffers(self.network) if self._has_buffers else nullcontext():
+            return self._train_feedback(passes)
 
     @products_in_autocast_type
     def train_feedback(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
@@ -96,7 +114,8 @@ class TargetAlgorithm(Algorithm):
             The mean feedback loss, by name of stage, for those that train.
         """
         images = gather_rows(images) if self._shares_stages() else images
-        return self._train_feedback(self.network.clean_passes(images, self.closed_form, moves_statistics=False))
+        with preserve_buffers(self.network):
+            return self._train_feedback(self.clean_passes(images))
 
     @property
     def trains_feedback(self) -> bool:
@@ -105,49 +124,43 @@ class TargetAlgorithm(Algorithm):
 
     def _shares_stages(self) -> bool:
         """Return whether each of several processes trains the feedback of some stages, on the images of all."""
-        return self.feedback_training is not None and self.feedback_training.sharing() == "stages"
+        return self.feedback_training is not None and self.feedback_training.sharing == "stages"
 
     def _train_feedback(self, passes: Sequence[StagePass]) -> dict[str, Tensor]:
-        """Train the feedback weights, if the method has any to train, around the clean pass of one batch.
-
-        Further passes through stages are made where `preserve_buffers` holds their statistics.
-        """
-        return {}
+        """Train the feedback weights, if the method has any to train, around the clean pass of one batch."""
+        return (
+            {} if self.feedback_training is None else self.feedback_training.train(self.mirrored_stages(), passes[1:])
+        )
 
     def _gradients(self, images: Tensor, labels: Tensor) -> Gradients:
-        return self._local_gradients(self.network.clean_passes(images, self.closed_form), labels)
+        return self._local_gradients(self.clean_passes(images), labels)
 
     def _local_gradients(self, passes: Sequence[StagePass], labels: Tensor) -> Gradients:
         """Phase 2: the step of the output along the loss's gradient, its way down, and one gradient a stage."""
         logits = passes[-1].output.detach()
         with torch.no_grad():
             differences = self.target_differences(passes, -self.beta * self.output_loss.gradient(logits, labels))
-        # d/ds of mean_batch 1/2 |s - t|^2 is (s - t)/batch; over beta, for the units of the BP gradient
-        errors = [difference / (-self.beta * len(labels)) for difference in differences]
-        return Gradients(self.network.local_gradients(passes, errors), logits)
+        gradients: dict[str, Tensor] = {}
+        for (name, stage), clean, difference in zip(self.chain, passes, differences, strict=True):
+            # d/ds of mean_batch 1/2 |s - t|^2 is (s - t)/batch; over beta, for the units of the BP gradient
+            found = stage.local_gradients(clean, difference / (-self.beta * len(labels)))
+            gradients |= {f"{name}.{parameter}": gradient for parameter, gradient in found.items()}
+        return Gradients(gradients, logits)
 
     # -- targets -------------------------------------------------------------------------------------------------
 
-    @abstractmethod
     def target_differences(self, passes: Sequence[StagePass], output: Tensor) -> list[Tensor]:
         """Return ``t^n - s^n`` for every stage, from the input to the output, given the output's.
 
-        Args:
-            passes: the clean pass of every stage.
-            output: ``t^N - s^N``, ``[batch, classes]``.
-        """
-
-    def differences_through_feedback(self, passes: Sequence[StagePass], output: Tensor) -> list[Tensor]:
-        """Send the output's target down, ``t^{n-1} - s^{n-1} = G^n(t^n) - G^n(s^n)``; see `target_differences`.
-
-        A stage without a feedback operator passes its target down by the gradient.
+        Here ``t^{n-1} - s^{n-1} = G^n(t^n) - G^n(s^n)``; a stage without a feedback operator passes its target down by
+        the gradient.
 
         Args:
             passes: the clean pass of every stage.
             output: ``t^N - s^N``, ``[batch, classes]``.
         """
         differences = [output]
-        for (name, stage), clean in zip(self.network.stages()[:0:-1], passes[:0:-1], strict=True):
+        for (name, stage), clean in zip(self.chain[:0:-1], passes[:0:-1], strict=True):
             if name in self.feedback:
                 differences.append(self.difference_below(name, clean, differences[-1]))
             else:
@@ -169,7 +182,7 @@ class TargetAlgorithm(Algorithm):
 
     def mirrored_stages(self) -> list[tuple[str, Stage, Mirror]]:
         """Return name, stage and feedback operator of every stage that has one, from the input to the output."""
-        stages = dict(self.network.stages())
+        stages = dict(self.chain)
         return [(name, stages[name], cast(Mirror, mirror)) for name, mirror in self.feedback.items()]
 
     @torch.no_grad()

@@ -1,11 +1,11 @@
 """Angles between an algorithm's updates and the BP gradient, or the update of Gauss-Newton targets."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from bioprop.algorithms.base import Algorithm
 from bioprop.algorithms.evaluation import Batch
@@ -16,6 +16,9 @@ from bioprop.functional.gauss_newton import gauss_newton_gradients
 from bioprop.functional.gradients import backprop_gradients, evaluating, preserve_state
 from bioprop.functional.precision import float32_products
 from bioprop.networks.network import Network, named_stages
+
+#: Name, beside those of the stages, under which the mean angle over the hidden stages is logged.
+HIDDEN = "hidden_stages"
 
 
 class Alignment(NamedTuple):
@@ -96,13 +99,26 @@ def _align(updates: Mapping[str, Tensor], references: Mapping[str, Tensor], pref
     return Alignment(angle_degrees(update, reference), norm_ratio(update, reference))
 
 
+def hidden_stages(network: nn.Module) -> list[str]:
+    """Name the stages that get their error through feedback: all but the output stage, which has it from the loss.
+
+    The last child of a plain module that holds several layers with weights counts too: its lower layers are hidden.
+    """
+    stages = named_stages(network)
+    top = [layer for _, stage in stages[-1:] for layer in stage.modules() if [*layer.parameters(recurse=False)]]
+    holds_hidden = len(top) > 1 and not isinstance(network, Network)
+    return [name for name, _ in (stages if holds_hidden else stages[:-1])]
+
+
 class AlignmentToBackprop(Callback):
     """Log the angle and the norm ratio between an algorithm's update and the BP gradient.
 
     Before training and after each epoch, on the first images of the validation set, as they are (not augmented):
-    ``angle/<stage>`` and ``angle/overall`` in degrees, ``norm_ratio/<stage>`` and ``norm_ratio/overall``. The same to
-    the update by damped Gauss-Newton targets (Meulemans et al., 2020), where asked for: ``angle_gn/<stage>``,
-    ``norm_ratio_gn/<stage>`` and ``.../overall``, at the price of one more backward pass for each class.
+    ``angle/<stage>`` in degrees, their mean over the hidden stages as ``angle/hidden_stages`` (the output stage is left
+    out, since every algorithm trains it by the gradient itself), and ``angle/overall`` of all stages taken as one
+    vector, the output included; ``norm_ratio/<stage>`` and ``norm_ratio/overall``. The same to the update by damped
+    Gauss-Newton targets (Meulemans et al., 2020), where asked for, as ``angle_gn/...`` and ``norm_ratio_gn/...``, at
+    the price of one more backward pass for each class.
 
     Args:
         max_images: most images that the held batch has; also no more than a validation batch has.
@@ -166,13 +182,18 @@ class AlignmentToBackprop(Callback):
         images = images.to(next(module.network.parameters()).dtype)
         # as in a step, which Lightning computes in the run's precision
         with torch.inference_mode(False), trainer.precision_plugin.forward_context():
-            measured = _named("", alignment_to_backprop(module, images, labels))
+            hidden = hidden_stages(module.network)
+            measured = _named("", alignment_to_backprop(module, images, labels), hidden)
             if self.gauss_newton_damping is not None:
                 aligned = alignment_to_gauss_newton(module, images, labels, self.gauss_newton_damping)
-                measured |= _named("_gn", aligned)
+                measured |= _named("_gn", aligned, hidden)
         return measured
 
 
-def _named(reference: str, aligned: Mapping[str, Alignment]) -> dict[str, Tensor]:
-    angles = {f"angle{reference}/{name}": value.angle.float() for name, value in aligned.items()}
-    return angles | {f"norm_ratio{reference}/{name}": value.norm_ratio.float() for name, value in aligned.items()}
+def _named(reference: str, aligned: Mapping[str, Alignment], hidden: Sequence[str]) -> dict[str, Tensor]:
+    angles = {name: value.angle.float() for name, value in aligned.items()}
+    if below := [angles[name] for name in hidden if name in angles]:  # frozen stages have none
+        angles[HIDDEN] = torch.stack(below).mean()
+    return {f"angle{reference}/{name}": angle for name, angle in angles.items()} | {
+        f"norm_ratio{reference}/{name}": value.norm_ratio.float() for name, value in aligned.items()
+    }

@@ -26,9 +26,10 @@ class FeedbackRecord(Callback):
     """Write every iteration of feedback training on some batches to ``feedback_training.csv`` in the run's folder.
 
     Columns: epoch, batch, stage, iteration, feedback loss before the step, and the angle (degrees) between forward
-    and feedback weight after it (nan where the latter is no forward weight's counterpart). Batches that are not
-    recorded cost nothing; algorithms without feedback training leave no file. With Weights & Biases, loss and angle of
-    every stage are line charts too. Rows that a full disk refuses wait in memory for the next attempt.
+    and feedback weight after it (nan where the latter is no forward weight's counterpart); `RunPictures` draws them.
+    Batches that are not recorded cost nothing; algorithms without feedback training leave no file. With Weights &
+    Biases, loss and angle of every stage are line charts too. Rows that a full disk refuses wait in memory for the next
+    attempt.
 
     Args:
         every_n_batches: batches from one recorded batch to the next within an epoch, counted from its first.

@@ -10,8 +10,8 @@ import numpy as np
 from bioprop.errors import UserError
 
 
-class _Refused(pickle.UnpicklingError):
-    """The pickle names something that is not allowed."""
+def _refused(name: str) -> UserError:
+    return UserError(f"it asks for {name}, which no file of images needs: nothing was run and the file is not read")
 
 
 class _Dtype:
@@ -20,7 +20,7 @@ class _Dtype:
     def __init__(self, code: str | bytes, *_: object) -> None:
         self.code = code.decode("latin1") if isinstance(code, bytes) else code
         if not re.fullmatch("[iuf][1248]|b1", self.code):
-            raise _Refused(f"numpy.dtype({self.code!r})")
+            raise _refused(f"numpy.dtype({self.code!r})")
         self.order = "<"
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
@@ -57,7 +57,7 @@ for _core in ("numpy.core", "numpy._core"):  # of numpy 1 and numpy 2
 class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str, /) -> Any:
         if f"{module}.{name}" not in ALLOWED:
-            raise _Refused(f"{module}.{name}")
+            raise _refused(f"{module}.{name}")
         return ALLOWED[f"{module}.{name}"]
 
 
@@ -66,30 +66,14 @@ def load_arrays(file: IO[bytes], path: str) -> dict[str, Any]:
 
     A pickle is a program. This one is run by an interpreter that knows plain containers and stand-ins for what numpy
     builds an array with; at any other name it stops before that is looked up, so nothing is imported or called.
-
-    Args:
-        file: The pickle, at its beginning.
-        path: Its name, for messages.
-
-    Returns:
-        The dictionary, its keys as text; the arrays are read-only.
+    The keys are returned as text; the arrays are read-only. `path` names the file in messages.
 
     Raises:
-        UserError: The pickle asks for anything else, by the name of it; is damaged; or is no dictionary.
+        UserError: The pickle asks for anything else, whose name is given; is damaged; or is no dictionary.
     """
     try:
         content = _ArrayUnpickler(file, encoding="bytes").load()
-    except _Refused as error:
-        raise UserError(
-            f"'{path}' asks for {error}, which no file of images needs: nothing was run and the file is not read; get "
-            "it anew from where it is published."
-        ) from error
+        texts = {key.decode("latin1") if isinstance(key, bytes) else str(key): each for key, each in content.items()}
     except Exception as error:  # a cut or garbled pickle raises almost anything
-        raise UserError(f"'{path}' is not a readable pickle ({error}): download it again.") from error
-    if not isinstance(content, dict):
-        raise UserError(
-            f"'{path}' holds a {type(content).__name__}, but a dictionary of images and labels is expected: is it "
-            "another file of the same name?"
-        )
-    texts = {key.decode("latin1") if isinstance(key, bytes) else str(key): value for key, value in content.items()}
+        raise UserError(f"'{path}' is no pickled dictionary of arrays ({error}): download it again.") from error
     return {key: getattr(value, "array", value) for key, value in texts.items()}

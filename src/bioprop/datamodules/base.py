@@ -1,6 +1,5 @@
 """The base of all image data modules: splits, limits, resident images, loaders, augmentation, normalisation."""
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,30 +8,26 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import torch
 from pytorch_lightning import LightningDataModule
-from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
-from bioprop.datamodules.augmentation import crop_and_flip
-from bioprop.datamodules.images import Images, blocks
+from bioprop.datamodules.images import Images, blocks, copy_to, crop_and_flip
 from bioprop.datamodules.loader import ResidentLoader
-from bioprop.datamodules.normalization import PUBLISHED, Normalization, channel_statistics, normalize
+from bioprop.datamodules.normalization import PUBLISHED, ChannelStatistics, Normalization, channel_statistics, normalize
 from bioprop.datamodules.sampling import complement, stratified_sample
 from bioprop.errors import UserError
 
-logger = logging.getLogger(__name__)
-
 Split = Literal["train", "val", "test"]
-SPLIT_NAMES: dict[Split, str] = {"train": "training", "val": "validation", "test": "test"}
 STAGE_SPLITS: dict[str, tuple[Split, ...]] = {
     "fit": ("train", "val"),
     "validate": ("val",),
     "test": ("test",),
     "predict": ("test",),
-    "statistics": ("train",),
 }
 # one independent stream of random numbers for each choice, so that e.g. limit_val never changes the training images
 VAL_STREAM = 0
 LIMIT_STREAMS = {"train": 1, "val": 2, "test": 3}
+#: Largest part of an accelerator's free memory that the images of a split may take.
+DEVICE_SHARE = 0.25
 
 
 class Resident(NamedTuple):
@@ -47,10 +42,11 @@ class ImageDataModule(LightningDataModule, ABC):
     """Images in memory as bytes, with a stratified validation split and per-sample augmentation on the batch's device.
 
     Every batch reaches the algorithm as `(images, labels)`: float32 [batch, channels, height, width], normalised, and
-    int64 [batch]. Which images are used is decided from the labels before any image is decoded. A subclass hands over
-    `image_shape` and `classes`, says what the images are, by `_labels` and `_decode` (and `_has_val_images` if the data
-    set has its own validation images), and passes all other arguments on. Every argument of every constructor is kept
-    in checkpoints, paths as text, but for arrays.
+    int64 [batch]. Which images are used is decided from the labels before any image is decoded. Images that take at
+    most a quarter of an accelerator's free memory are copied there, and batches are put together there, the same ones.
+    A subclass hands over `image_shape` and `classes`, says what the images are, by `_labels` and `_decode` (and
+    `_has_val_images` if the data set has its own validation images), and passes all other arguments on. Every argument
+    of every constructor is kept in checkpoints, paths as text, but for arrays.
 
     Args:
         image_shape: (channels, height, width).
@@ -89,14 +85,10 @@ class ImageDataModule(LightningDataModule, ABC):
     ) -> None:
         super().__init__()
         limits: dict[Split, int | None] = {"train": limit_train, "val": limit_val, "test": limit_test}
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("crop_padding", crop_padding, 0),
-            ("seed", seed, 0),
-            *((f"limit_{split}", 1 if limit is None else limit, 1) for split, limit in limits.items()),
-        ):
-            if value < least:
-                raise UserError(f"{name} is {value}, which is too small: choose {least} or more.")
+        least = {"batch_size": (batch_size, 1), "crop_padding": (crop_padding, 0), "seed": (seed, 0)}
+        for name, (value, smallest) in {**least, **{f"limit_{split}": (limits[split], 1) for split in limits}}.items():
+            if value is not None and value < smallest:
+                raise UserError(f"{name} is {value}, which is too small: choose {smallest} or more.")
         # a subclass that has a `_held_out` of its own passes None
         if val_fraction is not None and not 0 < val_fraction < 1:
             raise UserError(
@@ -107,13 +99,14 @@ class ImageDataModule(LightningDataModule, ABC):
             raise UserError(
                 f"normalization '{normalization}' is unknown: choose one of {', '.join(get_args(Normalization))}."
             )
-        if normalization in PUBLISHED and image_shape[0] != len(PUBLISHED[normalization].mean):
+        if normalization in PUBLISHED and image_shape[0] != 3:
             raise UserError(
                 f"normalization '{normalization}' is for images of 3 channels, but these have {image_shape[0]}: choose "
                 "'train' or 'none'."
             )
-        self._image_shape = image_shape
-        self._classes = classes
+        #: (channels, height, width) of every image, and the names of the classes in the order of the labels.
+        self.image_shape, self.classes = image_shape, classes
+        self.num_classes = len(classes)
         self.batch_size = batch_size
         self.val_fraction = val_fraction
         self.normalization = normalization
@@ -122,29 +115,15 @@ class ImageDataModule(LightningDataModule, ABC):
         self.seed = seed
         self.limits = limits
         self.resident: dict[Split, Resident] = {}
+        self._on_device: dict[tuple[Split, torch.device], Tensor] = {}
         self._statistics: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        self._loaded_statistics: tuple[Sequence[float], Sequence[float]] | None = None
+        self._loaded_statistics: ChannelStatistics | None = None
         ignored = ["image_shape", "classes", *(["val_fraction"] if val_fraction is None else [])]
         self.save_hyperparameters(ignore=ignored)  # the arguments of all constructors on the way here
         ignored += [key for key, value in self.hparams.items() if isinstance(value, Tensor | np.ndarray)]
         self.save_hyperparameters(ignore=ignored)
         # a Path would make the checkpoint unreadable under weights_only=True
         self.save_hyperparameters({key: str(value) for key, value in self.hparams.items() if isinstance(value, Path)})
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of every image, known before `setup`."""
-        return self._image_shape
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes in the order of the labels, known before `setup`."""
-        return self._classes
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes, known before `setup`."""
-        return len(self._classes)
 
     @abstractmethod
     def _labels(self, split: Split) -> Tensor:
@@ -169,11 +148,7 @@ class ImageDataModule(LightningDataModule, ABC):
         return [str(index) for index in self._select("test").tolist()]
 
     def setup(self, stage: str) -> None:
-        """Decodes the splits that a stage needs and that are not in memory yet.
-
-        Args:
-            stage: "fit", "validate", "test" or "predict".
-        """
+        """Decodes the splits that a stage, "fit", "validate", "test" or "predict", needs and that are not in memory."""
         needed = self._needed(stage)
         new = [split for split in get_args(Split) if split in needed and split not in self.resident]
         for split in new:
@@ -181,52 +156,48 @@ class ImageDataModule(LightningDataModule, ABC):
             source = self._source(split)
             self.resident[split] = Resident(self._decode(source, indices), self._labels(source)[indices], indices)
         self._check_pixels(set(new))
-        self._say_what_was_used(new)
 
     def _needed(self, stage: str) -> set[Split]:
         """Returns the splits that have to be in memory for a stage."""
-        return {*STAGE_SPLITS[stage], *(STAGE_SPLITS["statistics"] if self.normalization == "train" else ())}
-
-    @rank_zero_only
-    def _say_what_was_used(self, new: Sequence[Split]) -> None:
-        """Says where arguments ask for more images than there are."""
-        for split in new:
-            count, limit = len(self.resident[split].labels), self.limits[split]
-            if limit is not None and limit > count:
-                logger.info("limit_%s is %d, and all %d %s images are used", split, limit, count, SPLIT_NAMES[split])
-            if split == "train" and self.batch_size > count:
-                logger.info("batch_size is %d, and a batch is all %d training images", self.batch_size, count)
+        return {*STAGE_SPLITS[stage], *(("train",) if self.normalization == "train" else ())}
 
     def train_dataloader(self) -> ResidentLoader:
         """Returns the training batches in an order of their own every epoch, with the draws of the augmentation."""
         # Trainer(overfit_batches=...) means the same few batches again and again
         overfit = getattr(self.trainer, "overfit_batches", 0) > 0
-        return ResidentLoader(
-            *self.resident["train"][:2],
-            self.batch_size,
+        return self._loader(
+            "train",
             seed=self.seed,
             shuffle=not overfit,
             horizontal_flip=self.horizontal_flip,
             crop_padding=self.crop_padding,
             equal_shares=True,
-            share=self._share(),
         )
-
-    def _share(self) -> tuple[int, int]:
-        """Returns the number of this process, and that of all processes: they share every batch."""
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def val_dataloader(self) -> ResidentLoader:
         """Returns the validation batches: every image once, in an order shuffled by the seed, the same every time."""
-        return ResidentLoader(*self.resident["val"][:2], self.batch_size, share=self._share())
+        return self._loader("val")
 
     def test_dataloader(self) -> ResidentLoader:
         """Returns the test batches: every image once, in the order in which they are stored."""
-        return ResidentLoader(*self.resident["test"][:2], self.batch_size, share=self._share())
+        return self._loader("test")
 
     def predict_dataloader(self) -> ResidentLoader:
         """Returns the test batches."""
-        return self.test_dataloader()
+        return self._loader("test")
+
+    def _loader(self, split: Split, **how: Any) -> ResidentLoader:
+        """Returns the batches of a split, which all processes share."""
+        images, labels, _ = self.resident[split]
+        share = (0, 1)
+        if self.trainer is not None:
+            share = self.trainer.global_rank, self.trainer.world_size
+            device = self.trainer.strategy.root_device
+            if (split, device) in self._on_device:
+                images = self._on_device[split, device]
+            elif len(images) * np.prod(self.image_shape) <= DEVICE_SHARE * free_memory(device):
+                images = self._on_device[split, device] = copy_to(device, images)
+        return ResidentLoader(images, labels, self.batch_size, share=share, **how)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Augments (a batch that carries draws) and normalises, on the device of the batch.
@@ -252,9 +223,9 @@ class ImageDataModule(LightningDataModule, ABC):
             if self._loaded_statistics is not None:
                 mean, std = self._loaded_statistics
             elif self.normalization == "train":
-                mean, std = channel_statistics(blocks(self.resident["train"].images))
+                mean, std = channel_statistics(block for _, block in blocks(self.resident["train"].images))
             elif self.normalization == "none":
-                mean, std = (0.0,) * self.image_shape[0], (1.0,) * self.image_shape[0]
+                mean, std = [0.0] * self.image_shape[0], [1.0] * self.image_shape[0]
             else:
                 mean, std = PUBLISHED[self.normalization]
             self._statistics[device] = torch.tensor(mean, device=device), torch.tensor(std, device=device)
@@ -286,9 +257,8 @@ class ImageDataModule(LightningDataModule, ABC):
     def _select(self, split: Split) -> Tensor:
         """The places in the stored split of the images to use, in the order in which to keep them in memory."""
         labels = self._labels(self._source(split))
-        if split == "test" or self._has_val_images():
-            pool = torch.arange(len(labels))
-        else:
+        pool = torch.arange(len(labels))
+        if split != "test" and not self._has_val_images():
             held_out = self._held_out(labels)
             pool = held_out if split == "val" else complement(len(labels), held_out)
         limit = self.limits[split] or len(pool)
@@ -298,12 +268,11 @@ class ImageDataModule(LightningDataModule, ABC):
     def _held_out(self, labels: Tensor) -> Tensor:
         """The training images to validate on: at least one of each class where the fraction allows, never all."""
         counts = torch.bincount(labels, minlength=self.num_classes)
-        for name, count in zip(self.classes, counts.tolist(), strict=True):
-            if count < 2:
-                raise UserError(
-                    f"class '{name}' has {count} training image(s), too few to split into training and validation: "
-                    "give it 2 or more."
-                )
+        if counts.min() < 2:
+            raise UserError(
+                f"class '{self.classes[counts.argmin()]}' has {counts.min()} training image(s), too few to split into "
+                "training and validation: give it 2 or more."
+            )
         size = max(1, round(self.val_fraction * len(labels)))
         most = len(labels) - self.num_classes
         if size > most:
@@ -319,6 +288,11 @@ class ImageDataModule(LightningDataModule, ABC):
     def __str__(self) -> str:
         # Lightning's version asks every loader for a `dataset`
         return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in self.hparams.items())})"
+
+
+def free_memory(device: torch.device) -> int:
+    """Returns the bytes that are free on a GPU; none on a CPU, or where they cannot be told."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
 def _listing(names: Sequence[str]) -> str:

@@ -6,48 +6,31 @@ another format, or with another EXIF record, is one, which its bytes would not s
 
 import hashlib
 from collections.abc import Sequence
-from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from bioprop.datamodules.base import Resident
-from bioprop.datamodules.images import BLOCK, Images, MappedImages
-
-
-class Sides(NamedTuple):
-    """A split that copies do not straddle: int64 places in the training images followed by the validation images.
-
-    Images that changed their side come last; the others are in their order.
-    """
-
-    train: Tensor
-    val: Tensor
+from bioprop.datamodules.images import BLOCK, Images
 
 
 def digests(images: Images) -> list[bytes]:
     """Returns a fingerprint of the pixels of each image: equal for equal images, and else different."""
     return [
-        hashlib.sha256(np.ascontiguousarray(image).data).digest()
+        hashlib.sha256(image.tobytes()).digest()
         for block in torch.split(torch.arange(len(images)), BLOCK)
         for image in images.index_select(0, block).numpy()
     ]
 
 
 def copied(digests: Sequence[bytes]) -> list[list[int]]:
-    """Returns the places of the images that are there more than once, the copies of one image together.
-
-    Args:
-        digests: A fingerprint of each image.
-    """
+    """Returns the places of the images that are there more than once, the copies of one image together."""
     groups: dict[bytes, list[int]] = {}
     for place, digest in enumerate(digests):
         groups.setdefault(digest, []).append(place)
     return [group for group in groups.values() if len(group) > 1]
 
 
-def gather_copies(groups: Sequence[Sequence[int]], labels: Tensor, num_train: int) -> Sides:
+def gather_copies(groups: Sequence[Sequence[int]], labels: Tensor, num_train: int) -> tuple[Tensor, Tensor]:
     """Moves the copies that straddle a split to one side of it.
 
     Validation gets as many images of each class as it had, as far as that can be done with whole groups, the small
@@ -58,6 +41,10 @@ def gather_copies(groups: Sequence[Sequence[int]], labels: Tensor, num_train: in
         groups: Places of the images that are copies of each other, for each such image.
         labels: int64 [training images, then validation images].
         num_train: Number of training images among them.
+
+    Returns:
+        The places of both sides, training and validation, int64. Images that changed their side come last; the others
+        are in their order.
     """
     is_val = torch.arange(len(labels)) >= num_train
     straddling = [torch.tensor(group) for group in groups if group[0] < num_train <= group[-1]]
@@ -77,19 +64,5 @@ def gather_copies(groups: Sequence[Sequence[int]], labels: Tensor, num_train: in
             kept += counts
     # a stable sort of "was it moved", to keep the order of all others
     moved = into_val != is_val
-    train, val = ((~into_val).nonzero().flatten(), into_val.nonzero().flatten())
-    return Sides(*(side[moved[side].int().argsort(stable=True)] for side in (train, val)))
-
-
-def take(places: Tensor, first: Resident, second: Resident) -> Resident:
-    """Returns some images of two splits, int64 [images] places in the first one's followed by the second one's."""
-    labels, indices = (torch.cat(pair).index_select(0, places) for pair in zip(first[1:], second[1:], strict=True))
-    if isinstance(first.images, MappedImages) and isinstance(second.images, MappedImages):  # both of one file
-        stored_places = torch.cat((first.images.places, second.images.places)).index_select(0, places)
-        return Resident(MappedImages(first.images.stored, stored_places), labels, indices)
-    count = len(first.labels)
-    of_first = first.images.index_select(0, places[places < count])
-    images = of_first.new_empty(len(places), *of_first.shape[1:])
-    images[places < count] = of_first
-    images[places >= count] = second.images.index_select(0, places[places >= count] - count)
-    return Resident(images, labels, indices)
+    train, val = (side.nonzero().flatten() for side in (~into_val, into_val))
+    return train[moved[train].int().argsort(stable=True)], val[moved[val].int().argsort(stable=True)]

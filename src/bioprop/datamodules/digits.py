@@ -10,7 +10,6 @@ from torch import Tensor
 
 from bioprop.datamodules.base import ImageDataModule, Split
 from bioprop.datamodules.sampling import complement, stratified_sample
-from bioprop.errors import UserError
 
 TEST_FRACTION = 0.2
 TEST_SEED = 0
@@ -29,27 +28,11 @@ class Digits(ImageDataModule):
     Args:
         image_size: Height and width of the images in pixels, 16 or 32.
         shared: Arguments of `ImageDataModule`.
-
-    Raises:
-        UserError: An argument is out of range.
     """
 
-    def __init__(
-        self,
-        image_size: Literal[16, 32] = 16,
-        batch_size: int = 64,
-        **shared: Any,
-    ) -> None:
-        if image_size not in (16, 32):
-            raise UserError(
-                f"image_size is {image_size}, but digits are enlarged to 16 or 32 pixels: choose one of them."
-            )
-        super().__init__(
-            image_shape=(1, image_size, image_size),
-            classes=tuple("0123456789"),
-            batch_size=batch_size,
-            **shared,
-        )
+    def __init__(self, image_size: Literal[16, 32] = 16, batch_size: int = 64, **shared: Any) -> None:
+        shape = (1, image_size, image_size)
+        super().__init__(image_shape=shape, classes=tuple("0123456789"), batch_size=batch_size, **shared)
         digits = load_digits()
         self._images = torch.from_numpy(digits.images)
         labels = torch.from_numpy(digits.target)

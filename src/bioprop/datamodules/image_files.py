@@ -2,32 +2,22 @@
 
 import math
 import os
-import re
-from collections import deque
-from collections.abc import Generator, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from PIL import ExifTags, Image, ImageColor, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor
 
 from bioprop.datamodules.image_listing import Tally
 from bioprop.errors import UserError
 
-FILES_PER_TASK, BYTES_PER_TASK = 64, 2**24
-#: Blocks for each thread that are decoded or wait for whoever takes them.
-TASKS_AHEAD = 4
-
-COLOURED = "coloured, used as grey"
-#: Ways in which images were changed on the way, by their places; those that were not are missing.
-Notes = dict[int, list[str]]
+FILES_PER_TASK, BYTES_PER_TASK, TASKS_PER_THREAD = 64, 2**24, 4
 
 
 class Form(NamedTuple):
@@ -38,33 +28,39 @@ class Form(NamedTuple):
     background: str
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    try:
+        with Image.open(path) as image:
+            yield image
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # for broken files Pillow raises OSError, SyntaxError, ValueError, struct.error and more
+        raise UserError(f"'{path}' cannot be read as an image ({error}): replace or remove it.") from error
+
+
 def look(path: Path) -> tuple[int, int, int]:
     """Returns (channels, height, width) of an image held upright; 1 channel for grey and black-and-white images.
 
     Raises:
         UserError: The file cannot be read as an image.
     """
-    try:
-        with Image.open(path) as image:
-            channels = 1 if _is_grey(image) else 3
-            _turn_upright(image)
-            return channels, image.height, image.width
-    except Exception as error:  # as in _load
-        raise unreadable(path, error) from error
+    with _opened(path) as image:
+        channels = 1 if _is_grey(image) else 3
+        _turn_upright(image)
+        return channels, image.height, image.width
 
 
 def all_grey(paths: Iterable[Path]) -> bool:
     """Says if all images are grey, by their headers, of which none is read after the first that is not.
 
-    Files that cannot be read are left to whoever decodes them.
+    Raises:
+        UserError: A file cannot be read as an image.
     """
     for path in paths:
-        try:
-            with Image.open(path) as image:
-                if not _is_grey(image):
-                    return False
-        except Exception:  # as in _load
-            continue
+        with _opened(path) as image:
+            if not _is_grey(image):
+                return False
     return True
 
 
@@ -72,85 +68,12 @@ def _is_grey(image: Image.Image) -> bool:
     return Image.getmodebase(image.mode) == "L"
 
 
-def check_background(background: str) -> None:
-    """Makes sure that a colour is one.
-
-    Raises:
-        UserError: Pillow does not know it, or it is transparent itself.
-    """
-    try:
-        opaque = len(ImageColor.getrgb(background)) == 3
-    except ValueError:
-        opaque = False
-    if not opaque:
-        raise UserError(f"background is '{background}', which is no colour: choose a name such as white or '#808080'.")
-
-
-def check_memory(count: int, shape: tuple[int, int, int]) -> None:
-    """Compares what images take with the memory that the machine has.
-
-    Raises:
-        UserError: They do not fit.
-    """
-    needed = count * math.prod(shape)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory:
-        raise _too_large(count, shape, f"more than the {memory / 1e9:.0f} GB of this machine")
-
-
-def _too_large(count: int, shape: tuple[int, int, int], reason: str) -> UserError:
-    channels, height, width = shape
-    return UserError(
-        f"{count} image(s) of {height}x{width} pixels and {channels} channel(s) take "
-        f"{count * math.prod(shape) / 1e9:,.0f} GB of memory, {reason}: choose a smaller image_size, or fewer images "
-        "by limit_train, limit_val and limit_test."
-    )
-
-
-def decode(paths: list[Path], form: Form, found: Tally | None = None) -> Tensor:
-    """Decodes files into memory; see `decoded`.
-
-    Args:
-        paths: The files, at least one.
-        form: The form to bring them to.
-        found: Count of the images that were changed on the way, added to.
-
-    Returns:
-        uint8 [len(paths), channels, height, width].
-
-    Raises:
-        UserError: A file cannot be used, or there is too little memory for all.
-    """
-    try:
-        images = np.empty((len(paths), *form.shape), dtype=np.uint8)
-    except (MemoryError, ValueError) as error:  # the latter where the size does not fit a number of 64 bits
-        raise _too_large(len(paths), form.shape, "which cannot be had") from error
-    start = 0
-    quiet = getattr(rank_zero_only, "rank", 0) != 0
-    with closing(decoded(paths, form, quiet)) as blocks:
-        for block, notes in blocks:
-            images[start : start + len(block)] = block
-            start += len(block)
-            if found is not None:
-                for place, kinds in notes.items():
-                    for kind in kinds:
-                        found.add(kind, paths[place])
-    return torch.from_numpy(images)
-
-
-def decoded(paths: Sequence[Path], form: Form, quiet: bool = False) -> Generator[tuple[np.ndarray, Notes], None, None]:
-    """Decodes files, a block at a time, by threads (Pillow's decoders release the lock).
+def decoded(paths: Sequence[Path], form: Form, changed: Tally) -> Iterator[np.ndarray]:
+    """Decodes files by threads (Pillow's decoders release the lock), with a progress bar on a terminal.
 
     Images are turned as their EXIF orientation says, put over the background where they are transparent, converted to
     grey or RGB, and resized bilinearly with antialiasing if the form says so; of several frames the first is taken.
-
-    Args:
-        paths: The files.
-        form: The form to bring them to.
-        quiet: Show no progress bar on a terminal, where there is one otherwise.
-
-    Yields:
-        The images in the order of their files, uint8 [block, channels, height, width], and the notes on them.
+    They come in the order of their files, uint8 [block, channels, height, width]; `changed` counts those changed.
 
     Raises:
         UserError: A file cannot be read as an image, has more than 8 bits per channel, or has another size and is not
@@ -158,90 +81,62 @@ def decoded(paths: Sequence[Path], form: Form, quiet: bool = False) -> Generator
     """
     size = max(1, min(FILES_PER_TASK, BYTES_PER_TASK // math.prod(form.shape)))
 
-    def work(start: int) -> tuple[np.ndarray, Notes]:
-        block, notes = paths[start : start + size], Notes()
-        images = np.empty((len(block), *form.shape), dtype=np.uint8)
-        for place, path in enumerate(block):
-            changes: list[str] = []
-            images[place] = _load(path, form, changes)
-            if changes:
-                notes[start + place] = changes
-        return images, notes
+    def load(start: int) -> tuple[np.ndarray, list[list[str]]]:
+        images, changes = zip(*(_load(path, form) for path in paths[start : start + size]), strict=True)
+        return np.stack(images), list(changes)
 
-    console, pool = Console(stderr=True), ThreadPoolExecutor(usable_cpus())
-    waiting: deque[Future[tuple[np.ndarray, Notes]]] = deque()
-    with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
-        task = progress.add_task("decoding images", total=len(paths))
-        try:
-            for start in range(0, len(paths), size):
-                waiting.append(pool.submit(work, start))
-                if len(waiting) > TASKS_AHEAD * usable_cpus():
-                    progress.advance(task, size)
-                    yield waiting.popleft().result()
-            while waiting:
-                progress.advance(task, size)
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    threads, console = _usable_cpus(), Console(stderr=True)
+    quiet = getattr(rank_zero_only, "rank", 0) != 0 or not console.is_terminal
+    ahead = threads * TASKS_PER_THREAD * size  # images in memory at once
+    with ThreadPoolExecutor(threads) as pool, Progress(console=console, transient=True, disable=quiet) as progress:
+        for start in progress.track(range(0, len(paths), ahead), description="decoding images"):
+            starts = range(start, min(start + ahead, len(paths)), size)
+            for first, (images, changes) in zip(starts, pool.map(load, starts), strict=True):
+                for path, kinds in zip(paths[first : first + size], changes, strict=True):
+                    for kind in kinds:
+                        changed.setdefault(kind, []).append(path)
+                yield images
 
 
-def usable_cpus() -> int:
-    """Number of CPUs that this process may run on."""
+def _usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _load(path: Path, form: Form, changes: list[str]) -> np.ndarray:
-    """Returns one image as uint8 [channels, height, width]."""
+def _load(path: Path, form: Form) -> tuple[np.ndarray, list[str]]:
+    """Returns one image as uint8 [channels, height, width], and in which ways it was changed."""
     channels, height, width = form.shape
-    try:
-        with Image.open(path) as image:
-            mode, deep = image.mode, _has_more_than_8_bits(image)
-            pixels = image if deep else _convert(image, "L" if channels == 1 else "RGB", form, changes)
-    # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others for broken files
-    except Exception as error:
-        raise unreadable(path, error) from error
-    if deep:
-        raise UserError(
-            f"'{path}' has more than 8 bits per channel (mode {mode}), and which of its values are black and white is "
-            "not known: scale it to 8 bits."
-        )
-    if pixels.size != (width, height):
-        if not form.resize:
+    with _opened(path) as image:
+        if image.mode.startswith(("I", "F")):  # others of more than 8 bits are scaled by Pillow
             raise UserError(
-                f"'{path}' is {pixels.width}x{pixels.height} pixels, but the first image is {width}x{height} (width x "
-                "height): set image_size to resize all images, or make them all one size."
+                f"'{path}' has more than 8 bits per channel (mode {image.mode}), and which of its values are black and "
+                "white is not known: scale it to 8 bits."
             )
-        pixels = pixels.resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(pixels).reshape(height, width, channels).transpose(2, 0, 1)
+        pixels, changes = _convert(image, "L" if channels == 1 else "RGB", form.background)
+        if pixels.size != (width, height):
+            if not form.resize:
+                raise UserError(
+                    f"'{path}' is {pixels.width}x{pixels.height} pixels, but the first image is {width}x{height} "
+                    "(width x height): set image_size to resize all images, or make them all one size."
+                )
+            pixels = pixels.resize((width, height), Image.Resampling.BILINEAR)
+        return np.asarray(pixels).reshape(height, width, channels).transpose(2, 0, 1), changes
 
 
-def _has_more_than_8_bits(image: Image.Image) -> bool:
-    """Says if a file just opened has, by the arguments of its decoder: Pillow keeps the high byte of 16-bit colours."""
-    if image.mode.startswith(("I", "F")):
-        return True
-    for codec, _, _, arguments in getattr(image, "tile", ()):
-        values = arguments if isinstance(arguments, tuple) else (arguments,)
-        if codec == "SGI16" or any(re.search(r";16[BLN]", value) for value in values if isinstance(value, str)):
-            return True
-        if codec.startswith("ppm") and any(value > 255 for value in values if isinstance(value, int)):
-            return True
-    return False
-
-
-def _convert(image: Image.Image, mode: str, form: Form, changes: list[str]) -> Image.Image:
-    """Returns an image upright and opaque in grey ("L") or "RGB", as all are to be."""
+def _convert(image: Image.Image, mode: str, background: str) -> tuple[Image.Image, list[str]]:
+    """Returns an image upright and opaque in grey ("L") or "RGB", and in which ways it was changed."""
+    changes = []
     if getattr(image, "is_animated", False) and image.format != "MPO":  # a camera's, with previews behind the picture
         changes.append("of several frames, of which the first is used")
     if _turn_upright(image):
         changes.append("turned upright as EXIF says")
     if _is_grey(image) != (mode == "L"):
-        changes.append("grey, used as RGB" if mode == "RGB" else COLOURED)
+        changes.append("grey, used as RGB" if mode == "RGB" else "coloured, used as grey")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         if image.getchannel("A").getextrema() != (255, 255):
-            image = Image.alpha_composite(Image.new("RGBA", image.size, form.background), image)
-            changes.append(f"transparent, put over {form.background}")
-    return image.convert(mode)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+            changes.append(f"transparent, put over {background}")
+    return image.convert(mode), changes
 
 
 def _turn_upright(image: Image.Image) -> bool:
@@ -254,8 +149,3 @@ def _turn_upright(image: Image.Image) -> bool:
     except Exception:  # a damaged EXIF record, of which Pillow raises this and that, says nothing
         return False
     return turned
-
-
-def unreadable(path: Path, error: Exception) -> UserError:
-    """Returns the sentence on a file that cannot be read as an image."""
-    return UserError(f"'{path}' cannot be read as an image ({error}): replace or remove it.")

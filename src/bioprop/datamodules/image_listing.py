@@ -1,14 +1,13 @@
-"""The images of a folder, by split and class; the files that are passed over, and why; the words for that."""
+"""The images of a folder, by split and class; the files that are passed over, and what is said of that."""
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
-from PIL import Image, features
+from PIL import Image
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
@@ -18,22 +17,15 @@ from bioprop.files import readable
 
 logger = logging.getLogger(__name__)
 
-OPTIONAL_SPLITS: tuple[Split, ...] = ("val", "test")
-#: Formats that Pillow names but does not decode itself: films, containers of numbers, programs for other interpreters.
-NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+#: Files by what is to be said of them, a phrase that follows their number.
+Tally = dict[str, list[Path]]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
 HIDDEN = "hidden"
-BROKEN_LINK = "linked to nothing"
 
 
-class Tally(dict[str, list[str | Path]]):
-    """Names of files by what was found of them; as text, numbers and first names: ``3 hidden ('a/.x')``."""
-
-    def add(self, kind: str, *names: str | Path) -> None:
-        """Adds files; `kind` follows a number in the sentence."""
-        self.setdefault(kind, []).extend(names)
-
-    def __str__(self) -> str:
-        return ", ".join(f"{len(names)} {kind} ('{readable(names[0])}')" for kind, names in self.items())
+def told(tally: Tally) -> str:
+    """Returns numbers and first names: ``3 hidden ('a/.x'), 1 of suffix .heic ('a/y.heic')``."""
+    return ", ".join(f"{len(files)} {kind} ('{readable(files[0])}')" for kind, files in tally.items())
 
 
 class SplitFiles(NamedTuple):
@@ -41,15 +33,6 @@ class SplitFiles(NamedTuple):
 
     files: list[Path]
     labels: Tensor
-
-
-class _Found(NamedTuple):
-    """The content of a split's folder: images by class folder, those beside them, broken links, and all else."""
-
-    images: dict[str, list[Path]]
-    loose: list[Path]
-    broken: list[str]  # these may have been class folders
-    passed_over: Tally
 
 
 def list_splits(root: Path) -> tuple[tuple[str, ...], dict[Split, SplitFiles]]:
@@ -63,188 +46,121 @@ def list_splits(root: Path) -> tuple[tuple[str, ...], dict[Split, SplitFiles]]:
 
     Raises:
         UserError: `train` is missing, one of its classes has no images, or `val` has other classes than `train`; a
-            folder may not be read.
+            folder is a link to nothing.
+        OSError: A folder may not be read.
     """
-    found: dict[Split, _Found] = {"train": _list_split(root / "train")}
-    _check_classes(root / "train", found["train"])
-    classes = tuple(found["train"].images)
-    for split in OPTIONAL_SPLITS:
-        if (root / split).is_dir():
-            found[split] = _list_split(root / split)
-    if "val" in found:
-        _check_validation_classes(root, set(classes), found["val"])
-    splits = {split: _label(each, classes, split == "test") for split, each in found.items()}
-    _say(root, classes, splits, {split: each.passed_over for split, each in found.items()})
+    if not root.is_dir():
+        raise UserError(f"data_dir '{root}' is not a folder: name one that has the folders train and test.")
+    found = {split: _Found(root / split) for split in SPLITS if (root / split).is_dir()}
+    classes = tuple(found["train"].images) if "train" in found else ()
+    if not classes:
+        raise UserError(f"'{root / 'train'}' has no class folders: images are expected in '{root / 'train'}/<class>/'.")
+    for split in found.keys() - {"test"}:
+        _check_classes(root, classes, found[split])
+    splits = {split: each.labelled(classes) for split, each in found.items()}
+    counts = "; ".join(f"{split} {_count(each.labels, len(classes))}" for split, each in splits.items())
+    _log(logging.INFO, "images in '%s': %s", root, counts)
+    for each in found.values():
+        if each.passed_over:
+            level = logging.INFO if set(each.passed_over) == {HIDDEN} else logging.WARNING
+            _log(level, "passed over in '%s': %s", each.folder, told(each.passed_over))
+    names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if beside := [Path(name) for name in names if name not in SPLITS]:
+        _log(logging.INFO, "passed over in '%s': %s", root, told({"beside train, val and test": beside}))
     return classes, splits
 
 
-@cache
-def readable_suffixes() -> frozenset[str]:
-    """Returns the suffixes, in lower case, of the image formats that the installed Pillow decodes."""
-    missing = NO_PICTURES if features.check("jpg_2000") else {*NO_PICTURES, "JPEG2000"}
-    formats = Image.registered_extensions()
-    return frozenset(suffix for suffix, name in formats.items() if name in Image.OPEN and name not in missing)
+class _Found:
+    """The content of a split's folder: images by class folder, those beside them, and what is passed over.
 
+    Classes and files are in alphabetical order; links are followed.
+    """
 
-def _list_split(folder: Path) -> _Found:
-    """Lists the images of one split, `folder/<class>/**`, classes and files in alphabetical order."""
-    if not folder.is_dir():
-        raise UserError(f"folder '{folder}' does not exist: images are expected in '{folder}/<class>/'.")
-    found = _Found({}, [], [], Tally())
-    for entry in _entries(folder):
-        reason = _why_not(entry)
-        if reason is None and _leads_to(entry.is_dir):
-            found.images[entry.name] = _walk(folder, Path(entry.path), found.passed_over)
-        elif reason is None:
-            found.loose.append(Path(entry.path))
-        elif reason == BROKEN_LINK and _suffix(entry) not in readable_suffixes():
-            found.broken.append(entry.name)
-        else:
-            found.passed_over.add(reason, entry.name)
-    return found
-
-
-def _walk(root: Path, folder: Path, passed_over: Tally) -> list[Path]:
-    """Returns the images of a folder and its sub-folders, by their paths in alphabetical order."""
-    images: list[str] = []
-    waiting: list[tuple[str, tuple[str, ...]]] = [(str(folder), (os.path.realpath(root), os.path.realpath(folder)))]
-    while waiting:
-        place, above = waiting.pop()
-        for entry in _entries(Path(place)):
-            reason = _why_not(entry)
-            if reason is None and not _leads_to(entry.is_dir):
-                images.append(entry.path)
-                continue
-            target = os.path.realpath(entry.path)
-            if reason is None and target in above:
-                reason = "linked to a folder above"
-            if reason is None:
-                waiting.append((entry.path, (*above, target)))
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.images: dict[str, list[Path]] = {}
+        self.loose: list[Path] = []
+        self.passed_over: Tally = {}
+        for place, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
+            here = Path(place)
+            folders[:] = [name for name in sorted(folders) if self._keeps(here / name, _why_no_folder(here / name))]
+            images = [here / name for name in sorted(names) if self._keeps(here / name, _why_no_image(here / name))]
+            if here == folder:
+                self.images.update((name, []) for name in folders)
+                self.loose += images
+                if lost := [path for name in names if not (path := here / name).exists()]:
+                    raise UserError(f"'{lost[0]}' is a link to '{os.readlink(lost[0])}', which is not there: mend it.")
             else:
-                passed_over.add(reason, Path(entry.path).relative_to(root))
-    return [Path(path) for path in sorted(images)]
+                self.images[here.relative_to(folder).parts[0]] += images
+        for files in self.images.values():
+            files.sort(key=str)
+
+    def _keeps(self, path: Path, reason: str | None) -> bool:
+        if reason is not None:
+            self.passed_over.setdefault(reason, []).append(path.relative_to(self.folder))
+        return reason is None
+
+    def labelled(self, classes: tuple[str, ...]) -> SplitFiles:
+        """Labels the images of class folders; test images that lie elsewhere are kept where they may be meant."""
+        images = [self.images.get(name, []) for name in classes]
+        others = [file for name, files in self.images.items() if name not in classes for file in files]
+        if self.folder.name == "test" and not any(images):
+            others += self.loose
+        elif self.loose:
+            self.passed_over["beside the class folders"] = [Path(file.name) for file in self.loose]
+        counts = torch.tensor([len(files) for files in (*images, others)])
+        files = [file for files in (*images, others) for file in files]
+        return SplitFiles(files, torch.arange(len(counts)).repeat_interleave(counts))
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    try:
-        return sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        raise UserError(f"folder '{folder}' cannot be read ({error.strerror}): permit it, or move it away.") from error
+@cache
+def _readable_suffixes() -> frozenset[str]:
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN)
 
 
-def _why_not(entry: os.DirEntry[str]) -> str | None:
-    """Returns why an entry of a folder is passed over; None for a folder and for a file named like an image."""
-    if entry.name.startswith("."):
+def _why_no_image(path: Path) -> str | None:
+    if path.name.startswith("."):
         return HIDDEN
-    if _leads_to(entry.is_dir):
-        return None
-    if not _leads_to(entry.is_file):
-        return BROKEN_LINK if entry.is_symlink() else "neither file nor folder"
-    suffix = _suffix(entry)
-    if suffix in readable_suffixes():
+    if (suffix := path.suffix.lower()) in _readable_suffixes():
         return None
     return f"of suffix {suffix}, which is not read" if suffix else "without a suffix"
 
 
-def _leads_to(kind: Callable[[], bool]) -> bool:
-    try:
-        return kind()
-    except OSError:  # a link that leads to itself
-        return False
+def _why_no_folder(path: Path) -> str | None:
+    if path.name.startswith("."):
+        return HIDDEN
+    leads_up = path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve())
+    return "linked to a folder above" if leads_up else None
 
 
-def _suffix(entry: os.DirEntry[str]) -> str:
-    return os.path.splitext(entry.name)[1].lower()
+def _raise(error: OSError) -> NoReturn:
+    raise error
 
 
-def _label(found: _Found, classes: Sequence[str], all_of_them: bool) -> SplitFiles:
-    """Labels the images of class folders; of a test set, `all_of_them`, the others are kept where they may be meant."""
-    images = [found.images.get(name, []) for name in classes]
-    others = [file for name, files in found.images.items() if name not in classes for file in files]
-    if all_of_them:
-        for kind, names in (
-            (BROKEN_LINK, found.broken),
-            ("without images", [name for name, files in found.images.items() if not files]),
-        ):
-            if names:
-                found.passed_over.add(kind, *names)
-    if all_of_them and not any(images):
-        others += found.loose
-    elif found.loose:
-        found.passed_over.add("beside the class folders", *(file.name for file in found.loose))
-    counts = torch.tensor([len(files) for files in (*images, others)])
-    return SplitFiles(
-        [file for files in (*images, others) for file in files],
-        torch.arange(len(counts)).repeat_interleave(counts),
-    )
+def _check_classes(root: Path, classes: tuple[str, ...], found: _Found) -> None:
+    """Makes sure that training or validation images are of the classes, and of all of them."""
+    for name in sorted({*classes, *found.images}):
+        if name not in classes:
+            raise UserError(
+                f"class '{name}' of '{found.folder}' is unknown, because '{root / 'train'}' has no such folder: remove "
+                f"it or add '{root / 'train' / name}'."
+            )
+        if not found.images.get(name):
+            val = found.folder.name == "val"
+            remedy = f"'{found.folder}', to split them off the training images" if val else "the folder"
+            passed_over = f" (passed over: {told(found.passed_over)})" if found.passed_over else ""
+            raise UserError(
+                f"class folder '{found.folder / name}' has no images: put some there (.png, .jpg and other formats "
+                f"that Pillow reads) or remove {remedy}{passed_over}."
+            )
 
 
-@rank_zero_only
-def _say(
-    root: Path, classes: Sequence[str], splits: Mapping[Split, SplitFiles], passed_over: Mapping[Split, Tally]
-) -> None:
-    counts = "; ".join(f"{split} {_count(each.labels, classes)}" for split, each in splits.items())
-    logger.info("images in '%s': %s", root, readable(counts))
-    for split, tally in passed_over.items():
-        if tally:
-            level = logging.INFO if set(tally) == {HIDDEN} else logging.WARNING
-            logger.log(level, "passed over in '%s': %s", root / split, tally)
-    beside = [entry.name for entry in _entries(root) if _why_not(entry) is None]
-    if beside := [name for name in beside if name not in ("train", *OPTIONAL_SPLITS)]:
-        logger.info("passed over in '%s': %s", root, Tally({"beside train, val and test": [*beside]}))
-
-
-def _count(labels: Tensor, classes: Sequence[str]) -> str:
-    *counts, unlabelled = torch.bincount(labels, minlength=len(classes) + 1).tolist()
-    parts = [f"{unlabelled} without a label"] if unlabelled else []
-    missing = [name for name, count in zip(classes, counts, strict=True) if not count]
-    if len(missing) < len(classes):
-        named = ", ".join(f"'{name}'" for name in missing[:5])
-        lacking = f" (none of {named}{' and others' if len(missing) > 5 else ''})" if missing else ""
-        parts.insert(0, f"{sum(counts)} of {len(classes) - len(missing)} classes{lacking}")
+def _count(labels: Tensor, num_classes: int) -> str:
+    labelled = labels[labels < num_classes]
+    parts = [f"{len(labelled)} of {len(set(labelled.tolist()))} classes"] if len(labelled) else []
+    if unlabelled := len(labels) - len(labelled):
+        parts.append(f"{unlabelled} without a label")
     return " and ".join(parts) or "none"
 
 
-def _check_classes(root: Path, found: _Found) -> None:
-    """Makes sure that every class has images, and that there are classes at all."""
-    _refuse_broken(root, found)
-    if not found.images:
-        raise UserError(f"folder '{root}' has no class folders: images are expected in '{root}/<class>/'.")
-    for name, images in found.images.items():
-        if not images:
-            passed_over = f" (passed over: {found.passed_over})" if found.passed_over else ""
-            raise UserError(
-                f"class folder '{root / name}' has no images: put some there (.png, .jpg and other formats that Pillow "
-                f"reads) or remove the folder{passed_over}."
-            )
-
-
-def _refuse_broken(root: Path, found: _Found) -> None:
-    for name in found.broken:
-        raise UserError(
-            f"'{root / name}' is a link to '{os.readlink(root / name)}', which does not exist: mend or remove it, "
-            "since it may be a class."
-        )
-
-
-def _check_validation_classes(root: Path, classes: set[str], found: _Found) -> None:
-    """Makes sure that validation images are of the classes of training, and of all of them."""
-    val = root / "val"
-    _refuse_broken(val, found)
-    for name in sorted(classes):
-        if not found.images.get(name):
-            raise UserError(
-                f"class '{name}' of '{root / 'train'}' is missing from '{val}': put images into '{val / name}', or "
-                f"remove '{val}', and validation images are split off the training images."
-            )
-    _check_classes(val, found)
-    for name in sorted(found.images.keys() - classes):
-        raise UserError(unknown_class(root, "val", name))
-
-
-def unknown_class(root: Path, split: str, name: str) -> str:
-    """Returns the sentence on a class that training images do not have."""
-    return (
-        f"class '{name}' of '{root / split}' is unknown, because '{root / 'train'}' has no such folder: remove it or "
-        f"add '{root / 'train' / name}'."
-    )
+_log = rank_zero_only(logger.log)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bioprop.datamodules.base import VAL_STREAM, ImageDataModule, Split
-from bioprop.datamodules.imagenet32_files import IMAGE_BYTES, IMAGE_SHAPE, Converted, StoredSet, open_converted
+from bioprop.datamodules.imagenet32_files import IMAGE_SHAPE, Converted, StoredSet, open_converted
 from bioprop.datamodules.images import Images, MappedImages
 from bioprop.datamodules.normalization import Normalization
 from bioprop.datamodules.sampling import equal_sample
@@ -44,16 +44,14 @@ class ImageNet32(ImageDataModule):
         converted_dir: Folder for the converted files, if not `data_dir`.
         verify: Before the first use, compare the files with the published ones: size and sha256 checksum of the npz
             archives (none are published of the others), the number of images in each file of all.
-        on_device: Copy the images to the accelerator that trains (3.8 GB of its memory, in each process) and put the
-            batches together there. Without an accelerator it changes nothing.
         num_val_per_class: Training images of each class set aside for validation.
         normalization: "imagenet32" for the published mean (0.485, 0.456, 0.406) and standard deviation (0.229, 0.224,
-            0.225), "cifar10" for those of CIFAR-10, "train" for those of the training images, "none" for [0, 1].
+            0.225); the others as in `ImageDataModule`.
         shared: Arguments of `ImageDataModule`.
 
     Raises:
         UserError: An argument is out of range; the files are missing, damaged or others; there is no room for the
-            converted ones, on the disk or on the device.
+            converted ones.
     """
 
     def __init__(
@@ -62,7 +60,6 @@ class ImageNet32(ImageDataModule):
         *,
         converted_dir: str | None = None,
         verify: bool = True,
-        on_device: bool = False,
         batch_size: int = 256,
         num_val_per_class: int = 50,
         normalization: Normalization = "imagenet32",
@@ -85,7 +82,6 @@ class ImageNet32(ImageDataModule):
         self.data_dir = Path(data_dir).expanduser()
         self.converted_dir = self.data_dir if converted_dir is None else Path(converted_dir).expanduser()
         self.verify = verify
-        self.on_device = on_device
         self.num_val_per_class = num_val_per_class
         self._converted: dict[Split, Converted] = {}
 
@@ -98,16 +94,7 @@ class ImageNet32(ImageDataModule):
         return torch.from_numpy(self._open(split).labels)
 
     def _decode(self, split: Split, indices: Tensor) -> Images:
-        images = MappedImages(self._open(split).images, indices)
-        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
-        if not self.on_device or device.type == "cpu":
-            return images
-        try:
-            return images.on(device)
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"on_device needs {len(images) * IMAGE_BYTES / 1e9:.1f} GB of free memory on {device}: set it to false."
-            ) from error
+        return MappedImages(self._open(split).images, indices)
 
     def _held_out(self, labels: Tensor) -> Tensor:
         """The training images to validate on: the same number of each class, never all of one."""

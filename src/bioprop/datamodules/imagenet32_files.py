@@ -8,6 +8,7 @@ import json
 import logging
 import zipfile
 import zlib
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
@@ -15,7 +16,7 @@ from typing import IO, Any, Literal, NamedTuple
 import numpy as np
 
 from bioprop.datamodules.array_pickles import load_arrays
-from bioprop.datamodules.mapped_files import lack_of_room, made_once, write_header
+from bioprop.datamodules.kept_images import made_once, open_images, write_images
 from bioprop.errors import UserError
 from bioprop.files import replacing
 
@@ -48,16 +49,10 @@ class Converted(NamedTuple):
 
 
 def open_converted(data_dir: Path, folder: Path, stored: StoredSet, check: bool) -> Converted:
-    """Opens a set, after converting it where that has not been done yet.
+    """Opens a set, after converting it from `data_dir` into `folder` where that has not been done yet.
 
-    Of several processes that come here at once, one converts and the others wait. An interrupted conversion leaves
-    nothing that is read: the files get their names when they are whole, the record of them last.
-
-    Args:
-        data_dir: Folder of the published files.
-        folder: Folder of the converted files.
-        stored: Name of the set.
-        check: Compare sizes and checksums with the published ones, unless that was done before the conversion.
+    An interrupted conversion leaves nothing that is read: the files get their names when they are whole, the record of
+    them last. To `check` is to compare sizes and checksums with the published ones, if that was not done before.
 
     Raises:
         UserError: The files are missing, damaged or others than the published ones, or there is no place to convert to.
@@ -77,7 +72,7 @@ def open_converted(data_dir: Path, folder: Path, stored: StoredSet, check: bool)
             folder / f".{stem.name}.lock",
             lambda: _ready(stem, data_dir, stored, check),
             lambda: _convert(stem, parts, stored, check),
-            f"Another process is converting the {stored} images of ImageNet 32x32",
+            f"converting the {stored} images of ImageNet 32x32",
         )
     except (OSError, NotImplementedError) as error:  # the second: a network file system without locks
         raise UserError(
@@ -92,7 +87,7 @@ def find_source(folder: Path, stored: StoredSet) -> list[Part]:
     Unpacked files may lie in `folder` or in the archive's own folder, `folder/Imagenet32_train_npz` and so on.
 
     Raises:
-        UserError: Some parts are there and others are missing.
+        UserError: Some parts are there and others are missing, or an archive is none.
     """
     stems = [f"train_data_batch_{number}" for number in range(1, 11)] if stored == "train" else ["val_data"]
     for suffix, extension in (("_npz", ".npz"), ("", "")):
@@ -117,69 +112,62 @@ def _members(archive: Path, names: list[str]) -> list[Part]:
     try:
         root = zipfile.Path(archive)
         inside = {member.rpartition("/")[2]: root / member for member in root.root.namelist()}
-    except (OSError, zipfile.BadZipFile) as error:
+        return [inside[name] for name in names]
+    except zipfile.BadZipFile as error:
         raise UserError(f"'{archive}' is not a readable zip archive ({error}): download it again.") from error
-    for name in names:
-        if name not in inside:
-            raise UserError(f"'{archive}' has no '{name}' in it, which the published archive has: download it again.")
-    return [inside[name] for name in names]
-
-
-def _stamps(parts: list[Part]) -> dict[str, list[int]]:
-    """Returns size in bytes and time of change of each file, which tell whether it is the same as another time."""
-    files = {_on_disk(part): None for part in parts}
-    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+    except KeyError as error:
+        raise UserError(
+            f"'{archive}' has no {error} in it, which the published archive has: download it again."
+        ) from error
 
 
 def _on_disk(part: Part) -> Path:
     return part if isinstance(part, Path) else Path(str(part.root.filename))
 
 
+def _stamps(parts: list[Part]) -> dict[str, list[int]]:
+    """Returns size in bytes and time of change of each file, which tell whether it is the same as another time."""
+    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in map(_on_disk, parts)}
+
+
 def _ready(stem: Path, data_dir: Path, stored: StoredSet, check: bool) -> Converted | None:
     """Opens the converted files if they are whole, checked if they have to be, and of the files that lie there now."""
     with suppress(OSError, ValueError, TypeError, KeyError):  # a file that is no record of ours counts as none
         record = json.loads(stem.with_suffix(".json").read_text())
-        images, labels = np.load(f"{stem}_images.npy", mmap_mode="r"), np.load(f"{stem}_labels.npy")
         count, verified, stamps = record["images"], record["verified"], record["source"]
-        if images.shape == (count, *IMAGE_SHAPE) and len(labels) == count:
+        images, labels = open_images(Path(f"{stem}_images.npy")), np.load(f"{stem}_labels.npy")
+        if images is not None and images.shape == (count, *IMAGE_SHAPE) and len(labels) == count:
             source = None if verified or check else find_source(data_dir, stored)
             if verified or (not check and (not source or _stamps(source) == stamps)):
-                return Converted(np.asarray(images), labels)
+                return Converted(images, labels)
     return None
 
 
 def _convert(stem: Path, parts: list[Part], stored: StoredSet, check: bool) -> None:
     """Checks the published files; writes the images, part by part, then the labels, then the record of both."""
-    stamps, labels, need = _stamps(parts), [], sum(COUNTS[stored]) * IMAGE_BYTES
-    if lack := lack_of_room(stem.parent, need):
-        raise UserError(f"converting ImageNet 32x32 {lack}: make room, or name another folder as converted_dir.")
+    stamps, labels = _stamps(parts), []
     logger.info("Converting the %s images of ImageNet 32x32, which is done once and takes a while.", stored)
     if check:
         verify(_on_disk(parts[0]))
-    stem.with_suffix(".json").unlink(missing_ok=True)
-    with replacing(f"{stem}_images.npy") as file:
-        write_header(file, (0, *IMAGE_SHAPE))
+
+    def read() -> Iterator[np.ndarray]:
         for part, expected in zip(parts, COUNTS[stored], strict=True):
             images, of_part = read_part(part)
             if check and len(images) != expected:
                 raise UserError(f"'{part}' has {len(images):,} images and the published one {expected:,}: {ANOTHER}.")
-            file.write(np.ascontiguousarray(images))
             labels.append(of_part)
-        count = sum(map(len, labels))
-        file.seek(0)
-        write_header(file, (count, *IMAGE_SHAPE))
+            yield images.reshape(-1, *IMAGE_SHAPE)
+
+    stem.with_suffix(".json").unlink(missing_ok=True)
+    write_images(Path(f"{stem}_images.npy"), read())
     with replacing(f"{stem}_labels.npy") as file:
         np.save(file, np.concatenate(labels))
     with replacing(stem.with_suffix(".json"), "w") as file:
-        json.dump({"images": count, "verified": check, "source": stamps}, file, indent=2)
+        json.dump({"images": sum(map(len, labels)), "verified": check, "source": stamps}, file, indent=2)
 
 
 def verify(archive: Path) -> None:
-    """Compares an archive with the published size and checksum; of other files none are published.
-
-    Raises:
-        UserError: A difference.
-    """
+    """Refuses an archive that differs in size or checksum from the published one; of other files none are published."""
     if archive.name not in ARCHIVES:
         return
     size, sha256 = ARCHIVES[archive.name]
@@ -194,8 +182,7 @@ def read_part(part: Part) -> tuple[np.ndarray, np.ndarray]:
     """Reads one part of a set into memory (394 MB of images).
 
     Returns:
-        The images, uint8 [images, 3072], planes red, green and blue; and the labels, int64 [images], counted from 0
-        (in the files: from 1).
+        The images, uint8 [images, 3072], planes red, green and blue; and the labels, int64 [images], counted from 0.
 
     Raises:
         UserError: The file is damaged, or is not of the published format.
@@ -208,12 +195,18 @@ def read_part(part: Part) -> tuple[np.ndarray, np.ndarray]:
         raise
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, KeyError, MemoryError) as error:
         raise UserError(f"'{part}' is damaged ({error}): download it again.") from error
-    if difference := _difference(content):
+    data, labels = np.asarray(content.get("data")), np.asarray(content.get("labels"))
+    if (
+        (data.dtype != np.uint8 or data.shape != (data.size // IMAGE_BYTES, IMAGE_BYTES))
+        or (labels.dtype.kind not in "iu" or labels.shape != data.shape[:1])
+        or not (labels.min(initial=1) == 1 and labels.max(initial=1) <= NUM_CLASSES)
+    ):
         raise UserError(
-            f"'{part}' is not a file of ImageNet 32x32, because {difference}: is it of another size (64x64, 16x16), or "
-            "another file of the same name?"
+            f"'{part}' is not a file of ImageNet 32x32, which holds data, uint8 [images, {IMAGE_BYTES}], and labels, "
+            f"whole numbers from 1 to {NUM_CLASSES} [images], but data, {data.dtype} {list(data.shape)}, and labels, "
+            f"{labels.dtype} {list(labels.shape)}: is it of another size (64x64, 16x16), or another file?"
         )
-    return content["data"], np.asarray(content["labels"]).astype(np.int64) - 1
+    return data, labels.astype(np.int64) - 1
 
 
 def _read_npz(file: IO[bytes]) -> dict[str, Any]:
@@ -224,21 +217,3 @@ def _read_npz(file: IO[bytes]) -> dict[str, Any]:
                 content[key] = np.lib.format.read_array(member, allow_pickle=False)
                 member.read()
     return content
-
-
-def _difference(content: dict[str, Any]) -> str | None:
-    """Returns what is wrong with the content of a part, to stand behind "because"."""
-    if missing := {"data", "labels"} - content.keys():
-        return f"it has no '{min(missing)}'"
-    data, labels = content["data"], np.asarray(content["labels"])
-    if not isinstance(data, np.ndarray):
-        return "its 'data' is no array"
-    if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != IMAGE_BYTES:
-        return f"its images are {data.dtype} {list(data.shape)}, not uint8 [images, {IMAGE_BYTES}]"
-    if labels.dtype.kind not in "iu":
-        return "its labels are not whole numbers"
-    if labels.shape != (len(data),):
-        return f"it has {len(data)} images and labels of shape {labels.shape}"
-    if len(data) and not 1 <= labels.min() <= labels.max() <= NUM_CLASSES:
-        return f"its labels are from {labels.min()} to {labels.max()}, not 1 to {NUM_CLASSES}"
-    return None

@@ -1,7 +1,7 @@
 """Normalisation of images, and its statistics: published ones by name, or those of the training images."""
 
-from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -9,16 +9,11 @@ from torch import Tensor
 Normalization = Literal["train", "cifar10", "imagenet32", "none"]
 
 
-class ChannelStatistics(NamedTuple):
-    """Mean and standard deviation of each channel, of images in [0, 1]."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-PUBLISHED = {
-    "cifar10": ChannelStatistics((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "imagenet32": ChannelStatistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+#: Mean and standard deviation of each channel, of images in [0, 1].
+ChannelStatistics = tuple[Sequence[float], Sequence[float]]
+PUBLISHED: dict[str, ChannelStatistics] = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "imagenet32": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 
 
@@ -41,7 +36,7 @@ def channel_statistics(blocks: Iterable[Tensor]) -> ChannelStatistics:
     variance = (share * (values - mean[:, None]) ** 2).sum(1)
     constant = (counts > 0).sum(1) == 1
     std = torch.where(constant, 1.0, variance.sqrt())
-    return ChannelStatistics(tuple(mean.tolist()), tuple(std.tolist()))
+    return mean.tolist(), std.tolist()
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -10,15 +10,10 @@ from torch import Tensor
 
 
 def allocate(counts: np.ndarray, size: int, capacity: np.ndarray) -> np.ndarray:
-    """Divides a sample among the classes in proportion to how often they occur, rounding by largest remainder.
+    """Divides a sample of `size` among classes of `counts` images in proportion, rounding by largest remainder.
 
-    Args:
-        counts: int64 [classes], how many images each class has.
-        size: Images in the sample, at most `capacity.sum()`.
-        capacity: int64 [classes], the most that the sample may take of each class.
-
-    Returns:
-        int64 [classes] of sum `size`; at least 1 for every class that has capacity, where `size` allows that.
+    No class gives more than its `capacity`, and each that has any gives 1 or more where `size`, at most the sum of
+    them, allows that. All of it is int64 [classes].
     """
     share: np.ndarray = counts * (size / counts.sum())
     least = np.minimum(1, capacity) if size >= np.count_nonzero(capacity) else np.zeros_like(capacity)
@@ -31,16 +26,9 @@ def allocate(counts: np.ndarray, size: int, capacity: np.ndarray) -> np.ndarray:
 
 
 def stratified_sample(labels: Tensor, size: int, rng: np.random.Generator, leave: int = 0) -> Tensor:
-    """Chooses images at random with the classes in the proportions of the whole.
+    """Chooses `size` images at random, or all if there are fewer, with the classes in the proportions of the whole.
 
-    Args:
-        labels: int64 [images].
-        size: Images to choose; all of them if there are fewer.
-        rng: Source of the choice and of the order.
-        leave: Number of images of each class that may not be chosen.
-
-    Returns:
-        int64 [size], distinct indices into `labels` in random order.
+    Of each class, `leave` images are not chosen. Returns indices into `labels`, int64 [images], in random order.
     """
     counts = np.bincount(labels.numpy())
     capacity = np.maximum(counts - leave, 0)
@@ -48,15 +36,9 @@ def stratified_sample(labels: Tensor, size: int, rng: np.random.Generator, leave
 
 
 def equal_sample(labels: Tensor, per_class: int, rng: np.random.Generator) -> Tensor:
-    """Chooses at random the same number of images of every class that has any.
+    """Chooses at random the same number of images of every class, or all of a class that has fewer.
 
-    Args:
-        labels: int64 [images].
-        per_class: Images to choose of each class; all of a class that has fewer.
-        rng: Source of the choice and of the order.
-
-    Returns:
-        int64 [classes * per_class], distinct indices into `labels` in random order.
+    Returns indices into `labels`, int64 [images], in random order.
     """
     return _draw(labels, np.minimum(np.bincount(labels.numpy()), per_class), rng)
 

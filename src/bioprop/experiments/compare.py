@@ -2,11 +2,15 @@
 
 import difflib
 import inspect
+import math
 import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Literal, NoReturn, TypeVar
 
@@ -15,12 +19,15 @@ from rich.console import Console
 
 from bioprop.cli_parser import OneSentenceParser, resolve_homes
 from bioprop.errors import UserError
+from bioprop.experiments import worker
 from bioprop.experiments.configs import Row, Settings, find_rows, name_configs, resolve
+from bioprop.experiments.costs import TURNS, Costs
 from bioprop.experiments.environment import versions
-from bioprop.experiments.plan import MOST_SEEDS, Comparison, Run, locked
-from bioprop.experiments.processes import check_runs, run_jobs
+from bioprop.experiments.names import method
+from bioprop.experiments.plan import MOST_ROUNDS, MOST_SEEDS, Comparison, Run, locked
+from bioprop.experiments.processes import ask, run_jobs
 from bioprop.experiments.progress import Progress
-from bioprop.experiments.report import show_report, write_report, write_rows
+from bioprop.experiments.report import show_report, show_table, write_report, write_rows
 from bioprop.experiments.summary import summarize
 from bioprop.experiments.worker import Job
 from bioprop.faults import as_user_error
@@ -31,6 +38,8 @@ USAGE = "bioprop compare [options] [-- options of every run, as of bioprop fit]"
 INTERRUPTED = 130
 #: Algorithms that are compared where none are named.
 STANDARD = "backprop,dtp,ldrl"
+#: Hyperparameters that make epochs which train feedback alone.
+ALONE = ("feedback_pretraining_epochs", "extra_feedback_epochs")
 
 #: Options of a run that a comparison sets itself, and what is to be done instead of giving them.
 DECIDED_BY_COMPARE = {
@@ -50,21 +59,23 @@ def compare(
     configs: list[str] | str = "",
     seeds: int = 3,
     epochs: int | None = None,
+    equal_time: float | None = None,
     lr_factors: list[float] | str = "1",
-    jobs: int = 1,
+    parallel: int = 1,
+    plan: bool = False,
     options: Sequence[str] = (),
     command: str = "",
 ) -> int:
-    """Train algorithms on the same network and data, test them, and write a table, figures and a CSV file.
+    """Train algorithms on the same network and data, test them, and write tables, figures and CSV files.
 
     Everything but the algorithm, its hyperparameters and its optimizer must be the same in all rows, or the comparison
     is refused before anything runs. All training comes first; then the checkpoint of each run that was best on the
-    validation images reads the test images once. Killed at any moment, the same command goes on where it was; with
-    more rows or seeds it runs what is missing.
+    validation images reads the test images once, and the cost of a batch is measured with nothing else going on. Killed
+    at any moment, the same command goes on where it was; with more rows or seeds it runs what is missing.
 
     Args:
-        folder: results folder: table.md, runs.csv, trials.csv, figures (*.png), and all runs with checkpoints and logs;
-            by default compared/<network>_<data>.
+        folder: results folder: table.md (.csv, .tex), runs.csv, curves.csv, trials.csv, figures (.png, .pdf), and all
+            runs with checkpoints and logs; by default runs/compare_<network>_<data>.
         algorithms: names as in lightning_configs/<algorithm>_<network>_<data>.yaml, by default backprop,dtp,ldrl, or
             of classes, such as my_rules.MyRule, which have the defaults of the class.
         network: name of the network, as there: lenet, mlp, simplevgg, ..., or of a class, such as my_nets.MyNet.
@@ -72,9 +83,13 @@ def compare(
         configs: configuration files to compare instead of the three above, such as a.yaml,b.yaml.
         seeds: number of runs of each algorithm: seeds 0, 1, ... for weights and noise; the split stays (data.seed).
         epochs: epochs of every run, with any that train feedback alone; by default what the files agree on.
+        equal_time: seconds of training for every run, instead of equal epochs: each algorithm has as many epochs as
+            fit, at least one, by its time per batch, which is measured beforehand.
         lr_factors: such as 0.3,1,3: each algorithm tries its learning rate times each factor, once, with a seed that
-            is not reported, and keeps the one with the best validation accuracy.
-        jobs: runs side by side, each with its share of the threads; times are then those of a shared machine.
+            is not reported, and keeps the one with the best validation accuracy. As long as that of an algorithm is the
+            smallest or the largest, all try one more (four at most).
+        parallel: runs side by side, each with its share of the threads.
+        plan: show the runs and how long they will take, and do no more.
         options: further options of every run, as of ``bioprop fit``; on the command line, what follows ``--``.
         command: the command line, for the table.
 
@@ -88,26 +103,80 @@ def compare(
         raise UserError(
             f"--seeds is {seeds}, but it must be from 1 to {MOST_SEEDS}: the number of runs of each algorithm"
         )
-    if jobs < 1:
-        raise UserError(f"--jobs is {jobs}, but it must be at least 1")
-    if epochs is not None and epochs < 1:
-        raise UserError(f"--epochs is {epochs}, but it must be at least 1")
+    for name, value in (("parallel", parallel), ("epochs", epochs)):
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}, but it must be at least 1")
+    if equal_time is not None and not 0.0 < equal_time < float("inf"):
+        raise UserError(f"--equal_time is {equal_time}, but it must be a number of seconds above 0")
+    if equal_time is not None and epochs is not None:
+        raise UserError("--equal_time decides the number of epochs: leave it or --epochs out")
     if algorithms == "" and network and data:
         algorithms = STANDARD
     factors = _factors(lr_factors)
-    _refuse_own(options, epochs is not None)
+    _refuse_own(options, sets_epochs=epochs is not None or equal_time is not None)
     everywhere = [*options, *([] if epochs is None else [f"--trainer.max_epochs={epochs}"])]
-    folder = (folder or Path("compared", "_".join(filter(None, (network, data))))).resolve()
+    if folder is None:
+        folder = Path("runs", "_".join(filter(None, ("compare", network, data))))
+    folder, console = folder.resolve(), Console()
     with TemporaryDirectory() as scratch:
         found = _find(_listed(algorithms), network, data, _listed(configs), Path(scratch))
         rows = {name: resolve(row.config, [*row.options, *everywhere]) for name, row in found.items()}
-        missing = _refuse_mistakes(folder, rows, seeds, factors)
-        check_runs({name: (f"--config={found[name].config}", *found[name].options, *everywhere) for name in missing})
+        words = {name: (f"--config={row.config}", *row.options, *everywhere) for name, row in found.items()}
+        comparison = Comparison.load(folder)
+        costs = Costs({})
+        if equal_time is not None:
+            costs = _fit_into(equal_time, rows, words, comparison, console)
+        comparison.admit(rows, seeds, factors, equal_time)
+        missing = [name for name in rows if not (runs := comparison.runs(name)) or any(map(_is_missing, runs))]
+        for mistake in ask(worker.check, {name: words[name] for name in missing}):
+            raise UserError(mistake)
+        if plan:
+            costs = costs if costs.turns else _measure(words, rows, console)
+            show_plan(comparison, list(rows), costs, parallel, console)
+            return 0
     with locked(folder):
         comparison = Comparison.load(folder)
-        comparison.admit(rows, seeds, factors)
+        comparison.admit(rows, seeds, factors, equal_time)
         comparison.save(command)
-        return _run(comparison, list(rows), jobs)
+        return _run(comparison, list(rows), parallel, console)
+
+
+def _fit_into(
+    seconds: float,
+    rows: Mapping[str, Settings],
+    words: Mapping[str, Sequence[str]],
+    comparison: Comparison,
+    console: Console,
+) -> Costs:
+    """Give every row the number of epochs that fit into so many seconds; rows of before keep theirs."""
+    new = [name for name in rows if name not in comparison.rows]
+    costs = _measure(words, rows, console) if new else Costs({})
+    for name, settings in rows.items():
+        trainer = settings["trainer"]
+        if name in comparison.rows:
+            trainer["max_epochs"] = comparison.rows[name]["trainer"]["max_epochs"]
+        elif costs.seconds(name):
+            trainer["max_epochs"] = max(1, int(seconds / (costs.batches * median(costs.seconds(name)))))
+        else:
+            raise UserError(f"the time per batch of {name} could not be measured: try it alone, by bioprop fit")
+    return costs
+
+
+def _measure(
+    words: Mapping[str, Sequence[str]], rows: Mapping[str, Settings], console: Console, progress: Progress | None = None
+) -> Costs:
+    """Measure the cost of a batch of every row, in turns; epochs that train feedback alone are left out."""
+    runs = {
+        name: [*given, *(f"--model.init_args.{key}=0" for key in ALONE if key in rows[name]["model"]["init_args"])]
+        for name, given in words.items()
+    }
+    with nullcontext(progress) if progress else Progress(console, lambda: None) as shown:
+        step = shown.track("time per batch, in turns", len(runs) * (TURNS + 1))
+        for said in ask(worker.measure, runs):
+            if isinstance(said, Costs):
+                return said
+            step()
+    raise UserError("the time per batch could not be measured: try one of the runs alone, by bioprop fit")
 
 
 def _refuse_own(options: Sequence[str], sets_epochs: bool) -> None:
@@ -119,33 +188,63 @@ def _refuse_own(options: Sequence[str], sets_epochs: bool) -> None:
                 raise UserError(f"--{name} behind -- would be ignored, since bioprop compare sets it: {instead}")
 
 
-def _refuse_mistakes(folder: Path, rows: Mapping[str, Settings], seeds: int, factors: list[float]) -> list[str]:
-    """Hold the rows against the rules and against what the folder holds; return those that have runs to do."""
-    comparison = Comparison.load(folder)
-    comparison.admit(rows, seeds, factors)
-    return [name for name in rows if not (runs := comparison.runs(name)) or any(_is_missing(run) for run in runs)]
+def _run(comparison: Comparison, rows: Sequence[str], at_once: int, console: Console) -> int:
+    """Do what is missing: trials, then training, then tests, then the measurement of costs."""
+    code = versions()
 
+    def epochs(row: str) -> int:
+        return int(comparison.rows[row]["trainer"]["max_epochs"])
 
-def _run(comparison: Comparison, rows: Sequence[str], at_once: int) -> int:
-    """Do what is missing: trials, then training, then tests."""
-    console, code = Console(), versions()
-    trials = [trial for row in rows for trial in comparison.trials(row)]
-    total = len(trials) + sum(comparison.seeds[row] for row in rows)
-    ended = sum(not _is_missing(run) for run in [*trials, *(run for row in rows for run in comparison.runs(row))])
-    epochs = comparison.rows[rows[0]]["trainer"]["max_epochs"]
+    def do(kind: Literal["fit", "test"], runs: Sequence[Run]) -> None:
+        jobs = [_job(kind, run, comparison, at_once, code) for run in runs]
+        run_jobs(jobs, at_once, progress)
 
-    def make(kind: Literal["fit", "test"], runs: Sequence[Run]) -> list[Job]:
-        return [_job(kind, run, comparison, at_once, code) for run in runs]
-
-    with Progress(console, total, ended, epochs, lambda: write_rows(comparison)) as progress:
-        run_jobs(make("fit", [run for run in trials if _is_missing(run)]), at_once, progress)
+    with Progress(console, lambda: write_rows(comparison)) as progress:
+        # those of the seeds are not known before the trials are done
+        ended = {row: sum(not _is_missing(run) for run in comparison.runs(row)) for row in rows}
+        progress.expect((epochs(row), seed < ended[row]) for row in rows for seed in range(comparison.seeds[row]))
+        counted = set[Path]()
+        while True:
+            trials = [trial for row in rows for trial in comparison.trials(row)]
+            progress.expect((epochs(run.row), not _is_missing(run)) for run in trials if run.folder not in counted)
+            counted |= {run.folder for run in trials}
+            do("fit", [run for run in trials if _is_missing(run)])
+            if any(map(_is_missing, trials)) or not comparison.needs_round(rows):
+                break
+            comparison.rounds += 1
+            comparison.save()
         # seed by seed, so that whatever else the machine does falls on all algorithms alike
         runs = sorted((run for row in rows for run in comparison.runs(row)), key=lambda run: run.seed)
-        run_jobs(make("fit", [run for run in runs if _is_missing(run)]), at_once, progress)
-        run_jobs(make("test", [run for run in runs if _is_untested(run)]), at_once, progress)
+        do("fit", [run for run in runs if _is_missing(run)])
+        do("test", [run for run in runs if _is_untested(run)])
+        finished = [row.name for row in summarize(comparison) if row.finished]
+        if finished and set(finished) != set(Costs.load(comparison.folder).turns):
+            words = {name: comparison.arguments(comparison.runs(name)[0]) for name in finished}
+            _measure(words, comparison.rows, console, progress).save(comparison.folder)
     write_report(comparison)
     show_report(comparison, console)
     return int(any(row.failed for row in summarize(comparison) if row.name in rows))
+
+
+def show_plan(comparison: Comparison, rows: Sequence[str], costs: Costs, at_once: int, console: Console) -> None:
+    """Show the runs that are missing, and how long they will take by the time of a batch."""
+    table, total, count = [], 0.0, 0
+    for row in rows:
+        trials = sum(map(_is_missing, comparison.trials(row)))
+        runs = comparison.seeds[row] - sum(not _is_missing(run) for run in comparison.runs(row))
+        epochs = comparison.rows[row]["trainer"]["max_epochs"]
+        each = costs.starting + epochs * costs.batches * median(costs.seconds(row) or [math.nan])
+        count, total = count + trials + runs, total + (trials + runs) * each
+        figures = (trials, runs, epochs, f"{each:.0f}", f"{(trials + runs) * each:.0f}")
+        headings = ("trials", "runs", "epochs", "seconds of each", "seconds of all")
+        table.append({"algorithm": method(row)} | dict(zip(headings, map(str, figures), strict=True)))
+    show_table("to do", table, console)
+    more = ""
+    if len(comparison.lr_factors) > 1 and comparison.rounds < MOST_ROUNDS:
+        more = f"; up to {MOST_ROUNDS - comparison.rounds} more trials of each where a best rate is at the edge"
+    duration = timedelta(seconds=round(total / at_once)) if math.isfinite(total) else "unknown time"
+    said = f"{count} runs, about {duration} with --parallel {at_once} (validation left out){more}"
+    console.print(said, soft_wrap=True)
 
 
 def _is_missing(run: Run) -> bool:
@@ -170,6 +269,7 @@ def _job(kind: Literal["fit", "test"], run: Run, comparison: Comparison, at_once
         versions=code,
         threads=None if at_once == 1 else max(1, torch.get_num_threads() // at_once),
         jobs=at_once,
+        epochs=comparison.rows[run.row]["trainer"]["max_epochs"],
     )
 
 
@@ -234,7 +334,8 @@ def main(words: Sequence[str]) -> int:
     rules = (inspect.getdoc(compare) or "").split("\n\n")[1]
     parser = CompareParser(prog="bioprop compare", usage=USAGE, description=rules)
     parser.add_function_arguments(compare, as_positional=False, skip={"options", "command"})
-    given = resolve_homes(parser.parse_args(list(words[:cut])))
+    own = ["--plan=true" if word == "--plan" else word for word in words[:cut]]
+    given = resolve_homes(parser.parse_args(own))
     command = shlex.join(["bioprop", "compare", *words])
     try:
         return compare(**given.as_dict(), options=words[cut + 1 :], command=command)

@@ -1,24 +1,77 @@
 """The cost of training: seconds of a batch and of its feedback phase, and memory; on any device."""
 
+import json
 import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from pytorch_lightning.profilers import Profiler
 
+from bioprop.experiments.results import read, write_whole
+
 #: Actions that Lightning's loop and `bioprop.algorithms.base.Algorithm` name.
 BATCH, FEEDBACK = "run_training_batch", "[Algorithm]train_feedback"
-#: First batches of a process, which allocate and record graphs: not timed where there are others.
-WARM_UP = 5
+#: First batches of a turn, which fill caches, allocate and record graphs: not timed where there are others.
+WARM_UP = 3
+#: Turns of every row, seconds of one, and the most batches in one.
+TURNS, TURN_SECONDS, MOST_BATCHES = 7, 0.4, 20
+COSTS = "costs.json"
 CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
-class BatchTime(NamedTuple):
-    """Seconds of one training step, and how many of them went into feedback weights."""
+class Turn(NamedTuple):
+    """Seconds of the fastest of some training steps, and the share of the time of all spent on feedback.
+
+    Whatever else the machine does makes steps slower, never faster.
+    """
 
     step: float
-    feedback: float
+    feedback_share: float
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The cost of a batch of every row, measured in turns in one process while nothing else ran.
+
+    Attributes:
+        turns: turns of each row by name; a row that could not be measured has none.
+        batches: number of batches of an epoch.
+        starting: seconds until a run begins to train.
+        hardware: machine on which they were measured.
+        versions: what ran.
+    """
+
+    turns: Mapping[str, list[Turn]]
+    batches: int = 0
+    starting: float = 0.0
+    hardware: str = ""
+    versions: str = ""
+
+    def seconds(self, row: str) -> list[float]:
+        """Seconds of a training step of a row, turn by turn."""
+        return [turn.step for turn in self.turns.get(row, [])]
+
+    def save(self, folder: Path) -> None:
+        """Write ``costs.json``."""
+        write_whole(folder / COSTS, json.dumps(asdict(self), indent=1))
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read ``costs.json``; of no rows where there is none.
+
+        Raises:
+            UserError: if the file is damaged, or another program's.
+        """
+        path = folder / COSTS
+        return read(path, cls._of) if path.is_file() else cls({})
+
+    @classmethod
+    def _of(cls, stored: dict[str, Any]) -> Self:
+        turns = {row: [Turn(*map(float, each)) for each in listed] for row, listed in stored.pop("turns").items()}
+        return cls(turns, **stored)
 
 
 class StepTimes(Profiler):
@@ -30,10 +83,9 @@ class StepTimes(Profiler):
 
     def __init__(self) -> None:
         super().__init__()
-        self._seen: list[BatchTime] = []
+        self._seen: list[tuple[float, float]] = []
         self._started: dict[str, float] = {}
         self._feedback = 0.0
-        self._warm = False
 
     def start(self, action_name: str) -> None:
         """Read the clock, for the two actions that are timed."""
@@ -45,14 +97,14 @@ class StepTimes(Profiler):
         if action_name == FEEDBACK:
             self._feedback += _now() - self._started.pop(FEEDBACK)
         elif action_name == BATCH:
-            self._seen.append(BatchTime(_now() - self._started.pop(BATCH), self._feedback))
+            self._seen.append((_now() - self._started.pop(BATCH), self._feedback))
             self._feedback = 0.0
 
-    def take(self) -> list[BatchTime]:
-        """Return the times since the last call, without the process's first batches."""
-        taken = self._seen if self._warm else self._seen[WARM_UP:] or self._seen[-1:]
-        self._seen, self._warm = [], True
-        return taken
+    def take(self) -> Turn:
+        """Summarize the steps since the last call, without the first."""
+        steps, feedback = zip(*(self._seen[WARM_UP:] or self._seen[-1:]), strict=True)
+        self._seen = []
+        return Turn(min(steps), sum(feedback) / sum(steps) if sum(steps) else 0.0)
 
 
 class PeakMemory:

@@ -65,12 +65,16 @@ def check_alone(name: str, settings: Settings) -> None:
         raise UserError(f"{name} has trainer.limit_val_batches 0, but the checkpoint is chosen on validation images")
 
 
-def check_fair(rows: Mapping[str, Settings]) -> None:
+def check_fair(rows: Mapping[str, Settings], epochs_differ: bool = False) -> None:
     """Refuse rows that differ in more than the algorithm and its own hyperparameters.
 
     The optimizer, its schedule, and what the algorithm is made of may differ. The network, the data with split, batch
     size and augmentation, the trainer with epochs, limits and precision, the choice of the checkpoint and the
     measurement of angles must be the same.
+
+    Args:
+        rows: settings by name.
+        epochs_differ: let rows have different numbers of epochs.
 
     Raises:
         UserError: naming the first setting that differs, with both values.
@@ -81,7 +85,7 @@ def check_fair(rows: Mapping[str, Settings]) -> None:
         found = _shared(settings)
         # the class of network or data comes first: its arguments differ too then
         for key in sorted(wanted.keys() | found.keys(), key=lambda key: (key.count("."), key)):
-            if wanted.get(key) != found.get(key):
+            if wanted.get(key) != found.get(key) and not (epochs_differ and key == "trainer.max_epochs"):
                 raise UserError(
                     f"{first} and {name} cannot be compared: {key} is {_show(wanted, key)} for {first} and "
                     f"{_show(found, key)} for {name}{_advice(key)}"

@@ -1,6 +1,7 @@
 """A comparison: its rows, the runs they need, and the folder that keeps all of it."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,8 +17,11 @@ from bioprop.experiments.fairness import check_alone, check_fair, check_unchange
 from bioprop.experiments.results import Result, Test, write_whole
 
 MANIFEST, LOCK = "comparison.json", ".lock"
+STORED = ("rows", "seeds", "lr_factors", "commands", "rounds", "equal_time")
 #: Seed of the trials, far from those of the runs that are reported.
 TRIAL_SEED, MOST_SEEDS = 1_000_000, 1000
+#: Most trials of a row beyond the factors that were asked for.
+MOST_ROUNDS = 4
 
 
 class Run(NamedTuple):
@@ -63,6 +67,8 @@ class Comparison:
         seeds: number of seeds that were asked for, by row.
         lr_factors: tried on the learning rate of each row; one factor is no trial.
         commands: the command lines that made it, without repetitions.
+        rounds: number of further trials of every row, at factors that follow from its trials before.
+        equal_time: seconds of training for every row, which its number of epochs follows from; None for equal epochs.
     """
 
     folder: Path
@@ -70,6 +76,8 @@ class Comparison:
     seeds: dict[str, int] = field(default_factory=dict)
     lr_factors: list[float] = field(default_factory=lambda: [1.0])
     commands: list[str] = field(default_factory=list)
+    rounds: int = 0
+    equal_time: float | None = None
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -89,35 +97,41 @@ class Comparison:
             raise UserError(f"--folder {folder} {kind}: choose an empty or a new folder, or that of a comparison")
         return cls(folder)
 
-    def admit(self, rows: Mapping[str, Settings], seeds: int, lr_factors: Sequence[float]) -> None:
+    def admit(
+        self, rows: Mapping[str, Settings], seeds: int, lr_factors: Sequence[float], equal_time: float | None = None
+    ) -> None:
         """Take rows into the comparison.
 
         Raises:
             UserError: if one breaks a rule, or is there already with other settings.
         """
-        if self.rows and list(lr_factors) != self.lr_factors:
-            raise UserError(
-                f"the results folder holds trials with lr_factors {self.lr_factors}, and now they are "
-                f"{list(lr_factors)}: choose another --folder, or take the old ones"
-            )
+        for name, before, now in (
+            ("lr_factors", self.lr_factors, list(lr_factors)),
+            ("equal_time", self.equal_time, equal_time),
+        ):
+            if self.rows and before != now:
+                raise UserError(
+                    f"the results folder was made with {name} {before}, and now it is {now}: choose another --folder, "
+                    "or take the old value"
+                )
         for name, settings in rows.items():
             check_alone(name, settings)
             if name in self.rows:
                 check_unchanged(name, self.rows[name], settings)
             if list(lr_factors) != [1.0]:
                 learning_rates(name, settings)
-        check_fair({**self.rows, **rows})
+        check_fair({**self.rows, **rows}, epochs_differ=equal_time is not None)
         self.rows |= rows
-        self.lr_factors = list(lr_factors)
+        self.lr_factors, self.equal_time = list(lr_factors), equal_time
         self.seeds |= {name: max(seeds, self.seeds.get(name, 0)) for name in rows}
 
-    def save(self, command: str) -> None:
+    def save(self, command: str = "") -> None:
         """Write ``comparison.json`` and a configuration file for each row."""
-        if command not in self.commands:
+        if command and command not in self.commands:
             self.commands.append(command)
         for name, settings in self.rows.items():
             write_whole(self.config(name), yaml.safe_dump(settings, sort_keys=False))
-        stored = {name: getattr(self, name) for name in ("rows", "seeds", "lr_factors", "commands")}
+        stored = {name: getattr(self, name) for name in STORED}
         write_whole(self.folder / MANIFEST, json.dumps(stored, indent=1))
 
     def config(self, row: str) -> Path:
@@ -125,11 +139,41 @@ class Comparison:
         return self.folder / "configs" / f"{row}.yaml"
 
     def trials(self, row: str) -> list[Run]:
-        """The runs that choose the learning rate of a row; none where there is no choice."""
+        """The runs that choose the learning rate of a row, as far as they are known; none where there is no choice."""
         if len(self.lr_factors) == 1:
             return []
-        folder = self.folder / "trials" / row
-        return [Run(row, folder / f"x{factor:g}", TRIAL_SEED, factor, True) for factor in self.lr_factors]
+        return [self._trial(row, factor) for factor in self._factors(row)]
+
+    def _trial(self, row: str, factor: float) -> Run:
+        return Run(row, self.folder / "trials" / row / f"x{factor:g}", TRIAL_SEED, factor, True)
+
+    def _factors(self, row: str) -> list[float]:
+        """Those that were asked for, and one a round, chosen by the trials before it."""
+        factors = list(self.lr_factors)
+        for _ in range(self.rounds):
+            if (scores := self._scores(row, factors)) is not None:
+                factors.append(next_factor(scores))
+        return factors
+
+    def _scores(self, row: str, factors: Sequence[float]) -> dict[float, float] | None:
+        """Validation accuracy by factor; -1 for a trial that diverged, None as long as one is missing."""
+        results = {factor: self._trial(row, factor).result for factor in factors}
+        if any(result is None or result.status == "failed" for result in results.values()):
+            return None
+        return {
+            factor: result.best_val_accuracy or 0.0 if result and result.status == "finished" else -1.0
+            for factor, result in results.items()
+        }
+
+    def is_at_edge(self, row: str) -> bool:
+        """Return whether the best trial is the smallest or the largest, so that a better rate may lie beyond."""
+        scores = self._scores(row, self._factors(row)) if len(self.lr_factors) > 1 else None
+        return scores is not None and best_factor(scores) in (min(scores), max(scores))
+
+    def needs_round(self, rows: Sequence[str]) -> bool:
+        """Return whether all rows get one more trial: the best of one is at the edge, and nothing is decided yet."""
+        undecided = self.rounds < MOST_ROUNDS and not (self.folder / "runs").exists()
+        return undecided and any(self.is_at_edge(row) for row in rows)
 
     def runs(self, row: str) -> list[Run]:
         """The runs that are reported; none as long as the learning rate is not chosen."""
@@ -143,18 +187,10 @@ class Comparison:
 
         A trial that diverged is worse than any that finished; None too if all diverged.
         """
-        trials = self.trials(row)
-        if not trials:
+        if len(self.lr_factors) == 1:
             return self.lr_factors[0]
-        results = [(trial.result, trial.factor) for trial in trials]
-        if any(result is None or result.status == "failed" for result, _ in results):
-            return None
-        scores = [
-            (result.best_val_accuracy, -factor)
-            for result, factor in results
-            if result is not None and result.status == "finished" and result.best_val_accuracy is not None
-        ]
-        return -max(scores)[1] if scores else None
+        scores = self._scores(row, self._factors(row)) or {}
+        return best_factor(scores) if max(scores.values(), default=-1.0) >= 0.0 else None
 
     def arguments(self, run: Run) -> tuple[str, ...]:
         """The arguments of ``bioprop fit`` and ``bioprop test`` for a run."""
@@ -183,6 +219,24 @@ class Comparison:
             return [scale(each) for each in value] if isinstance(value, list) else float(f"{run.factor * value:.12g}")
 
         return {key: scale(value) for key, value in rates.items()}
+
+
+def best_factor(scores: Mapping[float, float]) -> float:
+    """The factor of the best score, the smaller of equals."""
+    return max(scores, key=lambda factor: (scores[factor], -factor))
+
+
+def next_factor(scores: Mapping[float, float]) -> float:
+    """The factor to try next: beyond the best where that is at an edge, or else between it and its better neighbour."""
+    tried = sorted(scores)
+    at = tried.index(best_factor(scores))
+    if at == 0:
+        factor = tried[0] ** 2 / tried[1]
+    elif at == len(tried) - 1:
+        factor = tried[-1] ** 2 / tried[-2]
+    else:
+        factor = math.sqrt(tried[at] * max(tried[at - 1], tried[at + 1], key=lambda each: scores[each]))
+    return float(f"{factor:.4g}")
 
 
 def learning_rates(name: str, settings: Settings, required: bool = True) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing import connection, forkserver, get_all_start_methods, get_context, resource_tracker
 from multiprocessing.context import BaseContext
@@ -65,27 +65,29 @@ def run_jobs(jobs: Sequence[Job], at_once: int, watcher: Watcher) -> None:
             each.process.join()
 
 
-def check_runs(runs: Mapping[str, tuple[str, ...]]) -> None:
-    """Make network, algorithm, data and trainer of each run, in a process that is gone afterwards.
+def ask(work: Callable[..., None], runs: Mapping[str, Sequence[str]]) -> Iterator[Any]:
+    """Hear what one process says of runs until it ends; it is gone afterwards.
 
     Args:
+        work: `bioprop.experiments.worker.check` or ``measure``.
         runs: arguments of ``bioprop fit`` by name.
 
     Raises:
-        UserError: if one of them refuses its settings.
+        UserError: if it dies of something that it could not say.
     """
     receiver, sender = _context().Pipe(duplex=False)
-    process = _started(worker.check, runs, Path.cwd(), sender)
+    process = _started(work, runs, Path.cwd(), sender)
     sender.close()
     try:
-        mistake = receiver.recv()
-    except EOFError:
-        mistake = "the check of the settings died: run one of them alone, by bioprop fit, to see why"
+        with suppress(EOFError):
+            while True:
+                yield receiver.recv()
+        process.join()
+        if process.exitcode:
+            raise UserError("the settings could not be tried: run one of them alone, by bioprop fit, to see why")
     finally:
         process.kill()  # it has answered, or nobody waits for that any more
         process.join()
-    if mistake:
-        raise UserError(mistake)
 
 
 def _start(job: Job) -> _Running:

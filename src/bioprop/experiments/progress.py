@@ -1,6 +1,6 @@
 """The progress of a comparison: bars on a terminal, a line for each run elsewhere."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Self
 
 from rich import progress as rich_progress
@@ -16,14 +16,12 @@ class Progress:
 
     Args:
         console: terminal or file that shows them.
-        total: number of runs, trials included.
-        done: number of those that have ended before.
-        epochs: number of epochs of each run.
         after_run: called when a run has ended.
     """
 
-    def __init__(self, console: Console, total: int, done: int, epochs: int, after_run: Callable[[], None]) -> None:
-        self._console, self._total, self._done, self._epochs, self._after_run = console, total, done, epochs, after_run
+    def __init__(self, console: Console, after_run: Callable[[], None]) -> None:
+        self._console, self._after_run = console, after_run
+        self._total = self._done = 0
         self._bars = rich_progress.Progress(
             rich_progress.TextColumn("{task.description}"),
             rich_progress.BarColumn(),
@@ -33,12 +31,33 @@ class Progress:
             rich_progress.TimeRemainingColumn(elapsed_when_finished=False),
             console=console,
             disable=not console.is_terminal,
+            speed_estimate_period=3600,  # seconds; epochs may take minutes
         )
-        self._whole = self._bars.add_task(
-            "all runs", total=total * epochs, completed=done * epochs, state=self._state()
-        )
+        self._whole = self._bars.add_task("all runs", total=0, state="")
         self._tasks: dict[Job, rich_progress.TaskID] = {}
         self._seen: dict[Job, int] = {}
+
+    def expect(self, runs: Iterable[tuple[int, bool]]) -> None:
+        """Count further runs in.
+
+        Args:
+            runs: number of epochs of each, and whether it has ended before.
+        """
+        listed = list(runs)
+        self._total += len(listed)
+        self._done += sum(ended for _, ended in listed)
+        task = self._bars.tasks[self._whole]
+        self._bars.update(
+            self._whole,
+            total=(task.total or 0) + sum(epochs for epochs, _ in listed),
+            completed=task.completed + sum(epochs for epochs, ended in listed if ended),
+            state=self._state(),
+        )
+
+    def track(self, description: str, total: int) -> Callable[[], None]:
+        """Show a bar for something else; return what moves it on."""
+        task = self._bars.add_task(f"  {description}", total=total, state="")
+        return lambda: self._bars.advance(task)
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -50,7 +69,7 @@ class Progress:
     def started(self, job: Job) -> None:
         """Show a bar of its own."""
         state = "starting" if job.kind == "fit" else "testing"
-        self._tasks[job] = self._bars.add_task(f"  {escape(job.title)}", total=self._epochs, state=state)
+        self._tasks[job] = self._bars.add_task(f"  {escape(job.title)}", total=job.epochs, state=state)
         self._seen[job] = 0
 
     def epoch(self, job: Job, number: int, accuracy: float | None) -> None:
@@ -84,11 +103,11 @@ class Progress:
             )
             result.save(job.folder)
         self._done += 1
-        self._bars.advance(self._whole, self._epochs - self._seen.pop(job))
+        self._bars.advance(self._whole, job.epochs - self._seen.pop(job))
         self._bars.update(self._whole, state=self._state())
         best = result.best_val_accuracy
         reached = "" if best is None else f"best validation accuracy {100 * best:.2f} %, "
-        figures = f"{reached}{sum(epoch.seconds for epoch in result.epochs):.1f} s"
+        figures = f"{reached}{result.seconds:.1f} s"
         outcome = result.status if not result.message else f"{result.status}: {result.message}"
         return f"[{self._done} of {self._total}] {outcome}{f' ({figures})' if result.epochs else ''}"
 

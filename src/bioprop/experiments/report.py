@@ -3,169 +3,203 @@
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from bioprop.experiments.costs import TURNS, Costs
 from bioprop.experiments.figures import draw_figures
+from bioprop.experiments.names import experiment
 from bioprop.experiments.plan import TRIAL_SEED, Comparison, Run
-from bioprop.experiments.results import Result, write_whole
-from bioprop.experiments.summary import Ended, Row, Spread, backprop_seconds, summarize
-from bioprop.runs.folder import class_name
-
-RUN_COLUMNS = (
-    "name",
-    "algorithm",
-    "seed",
-    "status",
-    "learning_rate",
-    "lr_factor",
-    "test_accuracy",
-    "best_val_accuracy",
-    "best_epoch",
-    "epochs",
-    "angle",
-    "angle_overall_last",
-    "angle_gauss_newton",
-    "seconds_per_epoch",
-    "batch_seconds",
-    "times_backprop",
-    "feedback_share",
-    "peak_memory_mib",
-    "jobs",
-    "hardware",
-    "versions",
-    "ended",
-    "message",
+from bioprop.experiments.results import Result, hidden_mean, write_whole
+from bioprop.experiments.summary import (
+    FEWEST_PAIRS,
+    Ended,
+    Row,
+    Spread,
+    backprop_seconds,
+    differences_to_backprop,
+    spread,
+    summarize,
 )
-#: A row takes part in choosing the learning rate: it has no test accuracy, and no ratio worth reporting.
-TRIAL_COLUMNS = tuple(name for name in RUN_COLUMNS if name not in ("test_accuracy", "times_backprop"))
+
+#: Characters of a cell on the screen that are not broken.
+WIDEST = 15
+#: Kinds of files of a results folder that are named on the screen.
+SHOWN = (".md", ".csv", ".tex", ".png")
 
 
 class Report(NamedTuple):
-    """The table as text: heading of each column, cells row by row; and what stands below, sentence by sentence."""
+    """Tables of text by title, each a list of rows of cells by heading; and what stands below, by sentence."""
 
     title: str
-    headings: list[str]
-    cells: list[list[str]]
+    tables: dict[str, list[dict[str, str]]]
     notes: list[str]
 
 
 def write_rows(comparison: Comparison) -> None:
-    """Write ``runs.csv``, ``trials.csv`` (where there are trials) and ``table.md``."""
-    rows = summarize(comparison)
-    base = backprop_seconds(rows)
-    write_whole(
-        comparison.folder / "runs.csv", _csv(RUN_COLUMNS, [run for row in rows for run in row.runs], rows, base)
-    )
-    trials = [trial for row in rows for trial in row.trials]
-    if trials:
-        write_whole(comparison.folder / "trials.csv", _csv(TRIAL_COLUMNS, trials, rows, base))
-    write_whole(comparison.folder / "table.md", _markdown(make_report(comparison, rows)))
+    """Write ``runs.csv``, ``curves.csv``, ``trials.csv`` (where there are trials), ``table.md``, ``.csv``, ``.tex``."""
+    rows, costs = summarize(comparison), Costs.load(comparison.folder)
+    runs = [(row, each) for row in rows for each in row.runs]
+    trials = [(row, each) for row in rows for each in row.trials]
+    report = make_report(comparison, rows, costs)
+    written = {
+        "runs.csv": _csv([_run(row, each) for row, each in runs if each.result]),
+        "trials.csv": _csv([_run(row, each) for row, each in trials if each.result]),
+        "curves.csv": _csv([epoch for row, each in runs for epoch in _epochs(row, each)]),
+        "table.csv": _csv(_figures(rows, costs)),
+        "table.md": _markdown(report),
+        "table.tex": _latex(report),
+    }
+    for name, content in written.items():
+        if content:
+            write_whole(comparison.folder / name, content)
 
 
 def write_report(comparison: Comparison) -> None:
     """Write tables and figures."""
     write_rows(comparison)
-    draw_figures(summarize(comparison), comparison.folder, _title(comparison))
+    draw_figures(summarize(comparison), Costs.load(comparison.folder), comparison.folder, _title(comparison))
 
 
 def show_report(comparison: Comparison, console: Console) -> None:
-    """Show the table on the screen, and say where the files are."""
+    """Show the tables on the screen, and say where the files are."""
     rows = summarize(comparison)
-    report = make_report(comparison, rows)
-    table = Table(title=report.title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for number, heading in enumerate(report.headings):
-        table.add_column(heading, justify="right" if number else "left", overflow="fold", no_wrap=not number)
-    for cells in report.cells:
-        table.add_row(*map(escape, cells))
-    console.print(table)
+    report = make_report(comparison, rows, Costs.load(comparison.folder))
+    for title, cells in report.tables.items():
+        show_table(f"{report.title}: {title}", cells, console)
     for message in _messages(rows):
         console.print(escape(message), soft_wrap=True)
-    shown = [path.name for path in sorted(comparison.folder.glob("*.*")) if path.suffix in (".md", ".csv", ".png")]
+    shown = [path.name for path in sorted(comparison.folder.glob("*.*")) if path.suffix in SHOWN]
     console.print(f"results: {_near(comparison.folder)}: {', '.join(shown)}", soft_wrap=True)
 
 
-def make_report(comparison: Comparison, rows: Sequence[Row]) -> Report:
+def show_table(title: str, rows: Sequence[Mapping[str, str]], console: Console) -> None:
+    """Show a table, wider than the screen rather than with broken words."""
+    table = Table(title=escape(title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for number, heading in enumerate(rows[0]):
+        cells = [row[heading] for row in rows]
+        word = max(len(word) for text in (heading, *cells) for word in text.split())
+        least = max(word, min(max(map(len, cells)), WIDEST))
+        table.add_column(heading, justify="right" if number else "left", min_width=least)
+    for row in rows:
+        table.add_row(*map(escape, row.values()))
+    console.print(table, width=max(console.width, console.measure(table).minimum), crop=False)
+
+
+def make_report(comparison: Comparison, rows: Sequence[Row], costs: Costs) -> Report:
     """Lay the figures out."""
-    base = backprop_seconds(rows)
+    base, apart = backprop_seconds(rows, costs), differences_to_backprop(rows)
     tuned = len(comparison.lr_factors) > 1
-    gauss_newton = any(not math.isnan(result.mean_angle("angles_gn")) for row in rows for result in row.finished)
-    headings = ["algorithm", "runs", "learning rate", "test accuracy, %", "angle to BP, °", "angle to Gauss-Newton, °"]
-    headings += ["seconds per epoch", "time per batch, x BP", "peak memory, MiB", "time on feedback, %"]
-    cells = [
-        [
-            row.name,
-            f"{len(row.finished)} of {row.seeds} ({', '.join(row.troubles)})" if row.troubles else f"{row.seeds}",
-            " ".join(f"{rate:g}" for rate in row.learning_rate) or "-",
-            _cell(row.test_accuracy, 2, 100),
-            _cell(row.spread(Result.mean_angle), 1),
-            _cell(row.spread(lambda result: result.mean_angle("angles_gn")), 1),
-            _cell(row.spread(lambda result: result.seconds_per_epoch), 2),
-            _cell(row.spread(lambda result: result.batch_seconds / base), 2),
-            _cell(row.spread(lambda result: result.peak_memory), 0),
-            _cell(row.spread(lambda result: result.feedback_share), 0, 100),
-        ]
-        for row in rows
-    ]
-    shown = [tuned or heading != "learning rate" for heading in headings]
-    shown = [
-        keep and (gauss_newton or "Gauss-Newton" not in heading) for keep, heading in zip(shown, headings, strict=True)
-    ]
-
-    def keep(texts: list[str]) -> list[str]:
-        return [text for text, kept in zip(texts, shown, strict=True) if kept]
-
-    return Report(_title(comparison), keep(headings), [keep(row) for row in cells], _notes(comparison, rows, base))
+    accuracy, cost = [], []
+    for row in rows:
+        cells = {"algorithm": row.title, "runs": f"{row.seeds}"}
+        if row.troubles:
+            cells["runs"] = f"{len(row.finished)} of {row.seeds} ({', '.join(row.troubles)})"
+        if tuned:
+            rate = " ".join(f"{rate:g}" for rate in row.learning_rate) or "-"
+            cells["learning rate"] = rate + " (edge)" * row.at_edge
+        if comparison.equal_time:
+            cells["epochs"] = f"{comparison.rows[row.name]['trainer']['max_epochs']}"
+        cells["test accuracy, %"] = _cell(row.test_accuracy, 2, 100)
+        if apart:
+            found = apart.get(row.name)
+            cells["difference to BP, points"] = (
+                f"{100 * found.mean:+.2f} [{100 * found.low:+.2f}, {100 * found.high:+.2f}]" if found else "-"
+            )
+            cells["p"] = ("<0.001" if found.p < 0.001 else f"{found.p:.3f}") if found else "-"
+            cells["effect size"] = f"{found.effect:+.1f}" if found else "-"
+        cells["angle to BP, °"] = _cell(row.spread(Result.mean_angle), 1)
+        gauss_newton = row.spread(lambda result: result.mean_angle("angles_gn"))
+        if any(not math.isnan(result.mean_angle("angles_gn")) for each in rows for result in each.finished):
+            cells["angle to Gauss-Newton, °"] = _cell(gauss_newton, 1)
+        accuracy.append(cells)
+        turns = costs.turns.get(row.name, [])
+        cost.append(
+            {
+                "algorithm": row.title,
+                "time per batch, ms": _cell(spread(turn.step for turn in turns), 2, 1000),
+                "time per batch, x BP": _cell(spread(turn.step / base for turn in turns), 2),
+                "time on feedback, %": _cell(spread(turn.feedback_share for turn in turns), 0, 100),
+                "peak memory, MiB": _cell(row.spread(lambda result: result.peak_memory), 0),
+                "training of a run, s": _cell(row.spread(lambda result: result.seconds), 1),
+            }
+        )
+    tables = {"accuracy and angle": accuracy, "cost": cost}
+    return Report(_title(comparison), tables, _notes(comparison, rows, costs, bool(apart)))
 
 
 def _title(comparison: Comparison) -> str:
-    settings = next(iter(comparison.rows.values()))
-    return f"{class_name(settings['model']['init_args']['network'])} on {class_name(settings['data'])}"
+    return experiment(next(iter(comparison.rows.values())))
 
 
-def _notes(comparison: Comparison, rows: Sequence[Row], base: float) -> list[str]:
-    """Everything the table depends on and does not show."""
+def _notes(comparison: Comparison, rows: Sequence[Row], costs: Costs, compared: bool) -> list[str]:
+    """Everything the tables depend on and do not show."""
     settings = next(iter(comparison.rows.values()))
     data, trainer = settings["data"]["init_args"], settings["trainer"]
-    ended = [each for row in rows for each in row.runs if each.result is not None]
-    results = [each.result for each in ended if each.result is not None]
+    results = [each.result for row in rows for each in row.runs if each.result is not None]
     everything = [*results, *(trial.result for row in rows for trial in row.trials if trial.result is not None)]
     images = next((result.images for result in results if result.images), {})
-    tested = next((each.test.images for each in ended if each.test is not None), None)
+    tested = next((each.test.images for row in rows for each in row.runs if each.test is not None), None)
     counts = [
         f"{images[split]:,} to {use}" for split, use in (("train", "train on"), ("val", "validate")) if split in images
     ]
     counts += [f"{tested:,} to test"] if tested is not None else []
+    length = f"{trainer['max_epochs']} epochs, those that train feedback alone included"
+    if comparison.equal_time:
+        length = f"as many epochs as its time per batch lets into {comparison.equal_time:g} s of training"
     notes = [
         "Mean ± standard deviation (n - 1) over the finished runs, one a seed; runs that diverged or failed are "
         "counted, and in no mean.",
-        f"Every run: {trainer['max_epochs']} epochs, those that train feedback alone included; batches of "
-        f"{data.get('batch_size', '?')}; the same split ({'; '.join(counts) or 'no run has begun'}; data.seed "
-        f"{data.get('seed', '?')}). Seeds set weights and noise.",
+        f"Every run: {length}; batches of {data.get('batch_size', '?')}; the same split "
+        f"({'; '.join(counts) or 'no run has begun'}; data.seed {data.get('seed', '?')}). Seeds set weights and noise.",
         "The checkpoint with the best validation accuracy is tested; the test images are read once, after "
         "all training.",
     ]
     if len(comparison.lr_factors) > 1:
         factors = ", ".join(f"{factor:g}" for factor in comparison.lr_factors)
+        more = ""
+        if comparison.rounds:
+            more = (
+                f", then {comparison.rounds} more for all, beyond the best where it was the smallest or largest, else "
+                "beside it"
+            )
         notes.append(
-            f"Learning rate: the best by validation accuracy of {len(comparison.lr_factors)} trials of each algorithm "
-            f"(its configuration's rate times {factors}; seed {TRIAL_SEED}, which is not reported; all in trials.csv)."
+            f"Learning rate: the best by validation accuracy of {len(comparison.lr_factors) + comparison.rounds} "
+            f"trials of each algorithm (its configuration's rate times {factors}{more}; seed {TRIAL_SEED}, which is "
+            "not reported; all in trials.csv)."
         )
-    notes.append("Angle: between update and reference on a held validation batch, mean over stages and epochs.")
+        if any(row.at_edge for row in rows):
+            notes.append("(edge): the smallest or the largest rate tried was the best, and a better may lie beyond.")
+    if compared:
+        notes.append(
+            "Difference to BP: runs paired by seed (the same weights, split and order), with Student's 95% interval; "
+            "p: paired t-test, corrected for the number of rows by Holm's rule; effect size: mean over standard "
+            "deviation of the differences. Where the interval holds 0, no difference is shown."
+        )
+    else:
+        notes.append(
+            f"Nothing can be said about differences to BP: that takes {FEWEST_PAIRS} seeds or more of BP and the other."
+        )
     notes.append(
-        "Time per batch: median training step, without loading, validation and the first batches"
-        + ("." if not math.isnan(base) else "; no ratio, since no row is BP that has finished.")
+        "Angle: between update and reference on a held validation batch, mean over epochs and the hidden stages, whose "
+        "error comes through feedback. The output stage, at 0° for every algorithm, is left out; 90° is chance."
     )
+    if costs.turns:
+        notes.append(
+            f"Time per batch and on feedback: measured alone, after all training, {TURNS} turns of some batches of "
+            "every row, in turns; a training step without loading and validation (epochs that train feedback alone "
+            f"left out). On {costs.hardware}."
+        )
     notes.append(_memory_note(results))
     most = max((result.jobs for result in everything), default=1)
     if most > 1:
-        notes.append(f"Times were taken with up to {most} runs side by side: they are those of a shared machine.")
+        notes.append(f"Up to {most} runs trained side by side: seconds of training are those of a shared machine.")
     notes += [f"Hardware: {each}." for each in dict.fromkeys(result.hardware for result in everything) if each]
     notes += [f"Versions: {each}." for each in dict.fromkeys(result.versions for result in everything) if each]
     notes += [f"Made by: {command}" for command in comparison.commands if command]
@@ -191,42 +225,115 @@ def _messages(rows: Sequence[Row]) -> list[str]:
     ]
 
 
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
 def _markdown(report: Report) -> str:
-    lines = [report.headings, ["---"] * len(report.headings), *report.cells]
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    notes = "\n".join(f"- {note}" for note in report.notes)
-    return f"# {report.title}\n\n{table}\n\n{notes}\n"
+    parts = [f"# {report.title}"]
+    for cells in report.tables.values():
+        lines = [list(cells[0]), ["---"] * len(cells[0]), *(list(row.values()) for row in cells)]
+        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    parts.append("\n".join(f"- {note}" for note in report.notes))
+    return "\n\n".join(parts) + "\n"
 
 
-def _csv(columns: Sequence[str], ended: Sequence[Ended], rows: Sequence[Row], base: float) -> str:
-    classes = {row.name: row.algorithm for row in rows}
+def _latex(report: Report) -> str:
+    """The tables in plain LaTeX, which needs no package."""
+    symbols = {"\\": r"\textbackslash{}", "±": r"$\pm$", "°": r"$^\circ$", "<": "$<$", "≥": r"$\geq$"}
+    symbols |= {each: f"\\{each}" for each in "%&_#${}"}
+
+    def line(cells: Sequence[str]) -> str:
+        return " & ".join("".join(symbols.get(each, each) for each in cell) for cell in cells) + r" \\"
+
+    parts = []
+    for title, cells in report.tables.items():
+        body = "\n".join(line(list(row.values())) for row in cells)
+        parts.append(
+            f"% {report.title}: {title}\n\\begin{{tabular}}{{l{'r' * (len(cells[0]) - 1)}}}\n\\hline\n"
+            f"{line(list(cells[0]))}\n\\hline\n{body}\n\\hline\n\\end{{tabular}}\n"
+        )
+    return "\n".join(parts)
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as CSV under all their names; numbers by six digits, empty where there is none."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
-    for run, result, test in ended:
-        if result is None:
-            continue
-        last = result.epochs[-1].angles.get("overall", math.nan) if result.epochs else math.nan
-        figures = {
-            "learning_rate": " ".join(f"{rate:g}" for rate in result.learning_rate),
-            "lr_factor": f"{run.factor:g}",
-            "test_accuracy": _number(test.accuracy if test else None),
-            "best_val_accuracy": _number(result.best_val_accuracy),
-            "best_epoch": result.best_epoch,
-            "epochs": len(result.epochs),
-            "angle": _number(result.mean_angle()),
-            "angle_overall_last": _number(last),
-            "angle_gauss_newton": _number(result.mean_angle("angles_gn")),
-            "seconds_per_epoch": _number(result.seconds_per_epoch),
-            "batch_seconds": _number(result.batch_seconds),
-            "times_backprop": _number(result.batch_seconds / base),
-            "feedback_share": _number(result.feedback_share),
-            "peak_memory_mib": _number(result.peak_memory),
+    for row in rows:
+        writer.writerow({name: _number(value) if isinstance(value, float) else value for name, value in row.items()})
+    return text.getvalue() if rows else ""
+
+
+def _run(row: Row, ended: Ended) -> dict[str, Any]:
+    run, result, test = ended
+    assert result is not None
+    last = result.epochs[-1].angles.get("overall") if result.epochs else None
+    tested = {} if run.is_trial else {"test_accuracy": test.accuracy if test else None}
+    return {
+        "name": row.name,
+        "algorithm": row.algorithm,
+        "seed": run.seed,
+        "status": result.status,
+        "learning_rate": " ".join(f"{rate:g}" for rate in result.learning_rate),
+        "lr_factor": run.factor,
+        **tested,
+        "best_val_accuracy": result.best_val_accuracy,
+        "best_epoch": result.best_epoch,
+        "epochs": len(result.epochs),
+        "angle_hidden": result.mean_angle(),
+        "angle_overall_last": last,
+        "angle_gauss_newton_hidden": result.mean_angle("angles_gn"),
+        "seconds": result.seconds,
+        "peak_memory_mib": result.peak_memory,
+        **{name: getattr(result, name) for name in ("jobs", "hardware", "versions", "ended")},
+        "message": _said(run, result),
+    }
+
+
+def _epochs(row: Row, ended: Ended) -> list[dict[str, Any]]:
+    """The learning curve of a run."""
+    epochs = ended.result.epochs if ended.result else ()
+    return [
+        {
+            "name": row.name,
+            "seed": ended.run.seed,
+            "epoch": number,
+            "seconds": sum(each.seconds for each in epochs[:number]),
+            "train_loss": epoch.train_loss,
+            "val_loss": epoch.val_loss,
+            "val_accuracy": epoch.val_accuracy,
+            "angle_hidden": hidden_mean(epoch.angles),
+            **{f"angle_{stage}": angle for stage, angle in epoch.angles.items() if stage != "hidden_stages"},
         }
-        named = {"name": run.row, "algorithm": classes[run.row], "seed": run.seed, "status": result.status}
-        stored = {name: getattr(result, name) for name in ("jobs", "hardware", "versions", "ended")}
-        writer.writerow({**named, **figures, **stored, "message": _said(run, result)})
-    return text.getvalue()
+        for number, epoch in enumerate(epochs, 1)
+    ]
+
+
+def _figures(rows: Sequence[Row], costs: Costs) -> list[dict[str, Any]]:
+    """The tables as numbers."""
+    base, apart = backprop_seconds(rows, costs), differences_to_backprop(rows)
+    listed = []
+    for row in rows:
+        found, turns = apart.get(row.name), costs.turns.get(row.name, [])
+        spreads = {
+            "test_accuracy": row.test_accuracy,
+            "angle_hidden": row.spread(Result.mean_angle),
+            "batch_seconds": spread(turn.step for turn in turns),
+            "times_backprop": spread(turn.step / base for turn in turns),
+            "feedback_share": spread(turn.feedback_share for turn in turns),
+        }
+        listed.append(
+            {"name": row.name, "algorithm": row.algorithm, "family": row.family, "finished": len(row.finished)}
+            | {
+                f"{name}{part}": value
+                for name, each in spreads.items()
+                for part, value in (("", each.mean), ("_sd", each.deviation))
+            }
+            | {f"difference_{name}": value for name, value in (found._asdict() if found else {}).items()}
+        )
+    return listed
 
 
 def _said(run: Run, result: Result) -> str:
@@ -234,8 +341,8 @@ def _said(run: Run, result: Result) -> str:
     return result.message.replace(f"{run.folder.parents[2]}/", "")
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None or math.isnan(value) else f"{value:.6g}"
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.6g}"
 
 
 def _cell(spread: Spread, digits: int, scale: float = 1.0) -> str:

@@ -2,14 +2,15 @@
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any, Literal, Self, TypeVar, get_args
 
+from bioprop.callbacks.alignment import HIDDEN
 from bioprop.errors import UserError
+from bioprop.files import replacing
 
 T = TypeVar("T")
 Status = Literal["finished", "diverged", "failed"]
@@ -23,20 +24,24 @@ class Epoch:
     Attributes:
         val_accuracy: fraction of the validation images classified right; None where it was not measured.
         seconds: wall-clock seconds of the epoch's batches, validation left out.
-        batch_seconds: median seconds of a training step.
-        step_seconds: seconds of all timed steps.
-        feedback_seconds: those of them that went into training feedback weights.
-        angles: degrees between update and BP gradient by stage, and ``overall``; empty where not measured.
+        angles: degrees between update and BP gradient by stage, the mean over hidden ones, and ``overall``; empty where
+            not measured.
         angles_gn: the same to the update of Gauss-Newton targets.
+        train_loss: mean loss of the training images, while they trained.
+        val_loss: mean loss of the validation images.
     """
 
     val_accuracy: float | None
     seconds: float
-    batch_seconds: float
-    step_seconds: float
-    feedback_seconds: float
     angles: Mapping[str, float] = field(default_factory=dict)
     angles_gn: Mapping[str, float] = field(default_factory=dict)
+    train_loss: float | None = None
+    val_loss: float | None = None
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> Self:
+        """Make one of what a file or a checkpoint holds; those of earlier versions hold more figures, or fewer."""
+        return cls(**{each.name: stored[each.name] for each in fields(cls) if each.name in stored})
 
 
 @dataclass(frozen=True)
@@ -80,27 +85,15 @@ class Result:
         return measured.index(max(seen)) + 1 if seen else None
 
     @property
-    def seconds_per_epoch(self) -> float:
-        """The mean over epochs, the first left out where there are more: it pays for warming up."""
-        seconds = [epoch.seconds for epoch in self.epochs]
-        return fmean(seconds[1:] or seconds) if seconds else math.nan
-
-    @property
-    def batch_seconds(self) -> float:
-        """Seconds of a training step: the median over epochs of each epoch's median."""
-        return median(epoch.batch_seconds for epoch in self.epochs) if self.epochs else math.nan
-
-    @property
-    def feedback_share(self) -> float:
-        """Share of the steps' time that trains feedback weights, in [0, 1]."""
-        total = sum(epoch.step_seconds for epoch in self.epochs)
-        return sum(epoch.feedback_seconds for epoch in self.epochs) / total if total else math.nan
+    def seconds(self) -> float:
+        """Wall-clock seconds of all training."""
+        return sum(epoch.seconds for epoch in self.epochs)
 
     def mean_angle(self, kind: Literal["angles", "angles_gn"] = "angles") -> float:
-        """Degrees, the mean over stages and epochs; every stage counts the same, whatever the size of its gradient."""
-        courses = [getattr(epoch, kind) for epoch in self.epochs]
-        means = [fmean(by_stage(course).values()) for course in courses if by_stage(course)]
-        return fmean(means) if means else math.nan
+        """Degrees, the mean over hidden stages and epochs; every stage counts the same; nan where not measured."""
+        means = [hidden_mean(getattr(epoch, kind)) for epoch in self.epochs]
+        measured = [mean for mean in means if not math.isnan(mean)]
+        return fmean(measured) if measured else math.nan
 
     def save(self, folder: Path) -> None:
         """Write ``result.json``, or ``failure.json`` for a run that is to be tried again."""
@@ -113,22 +106,17 @@ class Result:
         Raises:
             UserError: if the file is damaged, or another program's.
         """
-        for name in (RESULT, FAILURE):
-            if (folder / name).is_file():
-                return _read(folder / name, cls._of)
-        return None
+        found = (folder / name for name in (RESULT, FAILURE) if (folder / name).is_file())
+        return next((read(path, cls._of) for path in found), None)
 
     @classmethod
     def _of(cls, stored: dict[str, Any]) -> Self:
-        epochs = tuple(Epoch(**epoch) for epoch in stored.pop("epochs"))
-        result = cls(epochs=epochs, learning_rate=tuple(stored.pop("learning_rate")), **stored)
+        epochs = tuple(Epoch.of(epoch) for epoch in stored.pop("epochs"))
+        result = cls(epochs=epochs, learning_rate=tuple(map(float, stored.pop("learning_rate"))), **stored)
         if result.status not in get_args(Status):
             raise ValueError(f"status {result.status}")
         # what tables are made of: a value of another type would only be met there
-        figures = [result.best_val_accuracy or 0.0, result.seconds_per_epoch, result.batch_seconds]
-        figures += [result.feedback_share, result.mean_angle(), result.mean_angle("angles_gn")]
-        if not all(isinstance(each, int | float) for each in (*figures, result.peak_memory, *result.learning_rate)):
-            raise TypeError(f"{figures}")
+        _ = (result.best_val_accuracy or 0.0) + result.seconds + result.mean_angle() + result.mean_angle("angles_gn")
         return result
 
 
@@ -152,7 +140,7 @@ class Test:
         Raises:
             UserError: if the file is damaged, or another program's.
         """
-        return _read(folder / TEST, cls._of) if (folder / TEST).is_file() else None
+        return read(folder / TEST, cls._of) if (folder / TEST).is_file() else None
 
     @classmethod
     def _of(cls, stored: dict[str, Any]) -> Self:
@@ -160,11 +148,22 @@ class Test:
 
 
 def by_stage(angles: Mapping[str, float]) -> dict[str, float]:
-    """The angles of the single stages: all but that of the whole update."""
-    return {stage: angle for stage, angle in angles.items() if stage != "overall"}
+    """The angles of the single stages."""
+    return {stage: angle for stage, angle in angles.items() if stage not in ("overall", HIDDEN)}
 
 
-def _read(path: Path, make: Callable[[Any], T]) -> T:
+def hidden_mean(angles: Mapping[str, float]) -> float:
+    """The mean angle over the hidden stages; nan without any. Earlier records lack it: all stages but the last."""
+    hidden = list(by_stage(angles).values())[:-1]
+    return angles.get(HIDDEN, fmean(hidden) if hidden else math.nan)
+
+
+def read(path: Path, make: Callable[[Any], T]) -> T:
+    """Make something of a JSON file.
+
+    Raises:
+        UserError: if the file is damaged, or another program's.
+    """
     try:
         return make(json.loads(path.read_text()))
     except (ValueError, TypeError, KeyError, AttributeError) as error:  # what all sorts of content lead to
@@ -174,12 +173,6 @@ def _read(path: Path, make: Callable[[Any], T]) -> T:
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file that is there as a whole or as it was before, whenever the process dies; leave equal ones alone."""
     data = content.encode() if isinstance(content, str) else content
-    if path.is_file() and path.read_bytes() == data:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    if not path.is_file() or path.read_bytes() != data:
+        with replacing(path) as file:
+            file.write(data)

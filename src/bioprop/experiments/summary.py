@@ -2,12 +2,19 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import NamedTuple
 
+from scipy import stats
+
+from bioprop.experiments.costs import Costs
+from bioprop.experiments.names import family, method
 from bioprop.experiments.plan import Comparison, Run
 from bioprop.experiments.results import Result, Test
 from bioprop.runs.folder import class_name
+
+#: With fewer pairs of runs nothing is said about a difference.
+FEWEST_PAIRS = 3
 
 
 class Spread(NamedTuple):
@@ -16,6 +23,25 @@ class Spread(NamedTuple):
     mean: float
     deviation: float | None
     runs: int
+
+
+class Difference(NamedTuple):
+    """A row's test accuracy less that of BP with the same seeds (Student's paired t-test).
+
+    Attributes:
+        mean: of the differences, as a fraction of the test images.
+        low: lower end of the 95% confidence interval of the mean.
+        high: upper end.
+        p: two-sided probability of a mean so far from 0 without a difference; by Holm's (1979) step-down rule for all
+            rows of the comparison, so that the chance of any false finding among them is below it.
+        effect: mean over standard deviation of the differences (Cohen's d for pairs).
+    """
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    effect: float
 
 
 class Ended(NamedTuple):
@@ -35,6 +61,8 @@ class Row(NamedTuple):
         seeds: number of runs that were asked for.
         trials: runs that choose the learning rate.
         runs: runs that are reported; none as long as no learning rate is chosen.
+        family: of methods.
+        at_edge: whether the best of the trials has the smallest or the largest learning rate.
     """
 
     name: str
@@ -42,6 +70,13 @@ class Row(NamedTuple):
     seeds: int
     trials: Sequence[Ended]
     runs: Sequence[Ended]
+    family: str = ""
+    at_edge: bool = False
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return method(self.name)
 
     @property
     def finished(self) -> list[Result]:
@@ -81,9 +116,14 @@ class Row(NamedTuple):
         return spread(figure(result) for result in self.finished)
 
     @property
+    def tested(self) -> dict[int, float]:
+        """Fraction of the test images classified right, by seed."""
+        return {each.run.seed: each.test.accuracy for each in self.runs if each.test is not None}
+
+    @property
     def test_accuracy(self) -> Spread:
         """Fraction of the test images classified right, over the tested runs."""
-        return spread(each.test.accuracy for each in self.runs if each.test is not None)
+        return spread(self.tested.values())
 
 
 def spread(values: Iterable[float]) -> Spread:
@@ -96,6 +136,37 @@ def spread(values: Iterable[float]) -> Spread:
     return Spread(fmean(listed), stdev(listed) if len(listed) > 1 else None, len(listed))
 
 
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95% confidence interval of the mean by Student's t; infinitely wide for one value."""
+    if len(values) < 2:
+        return -math.inf, math.inf
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+    return fmean(values) - half, fmean(values) + half
+
+
+def differences_to_backprop(rows: Sequence[Row]) -> dict[str, Difference]:
+    """Compare the test accuracies of every row with those of the first row of BP, seed by seed.
+
+    Rows with too few seeds in common with it are left out, and so are those whose differences are all the same: nothing
+    can be said of either.
+    """
+    base = backprop(rows)
+    found: dict[str, Difference] = {}
+    for row in rows if base else ():
+        assert base is not None
+        pairs = [(accuracy, base.tested[seed]) for seed, accuracy in row.tested.items() if seed in base.tested]
+        apart = [one - other for one, other in pairs]
+        if row is base or len(apart) < FEWEST_PAIRS or max(apart) - min(apart) < 1e-12:
+            continue
+        test = stats.ttest_rel(*zip(*pairs, strict=True))
+        found[row.name] = Difference(fmean(apart), *interval(apart), float(test.pvalue), fmean(apart) / stdev(apart))
+    largest = 0.0
+    for place, (name, each) in enumerate(sorted(found.items(), key=lambda item: item[1].p)):
+        largest = min(max(largest, (len(found) - place) * each.p), 1.0)
+        found[name] = each._replace(p=largest)
+    return found
+
+
 def summarize(comparison: Comparison) -> list[Row]:
     """Read what the results folder holds, row by row."""
     return [
@@ -105,15 +176,22 @@ def summarize(comparison: Comparison) -> list[Row]:
             comparison.seeds[name],
             [Ended(run, run.result, None) for run in comparison.trials(name)],
             [Ended(run, run.result, run.test) for run in comparison.runs(name)],
+            family(settings),
+            comparison.is_at_edge(name),
         )
         for name, settings in comparison.rows.items()
     ]
 
 
-def backprop_seconds(rows: Sequence[Row]) -> float:
-    """Seconds of a training step of the comparison's first row of BP, the mean over its runs; nan without one."""
-    means = (row.spread(lambda result: result.batch_seconds).mean for row in rows if row.algorithm == "Backprop")
-    return next(means, math.nan)
+def backprop(rows: Sequence[Row]) -> Row | None:
+    """The comparison's first row of BP."""
+    return next((row for row in rows if row.algorithm == "Backprop"), None)
+
+
+def backprop_seconds(rows: Sequence[Row], costs: Costs) -> float:
+    """Seconds of a training step of BP, the median over turns; nan where it was not measured."""
+    base = backprop(rows)
+    return median(costs.seconds(base.name) or [math.nan]) if base else math.nan
 
 
 def _count(runs: Sequence[Ended], status: str) -> int:

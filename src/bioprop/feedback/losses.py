@@ -104,9 +104,10 @@ def curvature_of_samples(mirror: LayerMirror, output: Tensor, output_noise: Tens
     Returns:
         ``[units]``.
     """
-    if mirror.is_linear:
+    phi = mirror.activation.phi
+    if mirror.activation.is_linear:
         return output.new_full((output.shape[1],), 2.0 * sigma**2 * output[0, 0].numel())
-    return 2.0 * unit_square_sums(mirror.phi(output + output_noise) - mirror.phi(output))
+    return 2.0 * unit_square_sums(phi(output + output_noise) - phi(output))
 
 
 def echo_gradient(
@@ -191,7 +192,7 @@ def curvature_by_autograd(
 
 def _squared_slopes(mirror: LayerMirror, output: Tensor, switches: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return ``phi'(s^n)``, zero where unpooling drops the value, and its square unpooled."""
-    places, slope = mirror.locate(switches), mirror.slope(output)
+    places, slope = mirror.locate(switches), mirror.activation.slope(output)
     if places is not None and places.kept is not None:
         slope = slope * places.kept
     return slope, mirror.unpool(slope.square(), places)

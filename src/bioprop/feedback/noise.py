@@ -26,6 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bioprop.functional.pooling import Pool
+
 SecondNoise = Literal["independent", "expected", "echo"]
 
 #: Size of the noise that `noise: auto` stands for, in units of the root mean square of the stage's inputs.
@@ -150,6 +152,10 @@ class Probing:
         """
         return curvature * (not self.is_along(draw)) + self.damping(draw)
 
+    def step(self, stream: "NoiseStream", draw: int, curvature: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `draw` and `damped`: the noise of one draw, and the divisor of the step after it."""
+        return self.draw(stream, draw), self.damped(curvature, draw)
+
 
 class Rule(NamedTuple):
     """The rule that the feedback of one stage is trained by: the settings of `LDRL`, with None for ``auto``.
@@ -178,21 +184,20 @@ class Rule(NamedTuple):
         assert self.noise is not None  # `LDRL` refuses independent noise without it
         return self.noise
 
-    def probing(
-        self, inputs: Tensor, weight: Tensor, output: Tensor, overlap: float = 1.0, area: float = 1.0
-    ) -> Probing:
+    def probing(self, inputs: Tensor, weight: Tensor, output: Tensor, map_size: int, pool: Pool | None) -> Probing:
         """Return the noise of one layer on one batch.
 
         Args:
             inputs: of the layer, ``[batch, ...]``.
             weight: its feedback weight, ``[units, ...]``.
             output: of the layer after pooling, ``[batch, units, ...]``.
-            overlap: the mean number of pool windows that a position lies in.
-            area: the number of positions before pooling for each window.
+            map_size: the number of positions before pooling.
+            pool: the pooling, or None.
         """
         echo, fan_in, positions = self.second_noise == "echo", weight[0].numel(), output[0, 0].numel()
+        overlap = 1.0 if pool is None else pool.overlap
         settings = echo, self.noise, self.whole, self.samples, self.peers
-        return Probing(inputs, fan_in, positions, overlap, area, *settings)
+        return Probing(inputs, fan_in, positions, overlap, map_size / positions, *settings)
 
 
 def expected_iterations(ratio: float) -> int:

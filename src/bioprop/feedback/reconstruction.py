@@ -9,8 +9,31 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from bioprop.feedback.losses import FeedbackGradient
-from bioprop.networks.feedback_layers import FeedbackLayer
+from bioprop.feedback.losses import FeedbackGradient, FeedbackObjective, reconstruction_gradient
+from bioprop.feedback.noise import NoiseStream
+from bioprop.feedback.training import FeedbackTraining
+from bioprop.networks.layers import FeedbackLayer
+from bioprop.networks.mirrors import LayerMirror, Mirror
+from bioprop.networks.stages import Stage, StagePass
+
+
+class ReconstructionTraining(FeedbackTraining):
+    """Feedback training by the reconstruction loss of one stage at a time (Lee et al., 2015)."""
+
+    def objective(
+        self, name: str, stage: Stage, mirror: Mirror, clean: StagePass, noise: NoiseStream
+    ) -> FeedbackObjective:
+        """Prepare the reconstruction loss of one stage and batch, on fresh noise at the stage's input."""
+        shape = stage.noise_shape(clean.inputs)
+        layers = mirror.layers(stage, clean) if isinstance(mirror, LayerMirror) else None
+
+        def gradient_at(draw: int) -> FeedbackGradient:
+            (eps,) = noise.draw(self.noise[name], shape)
+            if layers is not None and isinstance(mirror, LayerMirror):
+                return FeedbackGradient(*layer_reconstruction_gradient(layers.layers[0], mirror.bias, eps), None)
+            return reconstruction_gradient(stage, mirror, clean.inputs, eps.view(clean.inputs.shape))
+
+        return gradient_at
 
 
 @torch.no_grad()
@@ -29,16 +52,15 @@ def layer_reconstruction_gradient(
     Returns:
         Gradients of ``weight`` and ``bias`` by name, and loss.
     """
-    products, batch = layer.layer, len(input_noise)
-    output, switches = layer.stage.activate(layer.affine + products.product(input_noise, layer.forward_weight))
-    features = layer.mirror.unpool(layer.mirror.phi(output), layer.mirror.locate(switches))
-    back = products.transposed_product(features, layer.effective, layer.size)
-    missing = layer.inputs + input_noise - back
+    batch = len(input_noise)
+    output, switches = layer.respond(input_noise)
+    features = layer.unpool(layer.activation.phi(output), switches)
+    missing = layer.inputs + input_noise - layer.project(features)
     gradients: dict[str, Tensor] = {}
     if bias is not None:
         missing -= bias.view(-1, *[1] * (missing.dim() - 2))
         gradients["bias"] = missing.sum([axis for axis in range(missing.dim()) if axis != 1]).mul_(-2.0 / batch)
-    gradients["weight"] = products.weight_gradient(missing, features).mul_(-2.0 / batch)
+    gradients["weight"] = layer.layer.weight_gradient(missing, features).mul_(-2.0 / batch)
     return gradients, missing.square().sum() / batch
 
 

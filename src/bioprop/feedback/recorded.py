@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bioprop.feedback.noise import NoiseStream
-from bioprop.functional.precision import products_are_reduced
+from bioprop.functional.precision import products
 
 Replay = Callable[[], None]
 
@@ -70,7 +70,7 @@ class Recorded:
             noise: of this call, with nothing drawn yet.
         """
         shapes: list[Any] = [each if each is None else (each.shape, each.stride(), each.dtype) for each in arguments]
-        shapes.append(products_are_reduced())
+        shapes.append(products.reduced)
         if self.failed or shapes != self._shapes:
             self._shapes, self._noise, self._recording = shapes, None, None
             return function(noise, *arguments)

@@ -1,5 +1,6 @@
 """Training of feedback operators: some iterations for each stage on every batch, each stage on its own."""
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -9,10 +10,10 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from bioprop.distributed import process_count, process_rank
+from bioprop.distributed import gather_rows, mean_over_processes, process_count, process_rank
 from bioprop.errors import UserError
 from bioprop.feedback.losses import FeedbackGradient, FeedbackObjective
-from bioprop.feedback.noise import NoiseStream, RandomStreams
+from bioprop.feedback.noise import ALONE, NoiseStream, Peers, RandomStreams
 from bioprop.feedback.recorded import Recorded
 from bioprop.feedback.sharing import average_gradients, average_weights, hand_out_stages, share_stages
 from bioprop.feedback.speed import Sharing, Speed
@@ -55,7 +56,6 @@ class StageBatch(NamedTuple):
         mirror: ``G^n``.
         clean: the clean pass of the stage.
         iterations: feedback iterations to take.
-        objective: from the clean pass and the noise of the batch to the gradient of the feedback loss.
     """
 
     name: str
@@ -63,14 +63,13 @@ class StageBatch(NamedTuple):
     mirror: Mirror
     clean: StagePass
     iterations: int
-    objective: Callable[[StagePass, NoiseStream], FeedbackObjective]
 
 
-class FeedbackTraining:
+class FeedbackTraining(ABC):
     """The settings of feedback training, and the loop over the iterations of a batch.
 
     Settings are one value for all stages or exactly one for each that has feedback; ``auto`` where ``finds_settings``
-    says that the algorithm finds them, which is None in the attributes, by name of stage.
+    says that they follow from the batch, which is None in the attributes, by name of stage.
 
     Args:
         feedback: the operators by name of stage.
@@ -84,6 +83,10 @@ class FeedbackTraining:
         speed: how the gradients are computed.
         samples: draws of the noise that the gradient of an iteration is the mean of.
         finds_settings: whether noise, rate and iterations may be ``auto``.
+
+    Attributes:
+        sharing: the part that several processes share of feedback training; None where there is one.
+        peers: the processes that average their feedback gradients.
 
     Raises:
         UserError: if a setting is out of its range, or a list has the wrong length.
@@ -125,49 +128,88 @@ class FeedbackTraining:
             )
         if speed.processes not in get_args(Sharing):
             raise UserError(f"speed.processes {speed.processes!r} is not known: choose one of {get_args(Sharing)}")
-        self.optimizer = self._make_optimizer()
         self._recorded = defaultdict[str, Recorded](Recorded)
+        self.optimizer: torch.optim.Optimizer | None
+        self.sharing: Sharing | None
+        self.peers: Peers
+        self.restart()
+
+    @abstractmethod
+    def objective(
+        self, name: str, stage: Stage, mirror: Mirror, clean: StagePass, noise: NoiseStream
+    ) -> FeedbackObjective:
+        """Prepare the loss of one stage and batch.
+
+        Args:
+            name: of the stage.
+            stage: ``F^n``.
+            mirror: ``G^n``.
+            clean: its clean pass: ``s^{n-1}``, ``s^n``, switches.
+            noise: where noise is drawn from.
+
+        Returns:
+            A function from the number of the draw of noise to the gradient of the loss.
+        """
+
+    def find_iterations(self, mirror: Mirror, clean: StagePass) -> int:
+        """Return the number of iterations that ``auto`` stands for."""
+        raise NotImplementedError
+
+    def restart(self) -> torch.optim.Optimizer | None:
+        """Begin a new fit: without momentum and recorded graphs. Returns the optimizer, if the step needs one."""
+        self.optimizer = self._make_optimizer()
+        self._recorded.clear()
+        self.sharing = self.speed.processes if process_count() > 1 else None
+        together = self.sharing == "gradients"
+        self.peers = Peers(process_count(), process_rank(), mean_over_processes, gather_rows) if together else ALONE
+        return self.optimizer
 
     # -- one batch -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def train(self, batches: Sequence[StageBatch]) -> dict[str, Tensor]:
+    def train(self, stages: Sequence[tuple[str, Stage, Mirror]], passes: Sequence[StagePass]) -> dict[str, Tensor]:
         """Train every stage on one batch; return the mean feedback loss by name of stage.
 
         Args:
-            batches: the stages that have feedback, from the input to the output.
+            stages: those that have feedback, from the input to the output.
+            passes: their clean passes; further ones are left out.
         """
-        sharing, own = self.sharing(), process_rank()
-        owners = self._owners(batches) if sharing == "stages" else {}
+        batches = []
+        for (name, stage, mirror), clean in zip(stages, passes, strict=False):
+            given = self.iterations[name]
+            iterations = self.find_iterations(mirror, clean) if given is None else given
+            batches.append(StageBatch(name, stage, mirror, clean, iterations))
+        by_stages = self.sharing == "stages"
+        rank = process_rank() if self.sharing else 0
+        owners = self._owners(batches) if by_stages else {}
         losses: dict[str, Tensor] = {}
-        for place, each in enumerate(batches):
-            if not each.iterations or owners.get(each.name, own) != own:
+        for index, each in enumerate(batches):
+            if not each.iterations or owners.get(each.name, rank) != rank:
                 continue
             # whoever trains a stage on the images of all processes draws what one process would draw
-            noise = self.streams.noise(place, each.clean.inputs, 0 if sharing == "stages" else own)
-            train = partial(self._train_stage, each, sharing)
+            noise = self.streams.noise(index, each.clean.inputs, 0 if by_stages else rank)
+            train = partial(self._train_stage, each)
             with self._products(each.clean.inputs):
-                if self._may_record(each.clean, sharing) and not self._recording_failed():
+                if self._may_record(each.clean) and not self._recording_failed():
                     losses[each.name] = self._recorded[each.name](train, each.clean, noise)
                 else:
                     losses[each.name] = train(noise, *each.clean)
         self.streams.next_batch()
-        if sharing == "weights":
+        if self.sharing == "weights":
             average_weights(self.feedback, self.optimizer, losses)
         if owners:
             return hand_out_stages(dict(self.feedback.items()), self.optimizer, losses, owners)
         return losses
 
-    def _train_stage(
-        self, each: StageBatch, sharing: Sharing | None, noise: NoiseStream, *clean: Tensor | None
-    ) -> Tensor:
+    def _train_stage(self, each: StageBatch, noise: NoiseStream, *clean: Tensor | None) -> Tensor:
         """Descend one stage's feedback loss on one batch; return its mean."""
-        gradient_at = each.objective(StagePass(*clean), noise)  # type: ignore[arg-type]
+        values = StagePass(*clean)  # type: ignore[arg-type]
+        gradient_at = self.objective(each.name, each.stage, each.mirror, values, noise)
         course = []
         for iteration in range(each.iterations):
             draws = range(iteration * self.samples, (iteration + 1) * self.samples)
             gradient = gradient_at(iteration) if self.samples == 1 else mean_gradient(gradient_at, draws)
-            if sharing == "gradients":
+            if self.sharing == "gradients":
                 gradient = average_gradients({each.name: gradient})[each.name]
             self._step(each, gradient)
             course.append(gradient.loss)
@@ -201,9 +243,9 @@ class FeedbackTraining:
             )
         return bfloat16_products()
 
-    def _may_record(self, clean: StagePass, sharing: Sharing | None) -> bool:
+    def _may_record(self, clean: StagePass) -> bool:
         """Return whether the iterations can be a CUDA graph: no graph of autograd, no exchange, and nobody watching."""
-        alone = clean.affine is not None and not self.observers and sharing != "gradients"
+        alone = clean.affine is not None and not self.observers and self.sharing != "gradients"
         return self.speed.cuda_graph and clean.inputs.is_cuda and alone
 
     def _recording_failed(self) -> bool:
@@ -211,10 +253,6 @@ class FeedbackTraining:
         return any(each.failed for each in self._recorded.values())
 
     # -- several processes ---------------------------------------------------------------------------------------
-
-    def sharing(self) -> Sharing | None:
-        """Return the part that several processes share of feedback training; None where there is one."""
-        return self.speed.processes if process_count() > 1 else None
 
     def _owners(self, batches: Sequence[StageBatch]) -> Mapping[str, int]:
         """Return the rank that trains each trained stage, by name; empty where observers want to see every stage."""
@@ -227,12 +265,6 @@ class FeedbackTraining:
         return dict(zip(passes, owners, strict=True))
 
     # -- the optimizer -------------------------------------------------------------------------------------------
-
-    def restart(self) -> torch.optim.Optimizer | None:
-        """Begin a new fit: without momentum and recorded graphs. Returns the optimizer, if the step needs one."""
-        self.optimizer = self._make_optimizer()
-        self._recorded.clear()
-        return self.optimizer
 
     def _make_optimizer(self) -> torch.optim.Optimizer | None:
         """Build the SGD of the feedback weights, one parameter group a stage; None where the step needs none."""

@@ -21,15 +21,26 @@ MirrorName = Literal["paper", "exact"]
 
 
 class Activation(NamedTuple):
-    """A forward activation ``rho`` and the ``exact`` feedback activation ``phi`` that belongs to it."""
+    """A forward activation and the feedback activation that belongs to it, all without a graph of their own.
+
+    Attributes:
+        rho: the forward activation.
+        phi: the feedback activation of a stage's output ``y = rho(a)``.
+        slope: the derivative of ``phi``, never above 1; for ``exact`` it is ``rho'(a)`` as a function of ``y``.
+    """
 
     rho: Callable[[Tensor], Tensor]
     phi: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor], Tensor]
+
+    @property
+    def is_linear(self) -> bool:
+        """Return whether ``phi`` is the identity."""
+        return self.phi is identity
 
 
-def identity(values: Tensor) -> Tensor:
-    """``x``: the activation of an output stage."""
-    return values
+#: Of an output stage. It hands back its argument.
+identity = torch.positive
 
 
 def elu_feedback(values: Tensor) -> Tensor:
@@ -47,59 +58,34 @@ def tanh_feedback(values: Tensor) -> Tensor:
     return inside - inside.pow(3) / 3.0
 
 
-# ReLU and leaky ReLU are their own `phi` away from 0. A dead ReLU unit sits exactly on the kink, where a target may
-# push it up but not down: the transposed-Jacobian property then holds from one side only.
+#: With ``phi`` in its ``exact`` form; slopes at a kink are those of torch's own derivative.
+#: ReLU and leaky ReLU are their own `phi` away from 0. A dead ReLU unit sits exactly on the kink, where a target may
+#: push it up but not down: the transposed-Jacobian property then holds from one side only.
 ACTIVATIONS: dict[str, Activation] = {
-    "elu": Activation(F.elu, elu_feedback),
-    "relu": Activation(F.relu, F.relu),
-    "tanh": Activation(torch.tanh, tanh_feedback),
-    "leaky_relu": Activation(F.leaky_relu, F.leaky_relu),
-    "identity": Activation(identity, identity),
+    "elu": Activation(F.elu, elu_feedback, lambda y: (y + 1.0).clamp_max_(1.0)),
+    "relu": Activation(F.relu, F.relu, lambda y: (y > 0).to(y.dtype)),
+    "tanh": Activation(torch.tanh, tanh_feedback, lambda y: 1.0 - y.square()),
+    # in float64 `where` would round 0.01
+    "leaky_relu": Activation(F.leaky_relu, F.leaky_relu, lambda y: torch.full_like(y, 0.01).masked_fill(y > 0, 1.0)),
+    "identity": Activation(identity, identity, torch.ones_like),
 }
 
-#: The slope ``rho'(a)`` as a function of the output ``rho(a)``; at a kink that of torch's own derivative.
-SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
-    "elu": lambda y: (y + 1.0).clamp_max_(1.0),
-    "relu": lambda y: (y > 0).to(y.dtype),
-    "tanh": lambda y: 1.0 - y.square(),
-    "leaky_relu": lambda y: torch.full_like(y, 0.01).masked_fill(y > 0, 1.0),  # in float64 `where` would round 0.01
-    "identity": torch.ones_like,
-}
+#: Activations that map a whole range of values to one. They are their own `rho(rho(a)) = rho(a)`.
+FLAT = (F.relu,)
 
 
-def feedback_slope(name: str, mirror: MirrorName) -> Callable[[Tensor], Tensor]:
-    """Return ``phi'`` for the forward activation ``name`` in the form of mirror asked for; it never exceeds 1.
+def find_activation(name: str, mirror: MirrorName = "exact") -> Activation:
+    """Return a forward activation with the feedback activation in the form of mirror asked for.
 
     Raises:
         UserError: if the activation or the form of mirror is not known.
-    """
-    rho = feedback_activation(name, mirror)
-    # SLOPES take the output of the forward activation: `paper` applies that to y, `exact` was made for y itself
-    return (lambda values: SLOPES[name](rho(values))) if mirror == "paper" else SLOPES[name]
-
-
-#: Activations that map a whole range of values to one. They are their own `rho(rho(a)) = rho(a)`.
-FLAT = ("relu",)
-
-
-def forward_activation(name: str) -> Callable[[Tensor], Tensor]:
-    """Return ``rho`` by its name.
-
-    Raises:
-        UserError: if there is no activation of that name.
     """
     if name not in ACTIVATIONS:
         raise UserError(f"activation {name!r} is not known: choose one of {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name].rho
-
-
-def feedback_activation(name: str, mirror: MirrorName) -> Callable[[Tensor], Tensor]:
-    """Return ``phi`` for the forward activation ``name`` in the form of mirror asked for.
-
-    Raises:
-        UserError: if the activation or the form of mirror is not known.
-    """
-    rho = forward_activation(name)
     if mirror not in get_args(MirrorName):
         raise UserError(f"mirror {mirror!r} is not known: choose one of {', '.join(get_args(MirrorName))}")
-    return rho if mirror == "paper" else ACTIVATIONS[name].phi
+    found = ACTIVATIONS[name]
+    if mirror == "exact":
+        return found
+    # slopes take the output of the forward activation, which `paper` applies to y
+    return Activation(found.rho, found.rho, lambda values: found.slope(found.rho(values)))

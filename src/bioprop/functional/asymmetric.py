@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from bioprop.functional.precision import products_are_reduced, round_operands
+from bioprop.functional.precision import products, round_operands
 
 Sides = tuple[int, ...]
 
@@ -96,7 +96,7 @@ def linear(inputs: Tensor, weight: Tensor, backward: Tensor, bias: Tensor | None
     """
     if inputs.dim() == 1:
         return linear(inputs.unsqueeze(0), weight, backward, bias).squeeze(0)
-    if products_are_reduced():
+    if products.reduced:
         # as without a matrix of its own, the error below is formed by rounded operands too
         return round_operands(lambda x, W, B: _AsymmetricLinear.apply(x, W, B, None), (inputs, weight, backward), bias)
     output: Tensor = _AsymmetricLinear.apply(inputs, weight, backward, bias)
@@ -137,7 +137,7 @@ def convolution(
         padding = tuple(width // 2 for width in spread)
     paddings = _each_side(0 if isinstance(padding, str) else padding, sides)
     geometry = strides, paddings, dilations, groups
-    if products_are_reduced():
+    if products.reduced:
         operands = inputs, weight, backward
         return round_operands(lambda x, W, B: _AsymmetricConvolution.apply(x, W, B, None, *geometry), operands, bias)
     output: Tensor = _AsymmetricConvolution.apply(inputs, weight, backward, bias, *geometry)

@@ -7,7 +7,7 @@ differ. Each function below works with ``d`` alone as far as its formula allows.
 import torch
 from torch import Tensor
 
-from bioprop.functional.activations import forward_activation
+from bioprop.functional.activations import find_activation
 
 #: Added to standard deviations before dividing by them (Shibuya et al., 2023).
 STD_FLOOR = 1e-12
@@ -24,7 +24,7 @@ def activation_difference(name: str, values: Tensor, step: Tensor) -> Tensor:
         return tanh_difference(values, step)
     if name == "identity":
         return step
-    rho = forward_activation(name)
+    rho = find_activation(name).rho
     return rho(values + step) - rho(values)
 
 

@@ -4,12 +4,14 @@ Switches are values, never hidden state: ``[batch, channels, pooled height, pool
 position (row * width + column) of a window's maximum in the map before pooling.
 """
 
-from functools import lru_cache
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from bioprop.functional.activations import FLAT
 
 Size = tuple[int, int]
 
@@ -26,29 +28,62 @@ class Pool(NamedTuple):
         """Return whether a position can lie in more than one window."""
         return self.kernel_size > self.stride
 
+    @property
+    def overlap(self) -> float:
+        """The mean number of windows that a position lies in, at least 1."""
+        return max(1.0, (self.kernel_size / self.stride) ** 2)
+
     def output_size(self, height: int, width: int) -> Size:
         """Height and width after pooling a map of ``height`` by ``width``."""
         reach = self.kernel_size - 2 * self.padding
         return (height - reach) // self.stride + 1, (width - reach) // self.stride + 1
 
+    def activate(self, maps: Tensor, rho: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Compute ``pool(rho(maps))`` and its switches.
 
-def max_pool(maps: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
-    """Pool ``[batch, channels, height, width]`` and return (pooled maps, switches)."""
-    pooled, switches = F.max_pool2d(maps, *pool, return_indices=True)
-    return pooled, switches
+        The activations never decrease, so the maximum may be taken first, which leaves them fewer values to work on.
+
+        Args:
+            maps: ``[batch, channels, height, width]``.
+            rho: one of the activations of `bioprop.functional.activations`.
+        """
+        # where the activation maps many values to one, the switch must be that of the first of its maxima
+        maps = rho(maps) if rho in FLAT else maps
+        pooled, switches = F.max_pool2d(maps, *self, return_indices=True)
+        if maps.requires_grad and not maps.is_cpu and torch.are_deterministic_algorithms_enabled():
+            # the same values, whose gradient is added up in a defined order
+            pooled = maps.flatten(2).gather(2, switches.flatten(2)).view_as(switches)
+        return rho(pooled), switches
 
 
-def unpool_adding(pooled: Tensor, switches: Tensor, pool: Pool, size: Size) -> Tensor:
-    """``P^T pooled``: the transpose of the pooling that chose ``switches``; overlapping windows add up (``exact``)."""
-    if not pool.overlaps:
+def unpool_adding(pooled: Tensor, switches: Tensor, pool: Pool, size: Sequence[int]) -> Tensor:
+    """``P^T pooled``: the transpose of the pooling that chose ``switches``; overlapping windows add up (``exact``).
+
+    Always in the same order: on a GPU torch's own kernel adds atomically.
+    """
+    if pooled.is_cpu:
+        channels_last = pooled.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        like = torch.empty(*pooled.shape[:2], *size, dtype=pooled.dtype, memory_format=layout)
+        pair = [[number] * 2 for number in pool]
+        back: Tensor = torch.ops.aten.max_pool2d_with_indices_backward(pooled, like, *pair, [1, 1], False, switches)
+        return back
+    if not pool.overlaps and not torch.are_deterministic_algorithms_enabled():
         return torch._C._nn.max_unpool2d(pooled, switches, size)
-    if pooled.device.type != "cpu":  # torch's own kernel adds in no defined order on GPUs
-        return gather_windows(pooled, switches, pool, size)
-    layout = torch.channels_last if pooled.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    like = torch.empty(*pooled.shape[:2], *size, dtype=pooled.dtype, memory_format=layout)
-    pair = [[number] * 2 for number in pool]
-    back: Tensor = torch.ops.aten.max_pool2d_with_indices_backward(pooled, like, *pair, [1, 1], False, switches)
-    return back
+    return fold_windows(pooled, switches, pool, size)
+
+
+def fold_windows(pooled: Tensor, switches: Tensor, pool: Pool, size: Sequence[int]) -> Tensor:
+    """`unpool_adding` as a sum over windows, each of which holds its value where its switch points."""
+    rows, columns = (
+        torch.arange(side, dtype=torch.int32, device=pooled.device) * pool.stride - pool.padding
+        for side in pooled.shape[2:]
+    )
+    taps = torch.arange(pool.kernel_size, dtype=torch.int32, device=pooled.device)
+    within = switches.to(torch.int32) - (rows[:, None] * size[1] + columns)
+    hit = within.unsqueeze(2) == (taps[:, None] * size[1] + taps).view(-1, 1, 1)
+    windows = torch.where(hit, pooled.unsqueeze(2), 0.0)  # [batch, channels, taps, pooled height, pooled width]
+    return F.fold(windows.flatten(3).flatten(1, 2), size, pool.kernel_size, 1, pool.padding, pool.stride)  # type: ignore[arg-type]
 
 
 class Places(NamedTuple):
@@ -62,24 +97,21 @@ class Places(NamedTuple):
         return Places(self.switches[samples], None if self.kept is None else self.kept[samples])
 
 
-def unpool_overwriting(pooled: Tensor, switches: Tensor, pool: Pool, size: Size) -> Tensor:
-    """Put each value back where its switch points; where windows overlap, the last one stays (``paper``).
+def locate(switches: Tensor, pool: Pool, overwriting: bool) -> Places:
+    """Say where `unpool` puts pooled values.
 
-    The unpooling of Zeiler & Fergus (2014) as Ernoult et al. (2022) use it. Not the transpose of pooling when windows
-    overlap, since a unit that won two windows gets one of the two values only.
-
-    torch's own ``max_unpool2d`` leaves it to the threads which window is the last; here it is the last in reading
-    order, on every device.
+    Args:
+        switches: of the pass that pooled.
+        pool: its geometry.
+        overwriting: whether the last of overlapping windows stays, in reading order, instead of their sum: the
+            unpooling of Zeiler & Fergus (2014) as Ernoult et al. (2022) use it (``paper``). It is not the transpose of
+            pooling, since a unit that won two windows gets one of the two values only. torch's own ``max_unpool2d``
+            leaves it to the threads which window is the last.
     """
-    return unpool(pooled, overwriting_places(switches, pool), pool, size)
+    return Places(switches, last_windows(switches, pool) if overwriting and pool.overlaps else None)
 
 
-def overwriting_places(switches: Tensor, pool: Pool) -> Places:
-    """Places for `unpool` to overwrite rather than add."""
-    return Places(switches, last_windows(switches, pool) if pool.overlaps else None)
-
-
-def unpool(pooled: Tensor, places: Places, pool: Pool, size: Size) -> Tensor:
+def unpool(pooled: Tensor, places: Places, pool: Pool, size: Sequence[int]) -> Tensor:
     """Put values back to their places in maps of a size; values that are not kept are dropped, the others add up."""
     return unpool_adding(pooled if places.kept is None else pooled * places.kept, places.switches, pool, size)
 
@@ -108,41 +140,3 @@ def last_windows(switches: Tensor, pool: Pool) -> Tensor:
             other = neighbours[:, :, down : down + height, reach + right : reach + right + width]
             last &= other != switches
     return last
-
-
-def gather_windows(pooled: Tensor, switches: Tensor, pool: Pool, size: Size) -> Tensor:
-    """`unpool_adding` without a scatter: every position sums over the windows it lies in, in a fixed order."""
-    places, rows, columns = window_indices(pool, size, pooled.device)
-    last = [int((side - 1 + pool.padding) // pool.stride) for side in size]
-    low, (high, right) = len(rows) - 1, (max(0, n + 1 - m) for n, m in zip(last, pooled.shape[2:], strict=True))
-    # channels innermost, as the maps lie in memory
-    values = F.pad(pooled.permute(0, 2, 3, 1), (0, 0, low, right, low, high))
-    chosen = F.pad(switches.permute(0, 2, 3, 1), (0, 0, low, right, low, high), value=-1)
-    places = places.to(switches.dtype)
-    total = torch.zeros((), dtype=pooled.dtype, device=pooled.device)
-    for row in rows:
-        for column in columns:
-            hit = chosen[:, row, column] == places
-            total = total + torch.where(hit, values[:, row, column], 0.0)
-    return total.permute(0, 3, 1, 2)
-
-
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
-def window_indices(pool: Pool, size: Size, device: torch.device) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Where the windows over each position of a map are found: constants of `gather_windows`.
-
-    Made once for each geometry, as on a GPU each of the small operations would be a launch; and not as tensors of
-    inference mode, which nothing that is differentiated may use later.
-
-    Returns:
-        What a switch to each position holds, ``[height, width, 1]``; and for each of the windows that can lie over a
-        position in one direction their rows, ``[height, 1]``, and their columns, ``[width]``, in the pooled maps within
-        a border of one less than that number before the first row and column.
-    """
-    candidates = -(-pool.kernel_size // pool.stride)
-    rows, columns = (torch.arange(side, device=device) for side in size)
-    places = (rows[:, None] * size[1] + columns)[..., None]
-    first_row, first_column = ((each + pool.padding) // pool.stride + candidates - 1 for each in (rows, columns))
-    back = range(candidates)
-    return places, [first_row[:, None] - up for up in back], [first_column - left for left in back]

@@ -32,16 +32,12 @@ PRODUCTS: frozenset[Callable[..., Any]] = frozenset(
 )
 
 
-class _Setting(threading.local):
+class _Products(threading.local):
     reduced = False  # modes of torch functions belong to a thread, too
 
 
-_setting = _Setting()
-
-
-def products_are_reduced() -> bool:
-    """Return whether the products of layers are computed in bfloat16 here."""
-    return _setting.reduced
+#: Its ``reduced`` says whether the products of layers are computed in bfloat16 here.
+products = _Products()
 
 
 def round_operands(product: Callable[..., Tensor], operands: Sequence[Tensor], bias: Tensor | None) -> Tensor:
@@ -63,7 +59,7 @@ class _ReducedProducts(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         given = dict(kwargs or {})
-        if func not in PRODUCTS or not _setting.reduced:
+        if func not in PRODUCTS or not products.reduced:
             return func(*args, **given)
         given |= dict(zip(("input", "weight", "bias"), args, strict=False))
         inputs, weight, bias = given.pop("input"), given.pop("weight"), given.pop("bias", None)
@@ -75,12 +71,12 @@ class _ReducedProducts(TorchFunctionMode):
 @contextmanager
 def bfloat16_products() -> Iterator[None]:
     """Compute the products of layers, by modules or functions of torch, in bfloat16 out of and into float32."""
-    before, _setting.reduced = _setting.reduced, True
+    before, products.reduced = products.reduced, True
     try:
         with _ReducedProducts():
             yield
     finally:
-        _setting.reduced = before
+        products.reduced = before
 
 
 @contextmanager
@@ -90,12 +86,12 @@ def float32_products(device: torch.device) -> Iterator[None]:
     Args:
         device: where it is computed; torch's autocast is turned off there.
     """
-    before, _setting.reduced = _setting.reduced, False
+    before, products.reduced = products.reduced, False
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        _setting.reduced = before
+        products.reduced = before
 
 
 @contextmanager

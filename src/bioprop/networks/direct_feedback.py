@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bioprop.functional.activations import ActivationName, forward_activation
+from bioprop.functional.activations import ActivationName, find_activation
 
 
 class ReadOut(nn.Module):
@@ -29,7 +29,7 @@ class ReadOut(nn.Module):
         self, features: int, shape: tuple[int, ...], activation: ActivationName = "identity", bias: bool = False
     ) -> None:
         super().__init__()
-        self.shape, self._rho = tuple(shape), forward_activation(activation)
+        self.shape, self._rho = tuple(shape), find_activation(activation).rho
         self._is_linear = activation == "identity"
         self.weight = nn.Parameter(nn.init.xavier_normal_(torch.empty(prod(shape), features)))
         self.bias = nn.Parameter(torch.zeros(prod(shape))) if bias else None

@@ -10,8 +10,11 @@ stage.weight`` is the symmetric case (``G = F^T`` on a linear stage). Two forms:
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from functools import singledispatch
 from math import prod
+from operator import attrgetter
+from types import MappingProxyType
 from typing import cast
 
 import torch
@@ -19,19 +22,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bioprop.errors import UserError
-from bioprop.functional.activations import MirrorName, feedback_activation, feedback_slope
-from bioprop.functional.pooling import Places, overwriting_places, pick, unpool
-from bioprop.networks.feedback_layers import FeedbackLayer, FeedbackLayers
-from bioprop.networks.layers import ConvLayer, LinearLayer, unread_border
+from bioprop.functional.activations import MirrorName, find_activation
+from bioprop.functional.pooling import Places, Pool, locate, unpool
+from bioprop.networks.layers import ConvLayer, FeedbackLayer, FeedbackLayers, LinearLayer, unread_border
 from bioprop.networks.stages import ConvStage, LayerStage, LinearStage, Stage, StagePass, Switches
 
 
 class Mirror(nn.Module, ABC):
     """Feedback operator of one stage. Its parameters are the feedback weights, and biases named ``bias``."""
 
-    @abstractmethod
+    #: Name of the forward weight within the stage, by the name of the feedback weight that is its counterpart.
+    counterparts: Mapping[str, str]
+
     def pairs(self, stage: Stage) -> list[tuple[Tensor, Tensor]]:
         """Return each forward weight of the stage with the feedback weight that is its counterpart."""
+        return [(attrgetter(forward)(stage), getattr(self, own)) for own, forward in self.counterparts.items()]
 
     @abstractmethod
     def forward(self, outputs: Tensor, switches: Switches) -> Tensor:
@@ -70,17 +75,20 @@ class LayerMirror(Mirror):
         weight: feedback weight ``V``, in the layout of the stage's forward weight; drawn independently of it.
         bias: one value per input unit or channel, where the stage has a bias. It cancels in every difference of
             ``G``, so only methods that train by plain reconstruction move it.
-        is_linear: whether ``phi`` is the identity.
-        slope: the derivative of ``phi``, never above 1.
+        activation: of the stage, with the feedback activation ``phi``.
+        pool: that of the stage, or None.
+        map_size: height and width before pooling; empty for a linear layer.
     """
+
+    counterparts: Mapping[str, str] = MappingProxyType({"weight": "weight"})
+    pool: Pool | None = None
+    map_size: tuple[int, ...] = ()
 
     def __init__(self, stage: LayerStage, form: MirrorName) -> None:
         super().__init__()
         self.form = form
         self.input_shape = stage.input_shape
-        self.is_linear = stage.activation == "identity"
-        self.phi = feedback_activation(stage.activation, form)
-        self.slope = feedback_slope(stage.activation, form)
+        self.activation = find_activation(stage.activation, form)
         self.weight = nn.Parameter(torch.empty_like(stage.weight))
         self.bias = nn.Parameter(torch.empty(stage.input_shape[0])) if stage.bias is not None else None
 
@@ -96,13 +104,12 @@ class LayerMirror(Mirror):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
 
-    def pairs(self, stage: Stage) -> list[tuple[Tensor, Tensor]]:
-        """Return each forward weight of the stage with the feedback weight that is its counterpart."""
-        return [(cast(LayerStage, stage).weight, self.weight)]
-
-    @abstractmethod
     def features(self, outputs: Tensor, switches: Switches) -> Tensor:
-        """Compute the features that the feedback weights are applied to, the unpooled ``phi(outputs)``."""
+        """Compute the features that the feedback weights are applied to, the unpooled ``phi(outputs)``.
+
+        Every ``phi`` is 0 at 0, so that it may be applied before unpooling, to fewer values.
+        """
+        return self.unpool(self.activation.phi(outputs), self.locate(switches))
 
     @abstractmethod
     def project(self, features: Tensor, bias: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
@@ -118,33 +125,28 @@ class LayerMirror(Mirror):
         inputs, affine, output, switches = clean
         if affine is None or type(self) not in (LinearMirror, ConvMirror) or not isinstance(stage, LayerStage):
             return None
-        layer = cast(LinearLayer | ConvLayer, stage.layer)
-        weights = layer.weight.detach(), self.weight
-        inputs, places = inputs.reshape(stage.noise_shape(inputs)), self.locate(switches)
-        layers = FeedbackLayer("weight", stage, self, layer, inputs, affine, output, places, self.phi(output), *weights)
-        return FeedbackLayers([layers], [stage.noise_shape(inputs), tuple(output.shape)])
-
-    @property
-    def overlap(self) -> float:
-        """The mean number of pool windows that a position lies in; 1 without pooling."""
-        return 1.0
-
-    @property
-    def area(self) -> float:
-        """The number of positions before pooling for each window; 1 without pooling."""
-        return 1.0
+        layer = cast(LinearLayer | ConvLayer, stage.get_submodule(stage.layer_name))
+        if isinstance(layer, LinearLayer):
+            inputs = inputs.flatten(1)
+        places, slope = self.locate(switches), self.activation.slope(output)
+        if places is not None and places.kept is not None:
+            slope = slope * places.kept
+        batch = inputs, affine, output, layer.weight.detach(), self.weight, self.activation.phi(output), slope
+        pooling = self.pool, places, self.form == "paper"
+        found = FeedbackLayer("weight", layer, self.activation, *batch, *pooling)
+        return FeedbackLayers([found], [tuple(inputs.shape), tuple(output.shape)])
 
     def locate(self, switches: Switches) -> Places | None:
-        """Say where pooled values go back to; None where nothing was pooled."""
-        return None
+        """Say where pooled values go back to, by the rule of the mirror's form; None without pooling."""
+        if self.pool is None:
+            return None
+        if switches is None:
+            raise ValueError("the mirror of a pooled stage needs the switches of the pass that made its input")
+        return locate(switches, self.pool, self.form == "paper")
 
     def unpool(self, pooled: Tensor, places: Places | None) -> Tensor:
-        """Put pooled values back to their places."""
-        return pooled
-
-    def pick(self, maps: Tensor, places: Places | None) -> Tensor:
-        """Read values off their places: the transpose of `unpool`."""
-        return maps
+        """Put pooled values back to their places, ``[batch, out_channels, *map_size]``."""
+        return pooled if places is None or self.pool is None else unpool(pooled, places, self.pool, self.map_size)
 
     def forward(self, outputs: Tensor, switches: Switches) -> Tensor:
         """Compute ``G(outputs)``, ``[batch, *output_shape]`` to ``[batch, *input_shape]``.
@@ -165,7 +167,10 @@ class LayerMirror(Mirror):
 
     def _features_change(self, outputs: Tensor, step: Tensor, switches: Switches) -> Tensor:
         """Compute ``features(outputs + step) - features(outputs)``."""
-        return self.features(outputs + step, switches) - self.features(outputs, switches)
+        if type(self).features is not LayerMirror.features:  # a user's own need not be linear in phi
+            return self.features(outputs + step, switches) - self.features(outputs, switches)
+        phi = self.activation.phi
+        return self.unpool(phi(outputs + step) - phi(outputs), self.locate(switches))
 
 
 class LinearMirror(LayerMirror):
@@ -177,10 +182,6 @@ class LinearMirror(LayerMirror):
         if self.bias is not None:
             self.bias = nn.Parameter(torch.empty(features))
         self._draw(paper_fan_in=stage.output_shape[0])
-
-    def features(self, outputs: Tensor, switches: Tensor | None) -> Tensor:
-        """``phi(y)``, ``[batch, out_features]``."""
-        return self.phi(outputs)
 
     def project(self, features: Tensor, bias: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
         """Map ``[batch, out_features]`` to ``[batch, *input_shape]``."""
@@ -210,44 +211,6 @@ class ConvMirror(LayerMirror):
         """Map ``[batch, out_channels, *map_size]`` to ``[batch, *input_shape]``."""
         weight = self.weight if weight is None else weight
         return F.conv_transpose2d(features, weight, bias, self.stride, self.padding, self.output_padding)
-
-    @property
-    def overlap(self) -> float:
-        """The mean number of pool windows that a position lies in."""
-        return 1.0 if self.pool is None else max(1.0, (self.pool.kernel_size / self.pool.stride) ** 2)
-
-    @property
-    def area(self) -> float:
-        """The number of positions before pooling for each window."""
-        return 1.0 if self.pool is None else prod(self.map_size) / prod(self.pool.output_size(*self.map_size))
-
-    def features(self, outputs: Tensor, switches: Tensor | None) -> Tensor:
-        """Map ``[batch, *output_shape]`` to ``[batch, out_channels, *map_size]``, the map before pooling.
-
-        Every ``phi`` is 0 at 0, so that it may be applied before unpooling, to fewer values.
-        """
-        return self.unpool(self.phi(outputs), self.locate(switches))
-
-    def _features_change(self, outputs: Tensor, step: Tensor, switches: Tensor | None) -> Tensor:
-        if type(self) is not ConvMirror:  # it may have features of its own
-            return super()._features_change(outputs, step, switches)
-        return self.unpool(self.phi(outputs + step) - self.phi(outputs), self.locate(switches))
-
-    def locate(self, switches: Tensor | None) -> Places | None:
-        """Say where pooled values go back to, by the rule of the mirror's form; None without pooling."""
-        if self.pool is None:
-            return None
-        if switches is None:
-            raise ValueError("the mirror of a pooled stage needs the switches of the pass that made its input")
-        return overwriting_places(switches, self.pool) if self.form == "paper" else Places(switches, None)
-
-    def unpool(self, pooled: Tensor, places: Places | None) -> Tensor:
-        """Put values back to their places, ``[batch, out_channels, *map_size]``."""
-        return pooled if places is None or self.pool is None else unpool(pooled, places, self.pool, self.map_size)
-
-    def pick(self, maps: Tensor, places: Places | None) -> Tensor:
-        """Read values off their places, ``[batch, out_channels, *pooled size]``: the transpose of `unpool`."""
-        return maps if places is None else pick(maps, places)
 
 
 @singledispatch

@@ -3,15 +3,15 @@
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Self, overload
 
 from torch import Tensor, nn
 
 from bioprop.errors import UserError
-from bioprop.functional.gradients import preserve_buffers
+from bioprop.functional.activations import ActivationName
+from bioprop.functional.pooling import Pool
 from bioprop.hyperparameters import collect_hyperparameters
-from bioprop.networks.stages import Stage, StagePass
+from bioprop.networks.stages import ConvStage, Stage
 
 ImageShape = tuple[int, int, int]
 
@@ -83,41 +83,6 @@ class Network(nn.Sequential, AnyModule):
     def stages(self) -> list[tuple[str, Stage]]:
         """Names and stages, from the input to the output."""
         return [(name, stage) for name, stage in self.named_children() if isinstance(stage, Stage)]
-
-    def clean_passes(self, images: Tensor, closed_form: bool = True, moves_statistics: bool = True) -> list[StagePass]:
-        """Run every stage once, each cut off from the one below.
-
-        Args:
-            images: ``[batch, channels, height, width]``.
-            closed_form: form no graph where `local_gradients` needs none.
-            moves_statistics: whether the pass counts for the running statistics of batch norm.
-
-        Returns:
-            The pass of every stage, from the input to the output.
-        """
-        passes: list[StagePass] = []
-        inputs = images
-        with nullcontext() if moves_statistics else preserve_buffers(self):
-            for _, stage in self.stages():
-                passes.append(stage.clean_pass(inputs, closed_form))
-                inputs = passes[-1].output.detach()
-        return passes
-
-    def local_gradients(self, passes: Sequence[StagePass], errors: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Gradients that stay within their stage: each stage's error reaches its own parameters only.
-
-        Args:
-            passes: of every stage, by `clean_passes`.
-            errors: the derivative of the loss with respect to each stage's output, in its shape.
-
-        Returns:
-            The gradient by name of parameter; frozen parameters have none.
-        """
-        gradients: dict[str, Tensor] = {}
-        for (name, stage), clean, error in zip(self.stages(), passes, errors, strict=True):
-            found = stage.local_gradients(clean, error)
-            gradients |= {f"{name}.{parameter}": gradient for parameter, gradient in found.items()}
-        return gradients
 
     @overload
     def __getitem__(self, idx: slice) -> nn.Sequential: ...
@@ -196,3 +161,38 @@ def check_sizes(network: str, image_shape: Sequence[int], num_classes: int, **wi
                 raise UserError(f"{network}: {name} holds {value}, but every size must be a whole number, at least 1")
     if num_classes < 2:
         raise UserError(f"{network}: num_classes is {num_classes}, but a classifier needs at least 2 classes")
+
+
+def conv_chain(
+    network: str,
+    image_shape: tuple[int, ...],
+    channels: Sequence[int],
+    kernel_size: int,
+    pool: Pool,
+    activation: ActivationName,
+    bias: bool,
+) -> tuple[dict[str, Stage], tuple[int, ...]]:
+    """Conv stages ``conv1``, ``conv2``, ... of the same geometry, each "same"-padded and then pooled.
+
+    Returns:
+        The stages by name, and the shape of one output sample of the last.
+
+    Raises:
+        UserError: naming the network and the first stage that the image is too small for.
+    """
+    stages: dict[str, Stage] = {}
+    shape = image_shape
+    for number, width in enumerate(channels, start=1):
+        name = f"conv{number}"
+        stages[name] = ConvStage(
+            shape,
+            width,
+            kernel_size,
+            padding=kernel_size // 2,
+            activation=activation,
+            pool=pool,
+            bias=bias,
+            name=f"{network}'s {name}",
+        )
+        shape = stages[name].output_shape
+    return stages, shape

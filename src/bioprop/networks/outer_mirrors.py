@@ -9,7 +9,7 @@ from functools import singledispatch
 from torch import Tensor, nn
 
 from bioprop.errors import UserError
-from bioprop.functional.activations import forward_activation, identity
+from bioprop.functional.activations import ACTIVATIONS, find_activation
 from bioprop.functional.differences import activation_difference
 from bioprop.networks.mirrors import ConvMirror, LayerMirror, LinearMirror
 from bioprop.networks.stages import ConvStage, LayerStage, LinearStage, Stage, Switches
@@ -25,10 +25,9 @@ class OuterMirror(LayerMirror):
 
     def __init__(self, stage: LayerStage, activation: str) -> None:
         super().__init__(stage, "exact")
-        self.activation = activation
-        self.psi = forward_activation(activation)
-        self.phi = identity
-        self.is_linear = False
+        self.outer = activation
+        self.psi = find_activation(activation).rho
+        self.activation = ACTIVATIONS["identity"]
 
     def draw_by_xavier(self) -> None:
         """Draw ``V`` anew by Xavier's normal rule and set ``c`` to zero, as Meulemans et al. (2020) do."""
@@ -43,7 +42,7 @@ class OuterMirror(LayerMirror):
     def difference(self, outputs: Tensor, step: Tensor, switches: Switches) -> Tensor:
         """Compute ``G(outputs + step) - G(outputs)`` from the difference before the activation."""
         before = super().forward(outputs, switches)
-        return activation_difference(self.activation, before, self.project(self.features(step, switches)))
+        return activation_difference(self.outer, before, self.project(self.features(step, switches)))
 
 
 class OuterLinearMirror(OuterMirror, LinearMirror):

@@ -22,22 +22,17 @@ training mode too would be another method: below the output of a ResNet-14 with 
 The running statistics belong to the clean pass: feedback training leaves them as they are.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bioprop.functional.activations import (
-    MirrorName,
-    feedback_activation,
-    feedback_slope,
-    forward_activation,
-    identity,
-)
+from bioprop.functional.activations import ACTIVATIONS, Activation, MirrorName, find_activation
 from bioprop.functional.batch_norm import NormPass, transposed_norm
-from bioprop.networks.feedback_layers import Activation, FeedbackLayer, FeedbackLayers
-from bioprop.networks.layers import ConvLayer, LinearLayer, unread_border
+from bioprop.networks.layers import ConvLayer, FeedbackLayer, FeedbackLayers, LinearLayer, unread_border
 from bioprop.networks.mirrors import Mirror, build_mirror
 from bioprop.networks.resnet import BasicBlockStage, BlockPass, PooledLinearStage, StemPass, StemStage
 from bioprop.networks.stages import Stage, StagePass, Switches
@@ -52,13 +47,12 @@ class BlockMirror(Mirror):
     """
 
     is_composed = True
+    counterparts: dict[str, str]
 
     def __init__(self, stage: BasicBlockStage, form: MirrorName) -> None:
         super().__init__()
         self.form = form
-        self.phi = feedback_activation(stage.activation, form)
-        self._slope = feedback_slope(stage.activation, form)
-        self._rho = forward_activation(stage.activation)
+        self.activation = find_activation(stage.activation, form)
         self.stride = stage.conv1.stride
         # the shortcut's 1x1 kernel without padding leaves as many rows and columns unread as the 3x3 one with it
         self.unread = unread_border(stage.conv1, stage.input_shape[1:], stage.output_shape[1:])
@@ -66,35 +60,27 @@ class BlockMirror(Mirror):
         shortcut = stage.shortcut_conv
         self.shortcut_weight = None if shortcut is None else _draw(shortcut.weight)
         self.bias = _draw_bias(stage.conv1.weight)
-
-    def pairs(self, stage: Stage) -> list[tuple[Tensor, Tensor]]:
-        """Return the weights of both convolutions, and of the shortcut's if it has one, with their counterparts."""
-        block = cast(BasicBlockStage, stage)
-        pairs: list[tuple[Tensor, Tensor]] = [
-            (block.conv1.weight, self.conv1_weight),
-            (block.conv2.weight, self.conv2_weight),
-        ]
-        if block.shortcut_conv is not None and self.shortcut_weight is not None:
-            pairs.append((block.shortcut_conv.weight, self.shortcut_weight))
-        return pairs
+        self.counterparts = {"conv1_weight": "conv1.weight", "conv2_weight": "conv2.weight"}
+        if shortcut is not None:
+            self.counterparts["shortcut_weight"] = "shortcut.0.weight"
 
     def forward(self, outputs: Tensor, switches: Switches) -> Tensor:
         """Compute ``G(outputs)``; ``switches`` is the `BlockPass` of the pass that made the stage's activations."""
-        return self._back(self.phi(outputs), switches) + self.bias.view(-1, 1, 1)
+        return self._back(self.activation.phi(outputs), switches) + self.bias.view(-1, 1, 1)
 
     def difference(self, outputs: Tensor, step: Tensor, switches: Switches) -> Tensor:
         """Compute ``G(outputs + step) - G(outputs)``: nothing but differences is led back."""
-        before = self.phi(outputs)
-        change = self.phi(outputs + step) - before
+        before = self.activation.phi(outputs)
+        change = self.activation.phi(outputs + step) - before
         branch = self._inner(change, switches)
         if self.form == "paper":
             around = self._inner(before, switches)
-            branch = self._rho(around + branch) - self._rho(around)
+            branch = self.activation.rho(around + branch) - self.activation.rho(around)
         return self._outer(change, branch, switches)
 
     def _back(self, features: Tensor, clean: BlockPass) -> Tensor:
         branch = self._inner(features, clean)
-        return self._outer(features, branch if self.form == "exact" else self._rho(branch), clean)
+        return self._outer(features, branch if self.form == "exact" else self.activation.rho(branch), clean)
 
     def _inner(self, features: Tensor, clean: BlockPass) -> Tensor:
         """Lead back to between the convolutions; ``exact`` through the slope there. Linear in the features."""
@@ -113,33 +99,17 @@ class BlockMirror(Mirror):
     def layers(self, stage: Stage, clean: StagePass) -> FeedbackLayers:
         """Return the convolutions: noise enters at the block's input, between its convolutions, and at its output."""
         block, values = cast(BasicBlockStage, stage), cast(BlockPass, clean.switches)
-        inner = self._rho(values.affine)
-        activation, linear = Activation(self._rho, self.phi, self._slope), _linear(clean.output)
+        inner, linear = self.activation.rho(values.affine), _linear(clean.output)
+        around = self.activation, values.affine
         layers = [
             _feedback_layer(
-                "conv1_weight",
-                block.conv1,
-                self.conv1_weight,
-                clean.inputs,
-                values.norm1,
-                (0, 1),
-                activation,
-                values.affine,
+                "conv1_weight", block.conv1, self.conv1_weight, clean.inputs, values.norm1, (0, 1), *around
             ),
             _feedback_layer("conv2_weight", block.conv2, self.conv2_weight, inner, values.norm2, (1, 2), *linear),
         ]
         if block.shortcut_conv is not None and self.shortcut_weight is not None:
-            layers.append(
-                _feedback_layer(
-                    "shortcut_weight",
-                    block.shortcut_conv,
-                    self.shortcut_weight,
-                    clean.inputs,
-                    values.norm_shortcut,
-                    (0, 2),
-                    *linear,
-                )
-            )
+            shortcut, weight, norm = block.shortcut_conv, self.shortcut_weight, values.norm_shortcut
+            layers.append(_feedback_layer("shortcut_weight", shortcut, weight, clean.inputs, norm, (0, 2), *linear))
         return FeedbackLayers(layers, [tuple(clean.inputs.shape), tuple(inner.shape), tuple(clean.output.shape)])
 
 
@@ -153,16 +123,14 @@ class PooledLinearMirror(Mirror):
         form: ``exact`` or ``paper``.
     """
 
+    counterparts: Mapping[str, str] = MappingProxyType({"weight": "linear.weight"})
+
     def __init__(self, stage: PooledLinearStage, form: MirrorName) -> None:
         super().__init__()
-        feedback_activation("identity", form)  # refuses what is neither
+        find_activation("identity", form)  # refuses what is neither
         self.size = stage.input_shape[1:]
         self.weight = _draw(stage.linear.weight)
         self.bias = _draw_bias(stage.linear.weight)
-
-    def pairs(self, stage: Stage) -> list[tuple[Tensor, Tensor]]:
-        """Return the linear layer's weight with its counterpart."""
-        return [(cast(PooledLinearStage, stage).linear.weight, self.weight)]
 
     def forward(self, outputs: Tensor, switches: Switches) -> Tensor:
         """Compute ``G(outputs)``, ``[batch, out_features]`` to ``[batch, channels, height, width]``."""
@@ -196,25 +164,21 @@ class StemMirror(Mirror):
         form: ``exact`` or ``paper``.
     """
 
+    counterparts: Mapping[str, str] = MappingProxyType({"weight": "conv.weight"})
+
     def __init__(self, stage: StemStage, form: MirrorName) -> None:
         super().__init__()
-        self.phi = feedback_activation(stage.activation, form)
-        self._slope = feedback_slope(stage.activation, form)
-        self._rho = forward_activation(stage.activation)
+        self.activation = find_activation(stage.activation, form)
         self.weight = _draw(stage.conv.weight)
         self.bias = _draw_bias(stage.conv.weight)
 
-    def pairs(self, stage: Stage) -> list[tuple[Tensor, Tensor]]:
-        """Return the convolution's weight with its counterpart."""
-        return [(cast(StemStage, stage).conv.weight, self.weight)]
-
     def forward(self, outputs: Tensor, switches: Switches) -> Tensor:
         """Compute ``G(outputs)``; ``switches`` is the `StemPass` of the pass that made the stage's activations."""
-        return self._back(self.phi(outputs), switches) + self.bias.view(-1, 1, 1)
+        return self._back(self.activation.phi(outputs), switches) + self.bias.view(-1, 1, 1)
 
     def difference(self, outputs: Tensor, step: Tensor, switches: Switches) -> Tensor:
         """Compute ``G(outputs + step) - G(outputs)``."""
-        return self._back(self.phi(outputs + step) - self.phi(outputs), switches)
+        return self._back(self.activation.phi(outputs + step) - self.activation.phi(outputs), switches)
 
     def _back(self, features: Tensor, clean: StemPass) -> Tensor:
         return F.conv_transpose2d(transposed_norm(features, clean.norm), self.weight, padding=1)
@@ -222,16 +186,14 @@ class StemMirror(Mirror):
     def layers(self, stage: Stage, clean: StagePass) -> FeedbackLayers:
         """Return the convolution."""
         stem, values = cast(StemStage, stage), cast(StemPass, clean.switches)
-        activation = Activation(self._rho, self.phi, self._slope)
-        layer = _feedback_layer(
-            "weight", stem.conv, self.weight, clean.inputs, values.norm, (0, 1), activation, values.affine
-        )
+        around = self.activation, values.affine
+        layer = _feedback_layer("weight", stem.conv, self.weight, clean.inputs, values.norm, (0, 1), *around)
         return FeedbackLayers([layer], [tuple(clean.inputs.shape), tuple(clean.output.shape)])
 
 
 def _linear(affine: Tensor) -> tuple[Activation, Tensor]:
     """Of a layer without activation, in which changes are the same around zero: no pass is needed."""
-    return Activation(identity, identity, torch.ones_like), affine.new_zeros(()).expand(affine.shape)
+    return ACTIVATIONS["identity"], affine.new_zeros(()).expand(affine.shape)
 
 
 def _feedback_layer(
@@ -251,8 +213,9 @@ def _feedback_layer(
     forward = layer.weight.detach()
     forward = forward if scale is None else forward * scale.view(-1, 1, 1, 1)
     output = activation.rho(affine)
-    around = activation, activation, layer, inputs, affine, output, None, activation.phi(output)
-    return FeedbackLayer(name, *around, forward, feedback, scale, share, *noise)
+    batch = inputs, affine, output, forward, feedback, activation.phi(output), activation.slope(output)
+    given = {"scale": scale, "share": share, "input_noise": noise[0], "output_noise": noise[1]}
+    return FeedbackLayer(name, layer, activation, *batch, **given)  # type: ignore[arg-type]
 
 
 def _draw(weight: Tensor) -> nn.Parameter:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bioprop.errors import UserError
-from bioprop.functional.activations import SLOPES, ActivationName, forward_activation
+from bioprop.functional.activations import ACTIVATIONS, ActivationName, find_activation
 from bioprop.functional.batch_norm import NormPass, norm_pass
 from bioprop.networks.layers import ConvLayer, LinearLayer
 from bioprop.networks.network import ImageShape, Network, check_sizes
@@ -67,7 +67,7 @@ class StemStage(Stage):
         super().__init__()
         self.input_shape, self.output_shape = input_shape, (channels, *input_shape[1:])
         self.activation = activation
-        self._rho = forward_activation(activation)
+        self._rho = find_activation(activation).rho
         self.conv = ConvLayer(input_shape[0], channels, 3, padding=1, bias=not batch_norm)
         self.norm = _norm(channels, batch_norm)
         self.to(memory_format=torch.channels_last)
@@ -108,7 +108,7 @@ class BasicBlockStage(Stage):
         self.input_shape = input_shape
         self.output_shape = (channels, *((side - 1) // stride + 1 for side in input_shape[1:]))
         self.activation = activation
-        self._rho = forward_activation(activation)
+        self._rho = find_activation(activation).rho
         bias = not batch_norm
         self.conv1 = ConvLayer(input_shape[0], channels, 3, stride, padding=1, bias=bias)
         self.norm1 = _norm(channels, batch_norm)
@@ -138,7 +138,7 @@ class BasicBlockStage(Stage):
         norms = _Norms()
         affine, output = self._compute(inputs, norms)
         with torch.no_grad():
-            slope = SLOPES[self.activation](self._rho(affine))
+            slope = ACTIVATIONS[self.activation].slope(self._rho(affine))
         norm1, norm2, norm_shortcut = (*norms.passes, None)[:3]
         return StageOutput(output, BlockPass(affine.detach(), slope, norm1, norm2, norm_shortcut))
 

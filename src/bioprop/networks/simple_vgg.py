@@ -2,8 +2,8 @@
 
 from bioprop.functional.activations import ActivationName
 from bioprop.functional.pooling import Pool
-from bioprop.networks.network import ImageShape, Network, check_sizes
-from bioprop.networks.stages import LinearStage, conv_chain
+from bioprop.networks.network import ImageShape, Network, check_sizes, conv_chain
+from bioprop.networks.stages import LinearStage
 
 
 class SimpleVGG(Network):

@@ -1,7 +1,6 @@
 """Stages: the units of credit assignment that a network is a chain of."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from math import prod
 from typing import Any, NamedTuple, cast
 
@@ -9,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from bioprop.errors import UserError
-from bioprop.functional.activations import FLAT, SLOPES, ActivationName, forward_activation
+from bioprop.functional.activations import ACTIVATIONS, ActivationName, find_activation
 from bioprop.functional.gradients import stage_gradients
-from bioprop.functional.pooling import Pool, max_pool, unpool_adding
-from bioprop.networks.layers import ConvLayer, LinearLayer, blocks, is_plain
+from bioprop.functional.pooling import Pool, unpool_adding
+from bioprop.networks.layers import ConvLayer, LinearLayer, blocks
 
 #: What a pass hands to the mirror besides the output: max-pool switches (a tensor), for other kinds of stages a tuple
 #: of whatever their mirror needs, or None. Only the stage's own mirror looks into it.
@@ -118,7 +117,11 @@ class LayerStage(Stage):
         None in subclasses, which may compute something else than their parent, and where the layer was replaced or
         given hooks.
         """
-        return None
+        layer = self.get_submodule(self.layer_name)
+        hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+        if type(self) not in (LinearStage, ConvStage) or any(hooks) or type(layer) not in (LinearLayer, ConvLayer):
+            return None
+        return cast(LinearLayer | ConvLayer, layer)
 
     @abstractmethod
     def affine(self, inputs: Tensor) -> Tensor:
@@ -154,7 +157,7 @@ class LayerStage(Stage):
         gradients: dict[str, Tensor] = {}
         # maps before pooling are made for a block of samples at a time, which stays in a processor's cache
         for samples in blocks(clean.affine, fewest=8):
-            part = error[samples] * SLOPES[self.activation](clean.output[samples])
+            part = error[samples] * ACTIVATIONS[self.activation].slope(clean.output[samples])
             found: dict[str, Tensor] = {}
             if layer.weight.requires_grad:
                 switches = None if clean.switches is None else clean.switches[samples]
@@ -182,13 +185,8 @@ class LinearStage(LayerStage):
     ) -> None:
         super().__init__()
         self.input_shape, self.output_shape, self.activation = input_shape, (out_features,), activation
-        self._rho = forward_activation(activation)
+        self._rho = find_activation(activation).rho
         self.linear = LinearLayer(prod(input_shape), out_features, bias=bias)
-
-    @property
-    def products(self) -> LinearLayer | None:
-        """The layer, where gradients may be formed of its products alone."""
-        return self.linear if type(self) is LinearStage and is_plain(self.linear) else None
 
     def noise_shape(self, inputs: Tensor) -> tuple[int, ...]:
         """``[batch, in_features]``."""
@@ -242,7 +240,7 @@ class ConvStage(LayerStage):
         # the layout that convolutions are fastest in, and that everything after them then has
         self.conv = conv.to(memory_format=torch.channels_last)
         self.pool = pool
-        self._rho = forward_activation(activation)
+        self._rho = find_activation(activation).rho
         height, width = ((side + 2 * padding - kernel_size) // stride + 1 for side in size)
         self.map_size = (height, width)  # before pooling
         pooled = pool.output_size(height, width) if pool is not None and min(height, width) > 0 else (height, width)
@@ -253,11 +251,6 @@ class ConvStage(LayerStage):
             )
         self.input_shape, self.output_shape = input_shape, (out_channels, *pooled)
         self.activation = activation
-
-    @property
-    def products(self) -> ConvLayer | None:
-        """The layer, where gradients may be formed of its products alone."""
-        return self.conv if type(self) is ConvStage and is_plain(self.conv) else None
 
     def unpool(self, pooled: Tensor, switches: Tensor | None) -> Tensor:
         """Lead values back through the transposed pooling, ``[batch, out_channels, *map_size]``."""
@@ -271,47 +264,5 @@ class ConvStage(LayerStage):
         return affine
 
     def activate(self, affine: Tensor) -> StageOutput:
-        """Compute ``pool(rho(affine))`` and its switches.
-
-        The activations never decrease, so the maximum may be taken first, which leaves them fewer values to work on.
-        """
-        if self.pool is None:
-            return StageOutput(self._rho(affine), None)
-        # where the activation maps many values to one, the switch must be that of the first of its maxima
-        pooled, switches = max_pool(self._rho(affine) if self.activation in FLAT else affine, self.pool)
-        return StageOutput(self._rho(pooled), switches)
-
-
-def conv_chain(
-    network: str,
-    image_shape: tuple[int, ...],
-    channels: Sequence[int],
-    kernel_size: int,
-    pool: Pool,
-    activation: ActivationName,
-    bias: bool,
-) -> tuple[dict[str, Stage], tuple[int, ...]]:
-    """Conv stages ``conv1``, ``conv2``, ... of the same geometry, each "same"-padded and then pooled.
-
-    Returns:
-        The stages by name, and the shape of one output sample of the last.
-
-    Raises:
-        UserError: naming the network and the first stage that the image is too small for.
-    """
-    stages: dict[str, Stage] = {}
-    shape = image_shape
-    for number, width in enumerate(channels, start=1):
-        name = f"conv{number}"
-        stages[name] = ConvStage(
-            shape,
-            width,
-            kernel_size,
-            padding=kernel_size // 2,
-            activation=activation,
-            pool=pool,
-            bias=bias,
-            name=f"{network}'s {name}",
-        )
-        shape = stages[name].output_shape
-    return stages, shape
+        """Compute ``pool(rho(affine))`` and its switches."""
+        return StageOutput(*((self._rho(affine), None) if self.pool is None else self.pool.activate(affine, self._rho)))

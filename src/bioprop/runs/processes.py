@@ -84,7 +84,8 @@ class GradientAveraging(DDPStrategy):
 
     Lightning's own DDP hooks into autograd's backward pass, and algorithms here have none or many a batch: processes
     would drift apart silently. This strategy brings all to the same initial state and leaves the rest to the algorithm.
-    ``--trainer.devices N`` chooses it by itself; in Python, give ``Trainer(strategy=GradientAveraging())``.
+    ``--trainer.devices N`` chooses it by itself; in Python, give ``Trainer(strategy=GradientAveraging())``. Processes
+    that share one GPU (the same device twice in ``parallel_devices``) exchange over gloo, since NCCL needs one each.
 
     Args:
         settings: arguments of Lightning's `DDPStrategy`.
@@ -94,6 +95,9 @@ class GradientAveraging(DDPStrategy):
     leaves_averaging_to_algorithms = True
 
     def __init__(self, **settings: Any) -> None:
+        devices = settings.get("parallel_devices") or []
+        if len(set(devices)) < len(devices):
+            settings = {"process_group_backend": "gloo"} | settings
         super().__init__(**({"timeout": PATIENCE} | settings))
 
     def _configure_launcher(self) -> None:
