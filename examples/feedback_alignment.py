@@ -78,12 +78,12 @@ class FeedbackAlignment:
         """Renew B where the rule does, then train W, and B by the same steps for ``kolen_pollack``."""
         self.train_feedback()
         gradients = self.gradients(images, labels)
-        step_weights(self.optimizer, self.weights, gradients)
         if self.rule == "kolen_pollack":
-            step_weights(self.feedback_optimizer, self.stored, gradients[1:])
             with torch.no_grad():
                 for weight in (*self.weights[1:], *self.stored):
                     weight *= 1 - self.decay
+            step_weights(self.feedback_optimizer, self.stored, gradients[1:])
+        step_weights(self.optimizer, self.weights, gradients)
 
     @torch.no_grad()
     def train_feedback(self) -> None:

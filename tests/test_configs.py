@@ -3,7 +3,7 @@
 import pickle
 from pathlib import Path
 from pydoc import locate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -167,15 +167,10 @@ CARRYING_BETA: dict[str, tuple[str, float, dict[str, Any], float | None]] = {
     "ldrl_simplevgg_imagenet32": ("SGD", 0.7, {"lr": 0.01, "weight_decay": 1e-4}, 1e-5),
     "ldrl_lenet_cifar10": ("SGD", 0.4655, {"lr": 0.03618, "weight_decay": 1e-4}, 1e-5),
     "ldrl_resnet18_cifar10": ("SGD", 0.5, {"lr": 0.02, "weight_decay": 1e-4}, 1e-5),
-    "parallelldrl_simplevgg_cifar10": ("SGD", 0.7, {"lr": 0.02, "weight_decay": 1e-4}, 1e-5),
+    "parallelldrl_simplevgg_cifar10": ("Adam", 0.7, {"lr": 3e-4, "weight_decay": 1e-4}, None),
     "dtp_lenet_cifar10": ("Adam", 0.5, {"lr": 3e-4}, 1e-5),
     "dtp_simplevgg_cifar10": ("Adam", 0.5, {"lr": 3e-4}, 1e-5),
     "dtp_simplevgg_imagenet32": ("Adam", 0.5, {"lr": 3e-4}, 1e-5),
-    "ddtplinear_mlp_imagefolder": ("Adam", 0.061, {"lr": 3.336e-4}, None),
-    "dtpdrl_mlp_imagefolder": ("Adam", 0.0686, {"lr": 4.328e-4}, None),
-    "ddtprhl_mlp_imagefolder": ("Adam", 0.0435, {"lr": 6.448e-4}, None),
-    "ddtpcontrol_mlp_imagefolder": ("Adam", 0.0942, {"lr": 9.43e-4}, None),
-    "ddtplinear_lenet_cifar10": ("Adam", 0.01596, {"eps": 1e-3}, None),
 }
 
 
@@ -198,7 +193,7 @@ def test_published_optimizers_are_converted_to_the_units_of_backprop(config: str
 def test_no_target_propagation_at_full_size_is_left_out_of_the_conversion() -> None:
     full = [name.removesuffix(".yaml") for name in RUNS if name.endswith(("_cifar10.yaml", "_imagenet32.yaml"))]
     targets = {name for name in full if issubclass(ALGORITHMS[name.split("_")[0]][0], TargetAlgorithm)}
-    assert targets <= set(CARRYING_BETA)
+    assert targets <= {*CARRYING_BETA, "ddtplinear_lenet_cifar10"}  # that of the latter is a test of its own
 
 
 @pytest.mark.parametrize(
@@ -211,39 +206,79 @@ def test_our_own_ldrl_configs_have_the_optimizer_of_backprop(config: str) -> Non
     assert ours.get("scheduler") == backprop.get("scheduler")
 
 
+def test_parallel_ldrl_holds_the_defaults_of_its_authors_program() -> None:
+    arguments = _model("parallelldrl_simplevgg_cifar10.yaml")["model"]["init_args"]
+
+    assert (arguments["noise"], arguments["iterations"], arguments["samples"]) == ([0.4, 0.4, 0.2, 0.2, 0.08], 1, 10)
+    step = ("feedback_step", "feedback_lr", "feedback_decay")
+    assert [arguments[name] for name in step] == ["adam", 3e-4, 1e-4]
+    assert (arguments["mirror"], arguments["switches"]) == ("paper", "noisy")
+
+
+class Reported(NamedTuple):
+    """Settings of a program of Meulemans et al.'s: Adam's for both sides, its decay for the feedback."""
+
+    lr: float  # before division by eta
+    eta: float
+    feedback_lr: float
+    sigma: float
+    feedback_decay: float
+    betas: tuple[float, float]
+    eps: float
+    feedback_betas: tuple[float, float]
+    feedback_eps: float
+
+
 REPORTED = {
-    # learning rate before division by eta, eta, feedback learning rate, sigma, Adam's feedback decay
-    "ddtplinear": (2.035e-5, 0.0610, 1.638e-4, 0.0908, 5.8e-7),
-    "dtpdrl": (2.969e-5, 0.0686, 2.012e-5, 0.0569, 5.4e-6),
-    "ddtprhl": (2.805e-5, 0.0435, 3.024e-4, 0.0416, 1.6e-3),
-    "ddtpcontrol": (8.883e-5, 0.0942, 1.871e-4, 0.00872, 4.0e-4),
+    "ddtplinear": Reported(
+        2.035e-5, 0.0610, 1.638e-4, 0.0908, 5.8e-7, (0.9, 0.999), 1.255e-8, (0.999, 0.999), 2.838e-4
+    ),
+    "dtpdrl": Reported(2.969e-5, 0.0686, 2.012e-5, 0.0569, 5.4e-6, (0.9, 0.99), 1.001e-8, (0.99, 0.999), 5.084e-8),
+    "ddtprhl": Reported(2.805e-5, 0.0435, 3.024e-4, 0.0416, 1.6e-3, (0.9, 0.99), 3.984e-8, (0.9, 0.999), 3.403e-6),
+    "ddtpcontrol": Reported(8.883e-5, 0.0942, 1.871e-4, 0.00872, 4.0e-4, (0.9, 0.999), 5.553e-8, (0.9, 0.999), 1.23e-8),
 }
+BATCH, UNITS = 128, 256
 
 
 @pytest.mark.parametrize("name", list(REPORTED))
 def test_imagefolder_configs_of_the_drl_family_hold_the_published_figures(name: str) -> None:
+    """Theirs are means over the batch, without 1/2, of a step that carries eta; the feedback's also over units."""
     settings = _model(f"{name}_mlp_imagefolder.yaml")
     arguments = settings["model"]["init_args"]
-    lr, eta, feedback_lr, sigma, decay = REPORTED[name]
+    reported = REPORTED[name]
+    forward, feedback = (arguments[side]["init_args"] for side in ("optimizer", "feedback_optimizer"))
 
-    assert (arguments["beta"], arguments["feedback_lr"], arguments["noise"]) == (eta, feedback_lr, sigma)
-    assert arguments["optimizer"]["class_path"] == "torch.optim.Adam"
-    assert arguments["optimizer"]["init_args"]["lr"] * eta == pytest.approx(lr, rel=1e-3)
-    assert arguments["feedback_decay"] == pytest.approx(decay * 256 / 2, rel=1e-3)
-    assert arguments["network"]["init_args"] == {"hidden": [256] * 5, "activation": "tanh"}
-    assert settings["data"]["init_args"]["batch_size"] == 128
+    assert (arguments["beta"], arguments["feedback_lr"], arguments["noise"]) == (
+        reported.eta,
+        reported.feedback_lr,
+        reported.sigma,
+    )
+    assert {arguments[side]["class_path"] for side in ("optimizer", "feedback_optimizer")} == {"torch.optim.Adam"}
+    assert forward["lr"] * reported.eta == pytest.approx(reported.lr, rel=1e-3)
+    assert forward["eps"] == pytest.approx(reported.eps * BATCH / (2 * reported.eta), rel=1e-6)
+    assert feedback["eps"] == pytest.approx(reported.feedback_eps * UNITS, rel=1e-6)
+    assert (forward["betas"], feedback["betas"]) == (list(reported.betas), list(reported.feedback_betas))
+    assert arguments["feedback_decay"] == pytest.approx(reported.feedback_decay * UNITS / 2, rel=1e-3)
+    assert arguments["network"]["init_args"] == {"hidden": [UNITS] * 5, "activation": "tanh"}
+    assert settings["data"]["init_args"]["batch_size"] == BATCH
     epochs = arguments["feedback_pretraining_epochs"] + 100 * (1 + arguments["extra_feedback_epochs"])
     assert settings["trainer"]["max_epochs"] == epochs
 
 
 def test_the_convolutional_ddtp_config_holds_the_published_figures() -> None:
+    """Theirs are means over the units of a conv stage, too."""
     arguments = _model("ddtplinear_lenet_cifar10.yaml")["model"]["init_args"]
+    eta, units = 0.01596, [32 * 16 * 16, 64 * 8 * 8, 512]
 
-    assert (arguments["beta"], arguments["feedback_lr"], arguments["noise"]) == (0.01596, 4.516e-3, 0.00921)
+    assert (arguments["beta"], arguments["feedback_lr"], arguments["noise"]) == (eta, 4.516e-3, 0.00921)
     reported = [2.594e-4, 8.855e-4, 1.423e-4, 3.387e-6]
-    assert [lr * 0.01596 for lr in arguments["forward_lr"]] == pytest.approx(reported, rel=1e-3)
-    units = [32 * 16 * 16, 64 * 8 * 8, 512]
+    assert [lr * eta for lr in arguments["forward_lr"]] == pytest.approx(reported, rel=1e-3)
     assert arguments["feedback_decay"] == pytest.approx([6.2e-5 * count / 2 for count in units], rel=1e-3)
+    means = zip([2.787e-8, 1.987e-8, 4.515e-6, 4.046e-5], [*units[:2], 1, 1], strict=True)
+    expected = [eps * BATCH * count / (2 * eta) for eps, count in means]
+    assert arguments["forward_eps"] == pytest.approx(expected, rel=1e-6)
+    assert arguments["feedback_eps"] == pytest.approx([7.529e-7 * count for count in units], rel=1e-6)
+    assert arguments["optimizer"] == {"class_path": "torch.optim.Adam"}
 
 
 def test_smoke_layer_takes_seconds_not_epochs() -> None:

@@ -132,7 +132,7 @@ class PlainReconstruction:
                 loss = ((self.direct(n, output, noisy) - noisy) ** 2).sum() / len(images)
             else:
                 loss = ((self.target(n, output, states, switches) - noisy) ** 2).sum() / len(images) / sigma**2
-            losses.append(loss + decay * (self.feedback[n][0] ** 2).sum())
+            losses.append(loss + decay * sum((tensor**2).sum() for tensor in self.feedback[n]))
         for optimizer in self.feedback_optimizers:
             optimizer.zero_grad()
         sum(losses).backward()

@@ -99,9 +99,15 @@ def unchanged(values: Tensor) -> Tensor:
 
 
 class PlainMLP:
-    """FW-DTP on an MLP of tanh stages with autograd alone; ``norm`` standardises or does nothing."""
+    """FW-DTP on an MLP of tanh stages with autograd alone; both norms standardise or do nothing."""
 
-    def __init__(self, algorithm: FixedWeightDTP, norm: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self,
+        algorithm: FixedWeightDTP,
+        norm: Callable[[Tensor], Tensor],
+        output_norm: Callable[[Tensor], Tensor] = unchanged,
+    ) -> None:
+        self.output_norm = output_norm
         self.weights = [weight.detach().clone().requires_grad_() for weight in algorithm.network.parameters()]
         self.feedback = [mirror.weight.T.clone() for mirror in algorithm.feedback.values()]  # B_n
         self.norm, self.beta = norm, algorithm.beta
@@ -113,7 +119,7 @@ class PlainMLP:
     def stage(self, number: int, inputs: Tensor) -> Tensor:
         weight, bias = self.pairs()[number]
         affine = inputs @ weight.T + bias
-        return affine if number == len(self.pairs()) - 1 else self.norm(torch.tanh(affine))
+        return self.output_norm(affine) if number == len(self.pairs()) - 1 else self.norm(torch.tanh(affine))
 
     def back(self, number: int, values: Tensor) -> Tensor:
         return self.norm(torch.tanh(values @ self.feedback[number - 1].T))
@@ -143,14 +149,19 @@ class PlainMLP:
             self.optimizer.step()
 
 
-NORMS = {"plain": unchanged, "standardized": standardized}
+#: Norm of hidden stages, norm of the output, and how the network is asked for them.
+NORMS: dict[str, tuple[Any, Any, Any]] = {
+    "plain": (unchanged, unchanged, False),
+    "standardized": (standardized, unchanged, True),
+    "output too": (standardized, standardized, "all"),
+}
 
 
 def make_pair(norm: str, feedback_init: str = "orthogonal") -> tuple[FixedWeightDTP, PlainMLP]:
-    network = MLP(SHAPE, CLASSES, hidden=(12, 9, 8), activation="tanh", standardize=norm == "standardized")
+    network = MLP(SHAPE, CLASSES, hidden=(12, 9, 8), activation="tanh", standardize=NORMS[norm][2])
     optimizer = sgd(**in_units_of_backprop("SGD", SGD, 0.7))
     algorithm = FixedWeightDTP(network, beta=0.7, feedback_init=feedback_init, optimizer=optimizer).double()
-    return algorithm, PlainMLP(algorithm, NORMS[norm])
+    return algorithm, PlainMLP(algorithm, *NORMS[norm][:2])
 
 
 def train_both(algorithm: FixedWeightDTP, plain: PlainMLP, folder: Path) -> None:
@@ -207,7 +218,7 @@ class LinearFeedback(PlainMLP):
 )
 def test_another_rule_is_noticed(norm: str, mutated: type[PlainMLP], tmp_path: Path) -> None:
     algorithm, _ = make_pair(norm)
-    plain = mutated(algorithm, NORMS[norm])
+    plain = mutated(algorithm, *NORMS[norm][:2])
     train_both(algorithm, plain, tmp_path)
     with pytest.raises(AssertionError):
         assert_same_weights(algorithm, plain)

@@ -99,7 +99,7 @@ def test_both_sides_get_the_same_increment_and_the_same_decay(tmp_path: Path) ->
     for name, _ in algorithm.layers():
         gradient, key = gradients[f"{name}.weight"], f"backward_weights.{name.replace('.', '/')}"
         for tensor in (f"network.{name}.weight", key):
-            expected = 0.9 * (before[tensor] - 0.5 * gradient)
+            expected = 0.9 * before[tensor] - 0.5 * gradient  # the increment itself does not decay
             torch.testing.assert_close(algorithm.state_dict()[tensor], expected, rtol=1e-10, atol=1e-12)
         bias = before[f"network.{name}.bias"] - 0.5 * gradients[f"{name}.bias"]  # the decay is the matrices' alone
         torch.testing.assert_close(algorithm.state_dict()[f"network.{name}.bias"], bias, rtol=1e-10, atol=1e-12)

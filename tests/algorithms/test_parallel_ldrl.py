@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bioprop.algorithms import LDRL, ParallelLDRL
+from bioprop.feedback.speed import Speed
 from bioprop.networks import MLP, Network
 from bioprop.testing import TargetPropagationContract
 from bioprop.testing.helpers import changed, copy_state, draw_batch, refused, small_lenet
@@ -145,3 +146,53 @@ def test_samples_are_checked_and_remembered() -> None:
     algorithm = ParallelLDRL(small_lenet(), samples=7)
     assert algorithm.hparams["samples"] == 7
     assert algorithm.hparams["iterations"] == "auto"
+
+
+def test_adam_takes_its_first_step_by_hand() -> None:
+    """``V - lr g / (|g| + 1e-8)`` with the decay in ``g``, which a step of SGD with rate 1 on the same noise shows."""
+    lr, decay = 0.02, 0.3
+    settings: dict[str, Any] = {"second_noise": "independent", "noise": 0.3, "iterations": 1, "samples": 3}
+    steps: dict[str, dict[str, Any]] = {
+        "sgd": {"feedback_lr": 1.0, "feedback_momentum": 0.0},
+        "adam": {"feedback_lr": lr, "feedback_decay": decay},
+    }
+    images, before, after = torch.rand(6, 1, 4, 4, dtype=torch.float64), {}, {}
+    for step, own in steps.items():
+        torch.manual_seed(0)
+        algorithm = ParallelLDRL(linear_mlp(), feedback_step=step, **settings, **own).double()
+        before = copy_state(algorithm.feedback)
+        algorithm.train_feedback(images)
+        after[step] = copy_state(algorithm.feedback)
+    for name, weight in before.items():
+        if name.endswith("weight"):
+            gradient = weight - after["sgd"][name] + decay * weight
+            expected = weight - lr * gradient / (gradient.abs() + 1e-8)
+            torch.testing.assert_close(after["adam"][name], expected, rtol=1e-9, atol=1e-12)
+
+
+class AdamSuite(SGDSuite):
+    """The same checks with the optimizer of the authors' program."""
+
+    __test__ = False
+
+    def make(self, network: Network, **settings: Any) -> ParallelLDRL:
+        adam = {"feedback_step": "adam", "feedback_lr": 3e-3, "feedback_decay": 1e-4}
+        return super().make(network, **(adam | settings))
+
+
+def test_adams_state_survives_a_checkpoint(tmp_path: Path) -> None:
+    AdamSuite().test_a_resumed_run_equals_the_uninterrupted_one(tmp_path)
+
+
+def test_processes_that_would_each_have_their_own_moments_are_refused() -> None:
+    settings: dict[str, Any] = {"noise": 0.1, "iterations": 1, "feedback_lr": 1e-3, "feedback_step": "adam"}
+    for processes in ("stages", "weights"):
+        with refused(f"speed.processes {processes}", "speed.processes: gradients"):
+            ParallelLDRL(small_lenet(), speed=Speed(processes=processes), **settings)
+
+
+def test_a_decay_that_nothing_would_use_is_refused() -> None:
+    with refused("feedback_decay is 0.1", "feedback_step: adam"):
+        ParallelLDRL(small_lenet(), feedback_decay=0.1)
+    with refused("feedback_lr: auto is a normalized step", "feedback_step adam"):
+        ParallelLDRL(small_lenet(), feedback_step="adam")

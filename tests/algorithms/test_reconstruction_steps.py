@@ -12,7 +12,7 @@ from torch import Tensor
 from bioprop.algorithms import DDTPRHL, DTPDRL, DDTPControl, DDTPLinear, DifferenceReconstruction
 from bioprop.feedback.noise import NoiseStream
 from bioprop.networks import MLP, LeNet, Network
-from bioprop.testing.helpers import CLASSES, SHAPE, make_loader, make_trainer
+from bioprop.testing.helpers import CLASSES, SHAPE, make_loader, make_trainer, refused
 from tests.algorithms.plain_reconstruction import PlainReconstruction, Settings
 from tests.published_steps import in_units_of_backprop
 
@@ -164,3 +164,50 @@ def test_forward_gradients_are_those_of_the_local_losses_over_beta(method: str) 
     expected = [tensor.grad / SETTINGS.beta for stage in plain.forward_weights for tensor in stage]
     for found, wanted in zip(algorithm.forward_gradients(images, labels).values(), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_each_stage_has_its_own_eps_on_both_sides(recorded_noise: list[Tensor], tmp_path: Path) -> None:
+    """Adam's first step by hand, ``lr g / (|g| + eps)``: a larger eps for each stage, as the published runs have."""
+    eps, feedback_eps = (0.3, 0.02, 1e-3, 4.0), (2.0, 0.1, 0.01)
+    network = MLP(SHAPE, CLASSES, hidden=(8, 7, 6), activation="tanh")
+    algorithm = DDTPLinear(network, forward_eps=eps, feedback_eps=feedback_eps, feedback_lr=0.03, feedback_decay=0.2)
+    algorithm.double()
+    forward = [copies(stage.weight, stage.bias) for _, stage in network.stages()]
+    feedback = feedback_of(algorithm)
+    make_trainer(tmp_path, max_epochs=1, precision="64-true").fit(algorithm, make_loader(1))
+
+    settings = Settings(beta=0.06, sigma=[0.1] * 3, decay=[0.2] * 3, feedback_lr=[1.0] * 3, lr=1.0, iterations=1)
+    plain = PlainReconstruction(
+        "linear", [copies(*each) for each in forward], [copies(*each) for each in feedback], [], settings
+    )
+    plain.feedback_optimizers = [torch.optim.SGD(each, lr=1.0) for each in plain.feedback]
+    images, labels = next(iter(make_loader(1)))
+    images = images.double()
+    plain.feedback_iteration(images, iter(recorded_noise))
+    stepped, plain.feedback = plain.feedback, feedback_of(algorithm)  # targets are made after the feedback's step
+    for leaf in (tensor for each in plain.forward_weights for tensor in each):
+        leaf.grad = None  # what the feedback's loss left there
+    plain.local_loss(images, labels).backward()
+    for stage, before, leaves, own in zip(network.stages(), forward, plain.forward_weights, eps, strict=True):
+        for now, weight, leaf in zip((stage[1].weight, stage[1].bias), before, leaves, strict=True):
+            gradient = leaf.grad / settings.beta
+            torch.testing.assert_close(
+                now.detach(), weight - 1e-3 * gradient / (gradient.abs() + own), rtol=1e-8, atol=1e-12
+            )
+    for (now,), (weight,), (after,), own in zip(feedback_of(algorithm), feedback, stepped, feedback_eps, strict=True):
+        gradient = weight - after.detach()  # of SGD with rate 1
+        torch.testing.assert_close(now, weight - 0.03 * gradient / (gradient.abs() + own), rtol=1e-8, atol=1e-12)
+
+
+def test_an_eps_that_nothing_would_use_is_refused(tmp_path: Path) -> None:
+    network = MLP(SHAPE, CLASSES, hidden=(8, 7), activation="tanh")
+    with refused("feedback_eps is for an optimizer with an eps, such as Adam, and SGD has none"):
+        DDTPLinear(network, feedback_eps=1e-3, feedback_optimizer=torch.optim.SGD)
+    with refused("forward_eps is for an optimizer with an eps"):
+        make_trainer(tmp_path, max_epochs=1).fit(
+            DDTPLinear(network, forward_eps=1e-3, optimizer=partial(torch.optim.SGD, lr=0.1)), make_loader(1)
+        )
+    with refused("forward_eps is 0.0, but it must be above 0"):
+        DDTPLinear(network, forward_eps=0.0)
+    with refused("feedback_eps has 3 values"):
+        DDTPLinear(network, feedback_eps=(1e-3, 1e-3, 1e-3))

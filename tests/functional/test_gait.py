@@ -77,6 +77,15 @@ def test_the_regularisers_gradient_is_autograds() -> None:
             assert_is_the_regularisers_gradient(mutated)
 
 
+def test_the_programs_form_is_that_of_the_columns() -> None:
+    """``sum ((W^T W) o (1 - I))^2``, by autograd."""
+    weight = draw(6, 6).requires_grad_()
+    off = (weight.T @ weight) * (1 - torch.eye(6, dtype=torch.float64))
+    (expected,) = torch.autograd.grad(off.square().sum(), weight)
+    torch.testing.assert_close(orthogonality_gradient(weight.detach(), "columns"), expected)
+    assert (orthogonality_gradient(weight.detach()) - expected).norm() > 0.1 * expected.norm()
+
+
 def test_orthogonal_rows_of_any_length_are_left_alone() -> None:
     weight = torch.linalg.qr(draw(6, 6)).Q * torch.arange(1.0, 7.0, dtype=torch.float64)[:, None]
     assert orthogonality_gradient(weight).abs().max() < 1e-12

@@ -51,4 +51,8 @@ def test_the_mlp_standardises_its_hidden_stages() -> None:
     rebuilt.load_state_dict(network.state_dict())
     images = torch.randn(4, 1, 3, 3)
     assert torch.equal(rebuilt(images), network(images))
+    whole = MLP((1, 3, 3), 5, hidden=(8, 7), standardize="all")
+    assert [type(stage).__name__ for _, stage in whole.stages()] == ["StandardizedStage"] * 3
+    with pytest.raises(UserError, match="standardize is 'output': choose true"):
+        MLP((1, 3, 3), 5, standardize="output")
     assert not any(isinstance(stage, StandardizedStage) for _, stage in MLP((1, 3, 3), 5).stages())

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from bioprop.algorithms.base import Algorithm, Gradients
 from bioprop.functional.gradients import backprop_gradients
-from bioprop.functional.output_losses import OutputLossName, output_loss
 from bioprop.networks.network import AnyModule
 
 
@@ -17,23 +16,17 @@ class Backprop(Algorithm):
 
     Args:
         network: the forward network: any torch module from images to logits.
-        loss: ``cross_entropy``, or ``squared_error`` beside algorithms that descend that one.
         optimizer: makes the optimizer of the weights.
         settings: the other arguments of `Algorithm`.
-
-    Raises:
-        UserError: if the loss is not known.
     """
 
     def __init__(
         self,
         network: AnyModule,
-        loss: OutputLossName = "cross_entropy",
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-4),
         **settings: Any,
     ) -> None:
         super().__init__(network, optimizer, **settings)
-        self.output_loss = output_loss(loss)
 
     def _gradients(self, images: Tensor, labels: Tensor) -> Gradients:
         return Gradients(*backprop_gradients(self.network, images, labels, self.output_loss.mean))

@@ -17,6 +17,7 @@ from bioprop.distributed import mean_over_processes, process_count
 from bioprop.errors import UserError
 from bioprop.faults import refused_by_library
 from bioprop.functional.gradients import preserve_state
+from bioprop.functional.output_losses import OutputLossName, output_loss
 from bioprop.functional.precision import products_in_autocast_type
 
 #: Epochs of a schedule that are gone through beforehand: a fraction of a second.
@@ -47,6 +48,7 @@ class Algorithm(Evaluated, ABC):
         network: the forward network; its weights are the ones being trained.
         optimizer: makes the optimizer of the forward weights from their list.
         scheduler: makes the learning-rate schedule of that optimizer, stepped once an epoch; None for a constant rate.
+        loss: at the output: ``cross_entropy``, or ``squared_error`` to the one-hot label, ``1/2 |s^N - onehot(y)|^2``.
 
     Raises:
         UserError: if a hyperparameter is out of its range, naming it.
@@ -58,10 +60,15 @@ class Algorithm(Evaluated, ABC):
     precision_reason = "it is not one of those that were tried"
 
     def __init__(
-        self, network: nn.Module, optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None = None
+        self,
+        network: nn.Module,
+        optimizer: OptimizerCallable,
+        scheduler: LRSchedulerCallable | None = None,
+        loss: OutputLossName = "cross_entropy",
     ) -> None:
         super().__init__(network)
         self.automatic_optimization = False
+        self.output_loss = output_loss(loss)
         self._make_optimizer = optimizer
         self._make_scheduler = scheduler
 
@@ -174,6 +181,15 @@ class Algorithm(Evaluated, ABC):
             )
         self._optimization = describe_optimization(optimizer, scheduler)
         return [optimizer], [] if scheduler is None else [scheduler]
+
+    def _with_feedback_optimizer(
+        self, optimizer: torch.optim.Optimizer, optimizers: list[Any], schedulers: list[Any]
+    ) -> tuple[list[Any], list[Any]]:
+        """Add an optimizer of matrices, and a schedule like the forward one's, behind those of the network."""
+        self._optimization["feedback_optimizer"] = describe_optimization(optimizer, None)["optimizer"]
+        if self._make_scheduler is not None:
+            schedulers = [*schedulers, self._make_scheduler(optimizer)]
+        return [*optimizers, optimizer], schedulers
 
     def setup(self, stage: str) -> None:
         """Refuse a precision in which the algorithm would be another one, whatever the command.

@@ -69,12 +69,14 @@ class DifferenceReconstruction(TargetAlgorithm):
     still, but all are epochs of the trainer: F epochs that train both need ``max_epochs = P + F (1 + E)``.
 
     Deviations from the authors' program, in all of the family: feedback is trained before the targets of the same
-    batch are formed, not after; the output's step is along the gradient of each sample's own loss, not of the mean over
-    the batch, local losses carry 1/2, and the optimizer is handed their gradient over ``beta``, in BP's units, so that
-    an epsilon reported for the forward Adam is batch/(2 beta) times as large here (Adam's learning rates stay);
-    feedback losses are summed, not averaged, over the units of a stage, so that an Adam weight decay ``w`` reported for
-    them is ``feedback_decay = w units/2`` here; forward weights are drawn as the network draws them, not by Xavier's
-    normal rule (feedback weights are).
+    batch are formed, not after; forward weights are drawn as the network draws them, not by Xavier's normal rule
+    (feedback weights are). The units differ. There, the output's step is along the gradient of the mean loss over the
+    batch, and local losses are means without 1/2, on conv stages also over units; here, the step is along the gradient
+    of each sample's own loss, local losses carry 1/2, and the optimizer is handed their gradient over ``beta``, in BP's
+    units. Adam's learning rates stay, and an ``eps`` reported for the forward Adam is ``batch/(2 beta)`` times as large
+    here, on a conv stage ``batch units/(2 beta)`` times. Feedback losses are summed, not averaged, over the units of a
+    stage: an ``eps`` reported for them is ``units`` times as large here, and an Adam weight decay ``w`` is
+    ``feedback_decay = w units/2``.
 
     Hyperparameters of feedback training are one value for all feedback operators or exactly one for each.
 
@@ -84,13 +86,16 @@ class DifferenceReconstruction(TargetAlgorithm):
             divided by ``eta``, as in the authors' program.
         noise: ``sigma``, in units of the activations, above 0.
         feedback_lr: learning rate of the feedback weights.
-        feedback_decay: of ``|Q|^2`` in the feedback loss, at least 0; the damping of the Gauss-Newton targets.
+        feedback_decay: of ``|Q|^2`` in the feedback loss, biases included, at least 0; the damping of the Gauss-Newton
+            targets.
         iterations: feedback iterations a batch, 0 to leave feedback as it was drawn.
         feedback_pretraining_epochs: epochs at the start in which feedback weights are trained alone.
         extra_feedback_epochs: epochs in which feedback weights are trained alone after each that trains both.
         feedback_optimizer: makes the optimizer of the feedback weights, from groups that hold their learning rates.
+        feedback_eps: ``eps`` of the feedback optimizer, such as Adam's; None for the optimizer's own.
         forward_lr: learning rates of the forward weights, one for each stage, in place of the optimizer's; None for
             the optimizer's.
+        forward_eps: ``eps`` of the forward optimizer, likewise.
         optimizer: makes the optimizer of the forward weights.
         settings: the other arguments of `Algorithm`.
 
@@ -115,7 +120,9 @@ class DifferenceReconstruction(TargetAlgorithm):
         feedback_pretraining_epochs: int = 0,
         extra_feedback_epochs: int = 0,
         feedback_optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params),
+        feedback_eps: float | tuple[float, ...] | None = None,
         forward_lr: float | tuple[float, ...] | None = None,
+        forward_eps: float | tuple[float, ...] | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-3),
         **settings: Any,
     ) -> None:
@@ -133,11 +140,13 @@ class DifferenceReconstruction(TargetAlgorithm):
         check_range("noise", self.noise.values(), 0.0, low_allowed=False)
         check_range("feedback_lr", self.feedback_lr.values(), 0.0, low_allowed=False)
         check_range("feedback_decay", self.feedback_decay.values(), 0.0)
+        self.feedback_eps = _positive("feedback_eps", feedback_eps, operators)
         names, stages = zip(*network.stages(), strict=True)
-        self.forward_lr = None if forward_lr is None else per_stage("forward_lr", forward_lr, names)
-        if self.forward_lr is not None:
-            check_range("forward_lr", rates := self.forward_lr.values(), 0.0, low_allowed=False)
-            self._make_optimizer = lambda parameters: optimizer(_groups(stages, rates))
+        self.forward_lr = _positive("forward_lr", forward_lr, names)
+        self.forward_eps = _positive("forward_eps", forward_eps, names)
+        if self.forward_lr or self.forward_eps:
+            groups = _groups(stages, lr=self.forward_lr, eps=self.forward_eps)
+            self._make_optimizer = lambda _: _with_eps("forward_eps", optimizer(groups()))
         self.streams = RandomStreams()
         self._make_feedback_optimizer = feedback_optimizer
         self._feedback_optimizer = self._build_feedback_optimizer()
@@ -235,13 +244,35 @@ class DifferenceReconstruction(TargetAlgorithm):
 
     def _build_feedback_optimizer(self) -> torch.optim.Optimizer | None:
         """Build the optimizer of the feedback weights, one parameter group an operator; None without hidden stages."""
-        groups = _groups(self.feedback.values(), self.feedback_lr.values())
+        groups = _groups(self.feedback.values(), lr=self.feedback_lr, eps=self.feedback_eps)
         try:
-            return self._make_feedback_optimizer(groups) if groups else None
+            return _with_eps("feedback_eps", self._make_feedback_optimizer(groups())) if self.feedback else None
         except (ValueError, TypeError) as error:
             raise UserError(f"the feedback optimizer refuses its arguments: {error}") from error
 
 
-def _groups(parts: Iterable[nn.Module], rates: Iterable[float]) -> list[dict[str, Any]]:
-    """One parameter group for each part, with its own learning rate."""
-    return [{"params": list(part.parameters()), "lr": lr} for part, lr in zip(parts, rates, strict=True)]
+def _positive(option: str, values: Any, names: Sequence[str]) -> dict[str, float]:
+    """Return an option's numbers by name, all above 0; empty for None."""
+    if values is None:
+        return {}
+    found: dict[str, float] = per_stage(option, values, names)
+    check_range(option, found.values(), 0.0, low_allowed=False)
+    return found
+
+
+def _groups(parts: Iterable[nn.Module], **settings: Mapping[str, float]) -> Callable[[], list[dict[str, Any]]]:
+    """Make one parameter group for each part, afresh in every call, with the settings that are not empty."""
+    given = {name: list(values.values()) for name, values in settings.items() if values}
+    return lambda: [
+        {"params": list(part.parameters()), **{name: values[place] for name, values in given.items()}}
+        for place, part in enumerate(parts)
+    ]
+
+
+def _with_eps(option: str, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Refuse an ``eps`` for an optimizer that has none: it would be kept and not be used."""
+    if "eps" in optimizer.param_groups[0] and "eps" not in optimizer.defaults:
+        raise UserError(
+            f"{option} is for an optimizer with an eps, such as Adam, and {type(optimizer).__name__} has none"
+        )
+    return optimizer

@@ -1,5 +1,6 @@
 """Direct feedback alignment: the output error reaches every stage at once."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ from bioprop.networks.network import Network
 class DirectFeedbackAlignment(Algorithm):
     """Fixed random matrices from the output error straight to every stage (Nokland, NeurIPS 2016).
 
-    The error of stage n is ``e B^n`` with ``e = softmax(s^N) - onehot(y)``, in the shape of the stage's output; the
-    stage turns it into gradients of its own weights. No error flows between stages. On a conv stage ``B^n`` is dense,
-    one entry for each class and each unit of the (pooled) map, as Nokland has it for all kinds of layers.
+    The error of stage n is ``e B^n`` with ``e = dL/ds^N`` (``softmax(s^N) - onehot(y)``), in the shape of the stage's
+    output; the stage turns it into gradients of its own weights. No error flows between stages. On a conv stage ``B^n``
+    is dense, one entry for each class and each unit of the (pooled) map, as Nokland has it for all kinds of layers.
 
     Args:
         network: the forward network: a chain of stages.
@@ -63,6 +64,7 @@ class DirectFeedbackAlignment(Algorithm):
                 inputs = outputs[-1]
         logits = inputs.detach()
         error = self.output_loss.gradient(logits, labels) / len(images)  # of the mean loss
+        self.observe([output.detach() for output in outputs[:-1]], error)
         projected = self.projected(error, labels)
         errors = [
             (projected @ self.backward_weights[name]).view_as(output)
@@ -71,11 +73,19 @@ class DirectFeedbackAlignment(Algorithm):
         gradients = stage_gradients(self.network, outputs, [*errors, error])
         return Gradients(gradients, logits)
 
+    def observe(self, outputs: Sequence[Tensor], error: Tensor) -> None:
+        """Take note of a pass, where matrices learn from it; nothing here.
+
+        Args:
+            outputs: activations of the hidden stages, from the input to the output.
+            error: ``e / batch``, ``[batch, classes]``.
+        """
+
     def projected(self, error: Tensor, labels: Tensor) -> Tensor:
         """Return the signal that the matrices send to the hidden stages: the output error.
 
         Args:
-            error: ``e / batch`` with ``e = softmax(s^N) - onehot(y)``, ``[batch, classes]``.
+            error: ``e / batch``, ``[batch, classes]``.
             labels: ``[batch]``.
 
         Returns:

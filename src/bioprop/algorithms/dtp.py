@@ -26,8 +26,11 @@ class DTP(TargetAlgorithm):
     ``mean_batch |s^{n-1} + eps - G(F(s^{n-1} + eps))|^2`` in the feedback weights, which makes ``G`` an inverse of
     ``F``. Targets follow ``t^{n-1} = s^{n-1} + G(t^n) - G(s^n)``. The update is not the gradient, nor near it.
 
-    Lee et al.'s own form is ``mirror="outer"`` with ``penultimate_target="gradient"`` on tanh stages. Without the
-    difference correction this is `TargetPropagation`.
+    Lee et al.'s own form of targets and feedback is ``mirror="outer"`` with ``penultimate_target="gradient"`` on tanh
+    stages. Their forward steps have other sizes: there the output stage descends the plain gradient, as here, but
+    hidden stages that of ``mean_batch |F^n(s^{n-1}) - t^n|^2``, which is ``2 beta`` times what the optimizer is handed
+    here, with ``beta = lr_0 / batch`` for their target rate ``lr_0``. Without the difference correction this is
+    `TargetPropagation`.
 
     Hyperparameters of feedback training are one value for all stages or exactly one for each stage that has feedback.
 

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from bioprop.algorithms.aligned_pass import AlignedPass, Layer
 from bioprop.algorithms.base import Algorithm, Gradients
-from bioprop.algorithms.checkpoints import describe_optimization
 from bioprop.algorithms.remedies import Remedies
 from bioprop.distributed import mean_over_processes
 from bioprop.errors import UserError
@@ -45,7 +44,9 @@ class FeedbackAlignment(Algorithm):
     - ``brsf``: the same, M drawn again for every batch (ibid.).
     - ``kolen_pollack``: learned by the increments of W and the decay of W (Kolen & Pollack, 1994; Akrout et al., 2019);
       of the parameter ``weight``, whatever a layer makes of it.
-    - ``weight_mirror``: learned from responses to noise (Akrout et al., 2019).
+    - ``weight_mirror``: learned from responses to noise, after Akrout et al. (2019), in a form of ours: a moving
+      average of the estimates of single batches, from noise ``N(0, 1)`` through ReLU without bias, held at its first
+      norm.
     - ``transpose``: W itself, which is backpropagation: the control.
 
     Args:
@@ -57,8 +58,8 @@ class FeedbackAlignment(Algorithm):
         constrain_norm: hold the norm of every ``W`` at its initial value (ibid.).
         batch_manhattan: update by the sign of the gradient (Liao et al., 2016).
         feedback_optimizer: makes the optimizer of ``kolen_pollack``'s ``B``; ``optimizer`` if None: equal steps.
-        decay: with ``kolen_pollack``, the fraction by which ``W`` and ``B`` both shrink in every batch, in [0, 1), so
-            that ``W - B`` shrinks by it.
+        decay: with ``kolen_pollack``, the fraction by which ``W`` and ``B`` both shrink in every batch, in [0, 1),
+            before they get the increment of the batch, so that ``W - B`` shrinks by it.
         mirror_rate: with ``weight_mirror``, the fraction by which ``B`` moves to its new estimate in every batch, in
             (0, 1].
         mirror_samples: with ``weight_mirror``, the number of noise vectors in a batch.
@@ -174,7 +175,7 @@ class FeedbackAlignment(Algorithm):
 
     def _gradients(self, images: Tensor, labels: Tensor) -> Gradients:
         with self._aligned_pass() as aligned:
-            gradients, logits = backprop_gradients(self.network, images, labels)
+            gradients, logits = backprop_gradients(self.network, images, labels, self.output_loss.mean)
         aligned.refuse_unmet(gradients)
         self._effective = aligned.effective
         return Gradients(gradients, logits)
@@ -222,25 +223,21 @@ class FeedbackAlignment(Algorithm):
     def _direction(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         return self.remedies.direction(gradients)
 
-    def _step_forward_weights(self, gradients: dict[str, Tensor]) -> None:
-        super()._step_forward_weights(gradients)
-        if self.rule == "kolen_pollack":
-            self._step_kolen_pollack(gradients)
-        self.remedies.hold_norms(self.network)
-
     @torch.no_grad()
-    def _step_kolen_pollack(self, gradients: dict[str, Tensor]) -> None:
-        """Give every ``B`` the increment of its ``W``, then let both decay alike."""
-        if self._feedback_optimizer is None:  # a network of one layer has no backward matrix
-            return
-        for name, _ in self.layers():
-            self.backward_weights[_key(name)].grad = gradients.get(f"{name}.weight")
-        self._feedback_optimizer.step()
-        self._feedback_optimizer.zero_grad()
-        for name, layer in self.layers():
-            if layer.weight.requires_grad:
-                for weight in (layer.weight, self.backward_weights[_key(name)]):
-                    weight.mul_(1.0 - self.decay)
+    def _step_forward_weights(self, gradients: dict[str, Tensor]) -> None:
+        """Step; with ``kolen_pollack``, ``W`` and ``B`` shrink alike and get the same increment, which does not."""
+        if self.rule == "kolen_pollack":
+            for name, layer in self.layers():
+                matrix = self.backward_weights[_key(name)]
+                matrix.grad = gradients.get(f"{name}.weight")
+                if layer.weight.requires_grad:
+                    for weight in (layer.weight, matrix):
+                        weight.mul_(1.0 - self.decay)
+        super()._step_forward_weights(gradients)
+        if self._feedback_optimizer is not None:
+            self._feedback_optimizer.step()
+            self._feedback_optimizer.zero_grad()
+        self.remedies.hold_norms(self.network)
 
     def configure_optimizers(self) -> Any:
         """Add ``kolen_pollack``'s optimizer, and a schedule like the forward one's, behind those of the network."""
@@ -248,12 +245,7 @@ class FeedbackAlignment(Algorithm):
         self._feedback_optimizer = None
         if self.rule == "kolen_pollack" and len(self.backward_weights):
             self._feedback_optimizer = self._make_feedback_optimizer(self.backward_weights.values())
-            optimizers = [*optimizers, self._feedback_optimizer]
-            self._optimization["feedback_optimizer"] = describe_optimization(self._feedback_optimizer, None)[
-                "optimizer"
-            ]
-            if self._make_scheduler is not None:
-                schedulers = [*schedulers, self._make_scheduler(self._feedback_optimizer)]
+            return self._with_feedback_optimizer(self._feedback_optimizer, optimizers, schedulers)
         return optimizers, schedulers
 
     @torch.no_grad()

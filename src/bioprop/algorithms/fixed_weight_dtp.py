@@ -26,7 +26,9 @@ class FixedWeightDTP(TargetAlgorithm):
     it was drawn: there is no phase 1. On conv stages (ours) ``B_n^T`` is a transposed convolution of the unpooled maps.
 
     Where the network standardises a stage over the batch (``MLP(standardize=true)``), so does the feedback to it, in
-    two places: ``G^n = BN(tanh(z B_n^T))``, and ``t^{n-1} = BN(s^{n-1} + G^n(t^n) - G^n(s^n))``.
+    two places: ``G^n = BN(tanh(z B_n^T))``, and ``t^{n-1} = BN(s^{n-1} + G^n(t^n) - G^n(s^n))``. The authors' command
+    for MNIST standardises the output too (``standardize=all``). Their local losses are without 1/2: a learning rate of
+    theirs is twice as large here where the size of a gradient matters, and ``beta`` times that (`TargetAlgorithm`).
 
     With the small weights of the default, targets lie closer to the activations by about two orders of magnitude for
     each stage. Standardisation undoes that. Without it only an optimizer that does not mind the size of a gradient

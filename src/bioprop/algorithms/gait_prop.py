@@ -1,7 +1,7 @@
 """GAIT-prop: targets through exact inverses that give the gradient."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from bioprop.algorithms.target_algorithm import TargetAlgorithm
 from bioprop.errors import UserError
-from bioprop.functional.gait import gait_difference, orthogonality_gradient
-from bioprop.functional.output_losses import OutputLossName, output_loss
+from bioprop.functional.gait import Orthogonal, gait_difference, orthogonality_gradient
+from bioprop.functional.output_losses import OutputLossName
 from bioprop.networks.invertible_mlp import InvertibleStage
 from bioprop.networks.network import Network
 from bioprop.networks.stages import StagePass
@@ -26,13 +26,16 @@ class GAITProp(TargetAlgorithm):
     ``dW_l = -mean_batch gamma^{-(L-l)} ((y_l - t_l) o f'(a_l)) y_{l-1}^T``. With orthogonal ``W_l`` and gamma -> 0 this
     is the BP update exactly. There are no feedback weights: inverses are computed from the forward weights.
 
-    A regulariser, ``lambda sum ((W W^T) o (1 - I))^2``, keeps the weights near orthogonal. Like weight decay it is part
-    of the step, not of `forward_gradients`, which show how far the targets alone are from the gradient.
+    A regulariser, ``lambda sum ((W W^T) o (1 - I))^2`` in the paper, keeps the rows of the weights near orthogonal; the
+    authors' program has ``W^T W``, which keeps the columns so. Like weight decay it is part of the step, not of
+    `forward_gradients`, which show how far the targets alone are from the gradient. The Adam of the authors' program
+    has no correction for its start at zero, torch's has.
 
     Args:
         network: an `InvertibleMLP`.
         gamma: share of the way to the target above, above 0 and at most 1.
         orthogonality: ``lambda``, the weight of the regulariser, 0 for none.
+        orthogonal: what it keeps orthogonal: ``rows`` (the paper's form) or ``columns`` (the program's).
         loss: ``squared_error`` (published) or ``cross_entropy``.
         optimizer: makes the optimizer of the forward weights.
         settings: the other arguments of `Algorithm`.
@@ -46,15 +49,18 @@ class GAITProp(TargetAlgorithm):
         network: Network,
         gamma: float = 1e-3,
         orthogonality: float = 0.1,
+        orthogonal: Orthogonal = "rows",
         loss: OutputLossName = "squared_error",
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-4, betas=(0.9, 0.99)),
         **settings: Any,
     ) -> None:
-        super().__init__(network, 1.0, optimizer, **settings)
-        self.output_loss = output_loss(loss)
+        super().__init__(network, 1.0, optimizer, loss=loss, **settings)
         self.gamma, self.orthogonality = number("gamma", gamma), number("orthogonality", orthogonality)
         check_range("gamma", [self.gamma], 0.0, low_allowed=False)
         check_range("orthogonality", [self.orthogonality], 0.0)
+        if orthogonal not in get_args(Orthogonal):
+            raise UserError(f"orthogonal {orthogonal!r} is not known: choose one of {', '.join(get_args(Orthogonal))}")
+        self.orthogonal = orthogonal
         if self.gamma > 1.0:
             raise UserError(f"gamma is {gamma}, but a step beyond the target is none towards it: stay at or below 1")
         for name, stage in network.stages():
@@ -93,7 +99,8 @@ class GAITProp(TargetAlgorithm):
         for name, stage in self._stages():
             weight = f"{name}.linear.weight"
             if self.orthogonality and weight in step:
-                step[weight] = step[weight] + self.orthogonality * orthogonality_gradient(stage.weight.detach())
+                pull = orthogonality_gradient(stage.weight.detach(), self.orthogonal)
+                step[weight] = step[weight] + self.orthogonality * pull
         super()._step_forward_weights(step)
 
 

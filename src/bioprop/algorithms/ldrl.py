@@ -44,7 +44,8 @@ class LDRL(TargetAlgorithm):
         noise: ``sigma``, in units of the activations, above 0; ``auto`` for a hundredth of the root mean square of the
             stage's inputs.
         feedback_lr: for ``normalized`` the fraction ``eta`` of a Newton step, in (0, 1]; it is damped as least mean
-            squares asks but for independent noise, and ``auto`` is all of it. For ``sgd`` the learning rate.
+            squares asks but for independent noise, and ``auto`` is all of it. For ``sgd`` and ``adam`` the learning
+            rate.
         iterations: feedback iterations a batch, each on the whole batch, 0 to leave a stage's feedback as it was drawn.
             ``auto`` with an echo: two, on as many images as give a unit two samples for each of its weights; where a
             batch has fewer, the second is along the batch's own activities. ``auto`` with ``expected``: one
@@ -54,8 +55,10 @@ class LDRL(TargetAlgorithm):
             difference: this biases the published loss, however small the noise, away from ``J_G = J_F^T``. Likewise
             the inner slopes of a block with ``noise_at="stage"``. Independent noise alone takes ``noisy``.
         mirror: ``exact`` (ours) or ``paper``, the authors' form of the feedback operator.
-        feedback_step: ``normalized`` (ours: by the loss's curvature, no momentum) or ``sgd``, as published.
+        feedback_step: ``normalized`` (ours: by the loss's curvature, no momentum), ``sgd``, as published, or ``adam``,
+            as in the authors' parallel variant.
         feedback_momentum: of ``sgd``.
+        feedback_decay: weight decay of ``adam``.
         noise_at: how the feedback of a stage of several layers (a residual block) is trained: by noise around each
             ``layer`` (ours) or around the ``stage`` as a whole, as published, which needs ``sgd``. Only the former has
             ``V = W`` for its one minimiser: factors that cancel between two layers leave the whole as it is.
@@ -79,6 +82,7 @@ class LDRL(TargetAlgorithm):
         mirror: MirrorName = "exact",
         feedback_step: FeedbackStep = "normalized",
         feedback_momentum: float = 0.9,
+        feedback_decay: float = 0.0,
         noise_at: NoiseAt = "layer",
         speed: Speed = DEFAULT_SPEED,
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.02, momentum=0.9, weight_decay=1e-4),
@@ -101,5 +105,6 @@ class LDRL(TargetAlgorithm):
             feedback_step=feedback_step,
             feedback_momentum=feedback_momentum,
             speed=speed,
+            feedback_decay=feedback_decay,
         )
         self.closed_form = speed.closed_form

@@ -78,7 +78,8 @@ def alignment_to_gauss_newton(
     updates = algorithm.forward_gradients(images, labels)
     with preserve_state(algorithm), evaluating(network), float32_products(images.device):
         stages = [stage for _, stage in network.stages()]
-        reference = gauss_newton_gradients(network, stages, images, labels, damping)
+        gradient = algorithm.output_loss.gradient
+        reference = gauss_newton_gradients(network, stages, images, labels, damping, gradient)
     return _align_stages(algorithm, updates, reference)
 
 

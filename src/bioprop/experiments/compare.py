@@ -36,10 +36,10 @@ T = TypeVar("T")
 
 USAGE = "bioprop compare [options] [-- options of every run, as of bioprop fit]"
 INTERRUPTED = 130
-#: Algorithms that are compared where none are named.
-STANDARD = "backprop,dtp,ldrl"
 #: Hyperparameters that make epochs which train feedback alone.
 ALONE = ("feedback_pretraining_epochs", "extra_feedback_epochs")
+#: Algorithms that are compared where none are named.
+STANDARD = "backprop,dtp,ldrl"
 
 #: Options of a run that a comparison sets itself, and what is to be done instead of giving them.
 DECIDED_BY_COMPARE = {

@@ -85,9 +85,10 @@ class LDRLTraining(FeedbackTraining):
                 f"second_noise {self.second_noise} do not average that out: use switches: clean, or second_noise: "
                 "independent"
             )
-        if self.feedback_step == "sgd" and "feedback_lr" in left:
+        if self.feedback_step != "normalized" and "feedback_lr" in left:
             raise UserError(
-                "feedback_lr: auto is a normalized step: with feedback_step sgd give a number, such as 0.01"
+                f"feedback_lr: auto is a normalized step: with feedback_step {self.feedback_step} give a number, such "
+                "as 0.01"
             )
         for name, mirror in self.feedback.items():
             assert isinstance(mirror, Mirror)

@@ -84,19 +84,19 @@ def difference_reconstruction_gradient(
 
     Args:
         decode: ``g``, from what ``noisy`` is to ``[batch, *shape of s^n]``.
-        parameters: of ``g`` by name; ``Q`` are those whose name ends in ``weight``.
+        parameters: of ``g`` by name: ``Q``, biases included.
         noisy: ``z``: the output for ``s^n + sigma eps``, or what stages of feedback further up made of it.
         clean: ``z_clean``: the same for ``s^n``.
         noise: ``sigma eps``, ``[batch, *shape of s^n]``.
         sigma: standard deviation of the noise.
-        decay: of the weights, 0 for none; the damping of the pseudo-inverse.
+        decay: of the parameters, 0 for none; the damping of the pseudo-inverse.
 
     Returns:
         The gradient by name of parameter, through both ``g``, and the loss; without a curvature.
     """
     with torch.enable_grad():
         residual = decode(noisy) - decode(clean) - noise
-        loss = _mean_square(residual) / sigma**2 + decay * _weight_square(parameters)
+        loss = _mean_square(residual) / sigma**2 + decay * _square(parameters)
     return _differentiate(loss, parameters)
 
 
@@ -111,16 +111,16 @@ def plain_reconstruction_gradient(
 
     Args:
         decode: ``g``, from the output to ``[batch, *shape of s^n]``.
-        parameters: of ``g`` by name; ``Q`` are those whose name ends in ``weight``.
+        parameters: of ``g`` by name: ``Q``, biases included.
         noisy: the output for ``states``.
         states: ``s^n + sigma eps``, ``[batch, *shape of s^n]``.
-        decay: of the weights, 0 for none.
+        decay: of the parameters, 0 for none.
 
     Returns:
         The gradient by name of parameter, and the loss; without a curvature.
     """
     with torch.enable_grad():
-        loss = _mean_square(decode(noisy) - states) + decay * _weight_square(parameters)
+        loss = _mean_square(decode(noisy) - states) + decay * _square(parameters)
     return _differentiate(loss, parameters)
 
 
@@ -129,9 +129,9 @@ def _mean_square(residual: Tensor) -> Tensor:
     return residual.flatten(1).square().sum(1).mean()
 
 
-def _weight_square(parameters: Mapping[str, Tensor]) -> Tensor:
-    """``|Q|^2``."""
-    return torch.stack([value.square().sum() for name, value in parameters.items() if name.endswith("weight")]).sum()
+def _square(parameters: Mapping[str, Tensor]) -> Tensor:
+    """``|Q|^2``, with biases, as the weight decay of the authors' optimizer has it."""
+    return torch.stack([value.square().sum() for value in parameters.values()]).sum()
 
 
 def _differentiate(loss: Tensor, parameters: Mapping[str, Tensor]) -> FeedbackGradient:

@@ -23,7 +23,7 @@ from bioprop.networks.mirrors import Mirror
 from bioprop.networks.stages import Stage, StagePass
 from bioprop.ranges import check_range, number, per_stage
 
-FeedbackStep = Literal["sgd", "normalized"]
+FeedbackStep = Literal["sgd", "adam", "normalized"]
 #: Share of the mean curvature that is added to every unit's, so that a silent unit takes no giant step.
 CURVATURE_FLOOR = 0.03
 
@@ -78,9 +78,10 @@ class FeedbackTraining(ABC):
         noise: standard deviation, in units of the activations, above 0.
         feedback_lr: learning rate, or fraction of a Newton step for ``normalized``.
         iterations: feedback iterations a batch, 0 to leave a stage's feedback as it was drawn.
-        feedback_step: ``sgd`` or ``normalized``, by the loss's curvature.
+        feedback_step: ``sgd``, ``adam`` or ``normalized``, by the loss's curvature.
         feedback_momentum: of ``sgd``, in [0, 1).
         speed: how the gradients are computed.
+        feedback_decay: weight decay of ``adam``, which is part of its gradient, at least 0.
         samples: draws of the noise that the gradient of an iteration is the mean of.
         finds_settings: whether noise, rate and iterations may be ``auto``.
 
@@ -103,6 +104,7 @@ class FeedbackTraining(ABC):
         feedback_step: FeedbackStep,
         feedback_momentum: float,
         speed: Speed,
+        feedback_decay: float = 0.0,
         samples: int = 1,
         finds_settings: bool = False,
     ) -> None:
@@ -113,6 +115,8 @@ class FeedbackTraining(ABC):
         self.feedback_lr = per_stage("feedback_lr", feedback_lr, names, auto=finds_settings)
         self.iterations = per_stage("iterations", iterations, names, whole=True, auto=finds_settings)
         self.feedback_momentum = number("feedback_momentum", feedback_momentum)
+        self.feedback_decay = number("feedback_decay", feedback_decay)
+        check_range("feedback_decay", [self.feedback_decay], 0.0)
         check_range("noise", _numbers(self.noise), 0.0, low_allowed=False)
         check_range("feedback_lr", _numbers(self.feedback_lr), 0.0, low_allowed=False)
         check_range("iterations", _numbers(self.iterations), 0)
@@ -126,8 +130,15 @@ class FeedbackTraining(ABC):
                 f"feedback_lr {max(_numbers(self.feedback_lr))} is above 1, beyond which the normalized feedback step "
                 "overshoots: use a value in (0, 1], such as 0.1"
             )
+        if feedback_step != "adam" and self.feedback_decay:
+            raise UserError(f"feedback_decay is {feedback_decay}, but it belongs to feedback_step: adam alone")
         if speed.processes not in get_args(Sharing):
             raise UserError(f"speed.processes {speed.processes!r} is not known: choose one of {get_args(Sharing)}")
+        if feedback_step == "adam" and speed.processes != "gradients":
+            raise UserError(
+                f"speed.processes {speed.processes} leaves each process its own moments of Adam: with feedback_step: "
+                "adam use speed.processes: gradients"
+            )
         self._recorded = defaultdict[str, Recorded](Recorded)
         self.optimizer: torch.optim.Optimizer | None
         self.sharing: Sharing | None
@@ -245,7 +256,9 @@ class FeedbackTraining(ABC):
 
     def _may_record(self, clean: StagePass) -> bool:
         """Return whether the iterations can be a CUDA graph: no graph of autograd, no exchange, and nobody watching."""
+        # Adam counts its steps outside of the graph
         alone = clean.affine is not None and not self.observers and self.sharing != "gradients"
+        alone = alone and self.feedback_step != "adam"
         return self.speed.cuda_graph and clean.inputs.is_cuda and alone
 
     def _recording_failed(self) -> bool:
@@ -267,13 +280,15 @@ class FeedbackTraining(ABC):
     # -- the optimizer -------------------------------------------------------------------------------------------
 
     def _make_optimizer(self) -> torch.optim.Optimizer | None:
-        """Build the SGD of the feedback weights, one parameter group a stage; None where the step needs none."""
-        if self.feedback_step != "sgd" or not self.feedback:
+        """Build the optimizer of the feedback weights, one parameter group a stage; None where the step needs none."""
+        if self.feedback_step == "normalized" or not self.feedback:
             return None
         groups = [
             {"params": list(mirror.parameters()), "lr": lr}
             for mirror, lr in zip(self.feedback.values(), self.feedback_lr.values(), strict=True)
         ]
+        if self.feedback_step == "adam":
+            return torch.optim.Adam(groups, weight_decay=self.feedback_decay, fused=True)
         # one pass over the weights instead of three
         return torch.optim.SGD(groups, momentum=self.feedback_momentum, fused=True)
 

@@ -11,8 +11,12 @@ carried in the units of the output from the start, ``D_l = gamma^{-(L-l)} (t_l -
 difference too. ``D`` does not depend on ``gamma`` at all unless a target lies across the kink of a unit.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+Orthogonal = Literal["rows", "columns"]
 
 
 def leaky_slope(outputs: Tensor, negative_slope: float) -> Tensor:
@@ -64,11 +68,17 @@ def gait_difference(
     return below
 
 
-def orthogonality_gradient(weight: Tensor) -> Tensor:
-    """Gradient of ``sum ((W W^T) o (1 - I))^2``, which is ``4 ((W W^T) o (1 - I)) W``.
+def orthogonality_gradient(weight: Tensor, orthogonal: Orthogonal = "rows") -> Tensor:
+    """Gradient of ``sum ((W W^T) o (1 - I))^2``, which is ``4 ((W W^T) o (1 - I)) W``; for columns, of ``W^T W``.
 
-    The regulariser of Ahmad et al. (2020): it is zero if the rows are orthogonal, whatever their lengths.
+    The regulariser of Ahmad et al. (2020): it is zero if the rows, or columns, are orthogonal, whatever their lengths.
+
+    Args:
+        weight: ``W``, ``[units, inputs]``.
+        orthogonal: ``rows``, the form of the paper, or ``columns``, that of the authors' program.
     """
+    if orthogonal == "columns":
+        return orthogonality_gradient(weight.mT).mT
     products = weight @ weight.mT
     products = products - torch.diag(products.diagonal())
     return 4.0 * products @ weight

@@ -66,12 +66,17 @@ def gauss_newton_differences(
 
 
 def gauss_newton_gradients(
-    network: nn.Module, stages: Sequence[StageFunction], images: Tensor, labels: Tensor, damping: float
+    network: nn.Module,
+    stages: Sequence[StageFunction],
+    images: Tensor,
+    labels: Tensor,
+    damping: float,
+    loss_gradient: Callable[[Tensor, Tensor], Tensor] = cross_entropy_gradient,
 ) -> dict[str, Tensor]:
     """The gradients that a forward optimizer would be handed if every target were Gauss-Newton's.
 
     The gradients of ``sum_n mean_batch 1/2 |F^n(s^{n-1}) - t^n|^2`` with ``t^n = s^n + dh^n``, ``dh^n`` by
-    `gauss_newton_direction` for the error ``e = onehot(y) - softmax(s^N)``: a parameter's Gauss-Newton target update,
+    `gauss_newton_direction` for the error ``e = -dL/ds^N``: a parameter's Gauss-Newton target update,
     with the sign and in the place of its BP gradient.
 
     Args:
@@ -80,6 +85,7 @@ def gauss_newton_gradients(
         images: ``[batch, channels, height, width]``.
         labels: ``[batch]``.
         damping: ``lambda``.
+        loss_gradient: ``dL/ds^N`` per sample, of logits and labels.
 
     Returns:
         A tensor for each trainable parameter, by its name in the network.
@@ -89,6 +95,6 @@ def gauss_newton_gradients(
         for stage in stages:
             outputs.append(stage(inputs[-1]))
             inputs.append(outputs[-1].detach().requires_grad_())
-        error = -cross_entropy_gradient(outputs[-1].detach(), labels)
+        error = -loss_gradient(outputs[-1].detach(), labels)
         directions = gauss_newton_differences(outputs, inputs[:-1], error, damping)
     return stage_gradients(network, outputs, [direction / -len(images) for direction in directions])

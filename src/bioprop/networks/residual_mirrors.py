@@ -8,8 +8,9 @@ The mirror of a block follows its residual path back, here without batch norm:
   the clean pass, which the pass hands out as a value. With the forward weights for ``V`` it is ``J_G = J_F^T`` exactly.
 - ``paper`` (the program of Ernoult et al., 2022): ``G(y) = S^T u + V1^T rho(V2^T u) + bias`` with ``u = rho(y)``. It
   knows nothing of the clean pass's inner activations. Here it deviates from theirs in three points: their unit of
-  credit assignment is a group of blocks, their feedback layers have inner biases, and batch norm (below) has
-  parameters and statistics of its own there.
+  credit assignment is a group of blocks; without batch norm, neither their block and stem convolutions nor their
+  feedback layers between the two ends of a block have biases, while our forward convolutions do; and batch norm (below)
+  has parameters and statistics of its own there.
 
 **Batch norm.** In training mode its mean and variance are functions of the batch, so a stage maps the whole batch to
 the whole batch, and the theory holds for that map: a mirror passes differences back through the transpose of batch
