@@ -33,8 +33,8 @@ class TestLDRLAsPublished(TargetPropagationContract):
 
 
 def test_an_unknown_feedback_step_is_refused() -> None:
-    with refused("feedback_step 'adam' is not known", "sgd", "normalized"):
-        LDRL(small_lenet(), feedback_step="adam")
+    with refused("feedback_step 'mine' is not known", "sgd", "normalized"):
+        LDRL(small_lenet(), feedback_step="mine")
 
 
 def test_unknown_switches_are_refused() -> None:
