@@ -66,7 +66,7 @@ def test_direct_feedback_runs_on_residual_networks(
     """Stages of any kind; batch norm's statistics follow the clean pass alone."""
     algorithm = make(build())
     buffers = {name: value.clone() for name, value in algorithm.network.named_buffers()}
-    passes_at = algorithm._train_feedback
+    passes_at = algorithm._phase_1
 
     def checked(passes: Any) -> Any:
         before = copy_state(algorithm.network)
@@ -74,7 +74,7 @@ def test_direct_feedback_runs_on_residual_networks(
         assert changed(before, copy_state(algorithm.network)) == set()
         return losses
 
-    algorithm._train_feedback = checked
+    algorithm._phase_1 = checked
     make_trainer(tmp_path, max_epochs=1).fit(algorithm, make_loader(2))
     assert all(not torch.equal(value, buffers[name]) for name, value in algorithm.network.named_buffers())
 
