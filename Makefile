@@ -5,7 +5,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow bench gpu-check gpu-full docs lint format release-check clean
+.PHONY: help setup demo test test-slow faults bench gpu-check gpu-full docs lint format release-check clean
 
 help:  ## say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ test: .venv/ready  ## run the tests
 
 test-slow: .venv/ready  ## run the tests that take minutes
 	$(BIN)/python -m pytest -n auto -m slow
+
+faults: .venv/ready  ## plant faults in a copy of the source and count those that the tests catch (some ten minutes)
+	$(BIN)/python -m tests.planted_faults
 
 bench: .venv/ready  ## compare the speed of L-DRL's closed forms with plain autograd and BP (some ten minutes on 2 cores)
 	$(BIN)/python -m benchmarks.bench
@@ -60,6 +63,7 @@ format: .venv/ready  ## put the code into its standard form
 	$(BIN)/ruff format .
 
 RELEASE := build/release
+release-check: export PYTHONPATH :=
 release-check:  ## build sdist and wheel, install the wheel into a fresh environment, compare from an empty folder
 	rm -rf $(RELEASE)
 	$(PYTHON) -m venv $(RELEASE)/venv
