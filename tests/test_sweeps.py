@@ -161,7 +161,9 @@ def run_agents_command(name: str, places: Iterator[float], monkeypatch: pytest.M
 
 
 @pytest.mark.filterwarnings("ignore")  # wandb's own, on start-up
-@pytest.mark.parametrize("name", SWEEPS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in ("dfa", "ldrl") else [pytest.mark.slow]) for name in SWEEPS]
+)
 def test_agents_command_trains_offline(name: str, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(name)
     run_agents_command(name, iter(lambda: rng.uniform(0.2, 0.8), None), monkeypatch)

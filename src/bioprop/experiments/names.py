@@ -4,7 +4,7 @@ from pathlib import Path
 from pydoc import locate
 from typing import Any
 
-from bioprop.algorithms import Backprop
+from bioprop.algorithms import DirectFeedbackAlignment, FeedbackAlignment
 from bioprop.algorithms.difference_reconstruction import DifferenceReconstruction
 from bioprop.algorithms.target_algorithm import TargetAlgorithm
 from bioprop.experiments.configs import Settings
@@ -37,6 +37,12 @@ METHODS = {
     "usf": "uSF",
     "weightmirror": "weight mirror",
 }
+FAMILIES: dict[type, str] = {
+    DifferenceReconstruction: "difference reconstruction",
+    DirectFeedbackAlignment: "feedback alignment",
+    FeedbackAlignment: "feedback alignment",
+    TargetAlgorithm: "target propagation",
+}
 
 
 def method(row: str) -> str:
@@ -45,13 +51,10 @@ def method(row: str) -> str:
 
 
 def family(settings: Settings) -> str:
-    """The family that the algorithm of a row belongs to; empty for BP."""
+    """The family that the algorithm of a row belongs to."""
     algorithm = locate(settings["model"]["class_path"])
-    if not isinstance(algorithm, type) or algorithm is Backprop:
-        return "" if algorithm is Backprop else "others"
-    if issubclass(algorithm, DifferenceReconstruction):
-        return "difference reconstruction"
-    return "target propagation" if issubclass(algorithm, TargetAlgorithm) else "feedback alignment"
+    known = algorithm.__mro__ if isinstance(algorithm, type) else ()
+    return next((FAMILIES[each] for each in known if each in FAMILIES), "others")
 
 
 def experiment(settings: Settings) -> str:
