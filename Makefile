@@ -63,6 +63,7 @@ format: .venv/ready  ## put the code into its standard form
 	$(BIN)/ruff format .
 
 RELEASE := build/release
+release-check: export PYTHONPATH :=
 release-check:  ## build sdist and wheel, install the wheel into a fresh environment, compare from an empty folder
 	rm -rf $(RELEASE)
 	$(PYTHON) -m venv $(RELEASE)/venv

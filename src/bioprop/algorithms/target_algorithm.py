@@ -1,5 +1,6 @@
 """Methods that learn from targets: the pass through the stages, the targets that come down, and the forward phase."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
@@ -53,6 +54,7 @@ class TargetAlgorithm(Algorithm):
     #: How feedback is trained stage by stage, in methods that do so.
     feedback_training: FeedbackTraining | None = None
 
+    @abstractmethod  # without feedback of a subclass it would be BP
     def __init__(
         self,
         network: Network,
