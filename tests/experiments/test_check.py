@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from bioprop.algorithms import (
+    DDTPRHL,
     DTP,
+    DTPDRL,
     LDRL,
     Algorithm,
     Backprop,
@@ -104,6 +106,8 @@ def test_a_planted_fault_is_found(fault: str) -> None:
         LDRL,
         DTP,
         DDTPLinear,
+        DDTPRHL,
+        DTPDRL,
         DirectFeedbackAlignment,
         FixedWeightDTP,
         FeedbackAlignment,
