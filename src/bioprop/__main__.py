@@ -29,6 +29,10 @@ def _command() -> int:
         from bioprop.experiments.compare import main as compare
 
         return compare(rest)
+    if command == "reproduce":
+        from bioprop.experiments.reproduce import main as reproduce
+
+        return reproduce(rest)
     if command == "check":
         from bioprop.experiments.check import main as check
 

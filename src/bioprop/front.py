@@ -31,6 +31,7 @@ COMMANDS = {
     "test": "evaluate a checkpoint on the test images",
     "predict": "write the classes that a checkpoint predicts to predictions.csv",
     "compare": "train several algorithms with several seeds, and write a table and figures",
+    "reproduce": "run a published setting, and say whether its figures fall in range",
     "check": "check in a minute whether an algorithm trains a network as its theory says",
     "export": "write the trained network as a state dict or an ONNX file",
     "list": "list the algorithms, networks and data sets",
@@ -129,7 +130,7 @@ def known_config(value: str) -> str:
 
 
 def _general_help() -> str:
-    return GENERAL_HELP.format(commands="\n".join(f"  {name:9} {text}" for name, text in COMMANDS.items()))
+    return GENERAL_HELP.format(commands="\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items()))
 
 
 def run_help(command: str) -> str:

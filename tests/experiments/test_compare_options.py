@@ -139,7 +139,7 @@ def test_a_class_of_the_package_has_the_defaults_of_the_class_and_the_network_of
     [
         (["--algorithms=ldrl", "--network=compared.MyNet", "--data=digits"], "needs a chain of stages, and MyNet is"),
         (["--algorithms=backprop,compared.Nope", *LENET], "module 'compared' has no attribute 'Nope'"),
-        (["--algorithms=backprop,Nope", *LENET], "for lenet on digits there are backprop, "),
+        (["--algorithms=backprop,Nope", *LENET], "for lenet on digits there are "),
         (["--algorithms=LDRL,ldrl", *LENET], "ldrl is named twice"),
         (["--algorithms=backprop", "--network=compared.MyNet", "--data=nope"], "there are files for "),
     ],

@@ -6,7 +6,7 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -103,37 +103,51 @@ def compare(
         raise UserError(
             f"--seeds is {seeds}, but it must be from 1 to {MOST_SEEDS}: the number of runs of each algorithm"
         )
-    for name, value in (("parallel", parallel), ("epochs", epochs)):
-        if value is not None and value < 1:
-            raise UserError(f"--{name} is {value}, but it must be at least 1")
+    for option, number in (("parallel", parallel), ("epochs", epochs)):
+        if number is not None and number < 1:
+            raise UserError(f"--{option} is {number}, but it must be at least 1")
     if equal_time is not None and not 0.0 < equal_time < float("inf"):
         raise UserError(f"--equal_time is {equal_time}, but it must be a number of seconds above 0")
     if equal_time is not None and epochs is not None:
         raise UserError("--equal_time decides the number of epochs: leave it or --epochs out")
     if algorithms == "" and network and data:
         algorithms = STANDARD
-    factors = _factors(lr_factors)
-    _refuse_own(options, sets_epochs=epochs is not None or equal_time is not None)
-    everywhere = [*options, *([] if epochs is None else [f"--trainer.max_epochs={epochs}"])]
     if folder is None:
         folder = Path("runs", "_".join(filter(None, ("compare", network, data))))
-    folder, console = folder.resolve(), Console()
     with TemporaryDirectory() as scratch:
         found = _find(_listed(algorithms), network, data, _listed(configs), Path(scratch))
-        rows = {name: resolve(row.config, [*row.options, *everywhere]) for name, row in found.items()}
-        words = {name: (f"--config={row.config}", *row.options, *everywhere) for name, row in found.items()}
-        comparison = Comparison.load(folder)
-        costs = Costs({})
-        if equal_time is not None:
-            costs = _fit_into(equal_time, rows, words, comparison, console)
-        comparison.admit(rows, seeds, factors, equal_time)
-        missing = [name for name in rows if not (runs := comparison.runs(name)) or any(map(_is_missing, runs))]
-        for mistake in ask(worker.check, {name: words[name] for name in missing}):
-            raise UserError(mistake)
-        if plan:
-            costs = costs if costs.turns else _measure(words, rows, console)
-            show_plan(comparison, list(rows), costs, parallel, console)
-            return 0
+        every = [*options, *([] if epochs is None else [f"--trainer.max_epochs={epochs}"])]
+        _refuse_own(options, sets_epochs=epochs is not None or equal_time is not None)
+        found = {name: row._replace(options=(*row.options, *every)) for name, row in found.items()}
+        return compare_rows(found, folder, seeds, _factors(lr_factors), equal_time, parallel, plan, command)
+
+
+def compare_rows(
+    found: Mapping[str, Row],
+    folder: Path,
+    seeds: int,
+    factors: list[float],
+    equal_time: float | None,
+    parallel: int,
+    plan: bool,
+    command: str,
+) -> int:
+    """Compare rows, wherever their settings come from; see `compare`."""
+    folder, console = folder.resolve(), Console()
+    rows = {name: resolve(row.config, row.options) for name, row in found.items()}
+    words = {name: (f"--config={row.config}", *row.options) for name, row in found.items()}
+    comparison = Comparison.load(folder)
+    costs = Costs({})
+    if equal_time is not None:
+        costs = _fit_into(equal_time, rows, words, comparison, console)
+    comparison.admit(rows, seeds, factors, equal_time)
+    missing = [name for name in rows if not (runs := comparison.runs(name)) or any(map(_is_missing, runs))]
+    for mistake in ask(worker.check, {name: words[name] for name in missing}):
+        raise UserError(mistake)
+    if plan:
+        costs = costs if costs.turns else _measure(words, rows, console)
+        show_plan(comparison, list(rows), costs, parallel, console)
+        return 0
     with locked(folder):
         comparison = Comparison.load(folder)
         comparison.admit(rows, seeds, factors, equal_time)
@@ -317,10 +331,12 @@ class CompareParser(OneSentenceParser):
 OPTIONS = [name for name in inspect.signature(compare).parameters if name not in ("options", "command")]
 
 
-def main(words: Sequence[str]) -> int:
-    """Run ``bioprop compare``.
+def run_words(function: Callable[..., int], parser: OneSentenceParser, words: Sequence[str]) -> int:
+    """Call a function that runs comparisons with what stands on the command line.
 
     Args:
+        function: takes its options, ``options`` of every run (what follows ``--``), and the whole ``command``.
+        parser: knows its name and usage.
         words: what follows on the command line.
 
     Returns:
@@ -331,18 +347,21 @@ def main(words: Sequence[str]) -> int:
         SystemExit: with status 2, for arguments that do not parse.
     """
     cut = words.index("--") if "--" in words else len(words)
-    rules = (inspect.getdoc(compare) or "").split("\n\n")[1]
-    parser = CompareParser(prog="bioprop compare", usage=USAGE, description=rules)
-    parser.add_function_arguments(compare, as_positional=False, skip={"options", "command"})
-    own = ["--plan=true" if word == "--plan" else word for word in words[:cut]]
+    parser.add_function_arguments(function, as_positional=False, skip={"options", "command"})
+    own = [f"{word}=true" if word in ("--plan", "--list") else word for word in words[:cut]]
     given = resolve_homes(parser.parse_args(own))
-    command = shlex.join(["bioprop", "compare", *words])
     try:
-        return compare(**given.as_dict(), options=words[cut + 1 :], command=command)
+        return function(**given.as_dict(), options=words[cut + 1 :], command=shlex.join([*parser.prog.split(), *words]))
     except KeyboardInterrupt:
         sys.stderr.write(
-            "bioprop compare: interrupted; what has ended is kept, and the same command goes on from here\n"
+            f"{parser.prog}: interrupted; what has ended is kept, and the same command goes on from here\n"
         )
         return INTERRUPTED
     except OSError as error:
         raise as_user_error(error) or error from error
+
+
+def main(words: Sequence[str]) -> int:
+    """Run ``bioprop compare``; see `run_words`."""
+    rules = (inspect.getdoc(compare) or "").split("\n\n")[1]
+    return run_words(compare, CompareParser(prog="bioprop compare", usage=USAGE, description=rules), words)

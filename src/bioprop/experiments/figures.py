@@ -150,6 +150,7 @@ def _save(
         written = io.BytesIO()
         # the same picture is the same file, whenever it is drawn
         figure.savefig(written, format=kind, metadata={"CreationDate": None} if kind == "pdf" else None)
+        figure.set_layout_engine("none")  # what the first has laid out holds for the other
         write_whole(path.with_suffix(f".{kind}"), written.getvalue())
 
 

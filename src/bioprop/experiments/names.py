@@ -4,7 +4,7 @@ from pathlib import Path
 from pydoc import locate
 from typing import Any
 
-from bioprop.algorithms import Backprop
+from bioprop.algorithms import DirectFeedbackAlignment, FeedbackAlignment
 from bioprop.algorithms.difference_reconstruction import DifferenceReconstruction
 from bioprop.algorithms.target_algorithm import TargetAlgorithm
 from bioprop.experiments.configs import Settings
@@ -12,13 +12,14 @@ from bioprop.runs.folder import class_name
 
 #: By the names of files in ``lightning_configs/``; other rows keep the names that they have.
 METHODS = {
+    "analytic": "analytic feedback",
     "backprop": "BP",
     "brsf": "brSF",
     "ddtpcontrol": "DDTP-control",
     "ddtplinear": "DDTP-linear",
     "ddtprhl": "DDTP-RHL",
     "dfa": "DFA",
-    "directkolenpollack": "direct KP",
+    "dkp": "direct KP",
     "drtp": "DRTP",
     "dtp": "DTP",
     "dtpdrl": "DTP-DRL",
@@ -29,11 +30,18 @@ METHODS = {
     "kolenpollack": "Kolen-Pollack",
     "ldrl": "L-DRL",
     "ldrlpublished": "L-DRL, published",
+    "ndfa": "normalised DFA",
     "parallelldrl": "parallel L-DRL",
     "pepita": "PEPITA",
     "tp": "TP",
     "usf": "uSF",
     "weightmirror": "weight mirror",
+}
+FAMILIES: dict[type, str] = {
+    DifferenceReconstruction: "difference reconstruction",
+    DirectFeedbackAlignment: "feedback alignment",
+    FeedbackAlignment: "feedback alignment",
+    TargetAlgorithm: "target propagation",
 }
 
 
@@ -43,13 +51,10 @@ def method(row: str) -> str:
 
 
 def family(settings: Settings) -> str:
-    """The family that the algorithm of a row belongs to; empty for BP."""
+    """The family that the algorithm of a row belongs to."""
     algorithm = locate(settings["model"]["class_path"])
-    if not isinstance(algorithm, type) or algorithm is Backprop:
-        return "" if algorithm is Backprop else "others"
-    if issubclass(algorithm, DifferenceReconstruction):
-        return "difference reconstruction"
-    return "target propagation" if issubclass(algorithm, TargetAlgorithm) else "feedback alignment"
+    known = algorithm.__mro__ if isinstance(algorithm, type) else ()
+    return next((FAMILIES[each] for each in known if each in FAMILIES), "others")
 
 
 def experiment(settings: Settings) -> str:

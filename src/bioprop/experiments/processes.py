@@ -9,25 +9,13 @@ from multiprocessing import connection, forkserver, get_all_start_methods, get_c
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from bioprop.commands import ctrl_c_withheld
 from bioprop.errors import UserError
 from bioprop.experiments import worker
+from bioprop.experiments.progress import Progress
 from bioprop.experiments.worker import Job
-
-
-class Watcher(Protocol):
-    """An object that is told of the progress of jobs."""
-
-    def started(self, job: Job) -> None:
-        """Take note of a job that begins."""
-
-    def epoch(self, job: Job, number: int, accuracy: float | None) -> None:
-        """Take note of an epoch that ended, counted from 1, and its validation accuracy."""
-
-    def ended(self, job: Job, exit_code: int) -> None:
-        """Take note of a job whose process has ended; negative: by that signal."""
 
 
 class _Running(NamedTuple):
@@ -36,7 +24,7 @@ class _Running(NamedTuple):
     reports: connection.Connection
 
 
-def run_jobs(jobs: Sequence[Job], at_once: int, watcher: Watcher) -> None:
+def run_jobs(jobs: Sequence[Job], at_once: int, watcher: Progress) -> None:
     """Do all jobs, each in a process of its own, so that memory is its own and a crash ends nothing else.
 
     However this ends (an exception, Ctrl-C), no process is left behind.
@@ -97,7 +85,7 @@ def _start(job: Job) -> _Running:
     return _Running(job, process, receiver)
 
 
-def _pass_on(running: _Running, watcher: Watcher) -> None:
+def _pass_on(running: _Running, watcher: Progress) -> None:
     with suppress(EOFError, OSError):
         while running.reports.poll():
             watcher.epoch(running.job, *running.reports.recv())

@@ -28,6 +28,17 @@ from bioprop.experiments.summary import (
     summarize,
 )
 
+#: Columns of figures: the name of each, digits, factor.
+COLUMNS: dict[str, tuple[str, int, float]] = {
+    "test accuracy, %": ("test_accuracy", 2, 100),
+    "angle to BP, °": ("angle_hidden", 1, 1),
+    "angle to Gauss-Newton, °": ("angle_gauss_newton_hidden", 1, 1),
+    "time per batch, ms": ("batch_seconds", 2, 1000),
+    "time per batch, x BP": ("times_backprop", 2, 1),
+    "time on feedback, %": ("feedback_share", 0, 100),
+    "peak memory, MiB": ("peak_memory_mib", 0, 1),
+    "training of a run, s": ("seconds", 1, 1),
+}
 #: Characters of a cell on the screen that are not broken.
 WIDEST = 15
 #: Kinds of files of a results folder that are named on the screen.
@@ -94,44 +105,51 @@ def show_table(title: str, rows: Sequence[Mapping[str, str]], console: Console) 
 
 def make_report(comparison: Comparison, rows: Sequence[Row], costs: Costs) -> Report:
     """Lay the figures out."""
-    base, apart = backprop_seconds(rows, costs), differences_to_backprop(rows)
-    tuned = len(comparison.lr_factors) > 1
+    apart = differences_to_backprop(rows)
     accuracy, cost = [], []
+    spreads = {row.name: _spreads(row, rows, costs) for row in rows}
     for row in rows:
         cells = {"algorithm": row.title, "runs": f"{row.seeds}"}
         if row.troubles:
             cells["runs"] = f"{len(row.finished)} of {row.seeds} ({', '.join(row.troubles)})"
-        if tuned:
-            rate = " ".join(f"{rate:g}" for rate in row.learning_rate) or "-"
-            cells["learning rate"] = rate + " (edge)" * row.at_edge
+        if len(comparison.lr_factors) > 1:
+            cells["learning rate"] = _rate(row.learning_rate) + " (edge)" * row.at_edge
         if comparison.equal_time:
             cells["epochs"] = f"{comparison.rows[row.name]['trainer']['max_epochs']}"
-        cells["test accuracy, %"] = _cell(row.test_accuracy, 2, 100)
+        shown = {
+            column: _cell(spreads[row.name][name], digits, factor) for column, (name, digits, factor) in COLUMNS.items()
+        }
+        cells["test accuracy, %"] = shown.pop("test accuracy, %")
         if apart:
             found = apart.get(row.name)
-            cells["difference to BP, points"] = (
-                f"{100 * found.mean:+.2f} [{100 * found.low:+.2f}, {100 * found.high:+.2f}]" if found else "-"
-            )
-            cells["p"] = ("<0.001" if found.p < 0.001 else f"{found.p:.3f}") if found else "-"
-            cells["effect size"] = f"{found.effect:+.1f}" if found else "-"
-        cells["angle to BP, °"] = _cell(row.spread(Result.mean_angle), 1)
-        gauss_newton = row.spread(lambda result: result.mean_angle("angles_gn"))
-        if any(not math.isnan(result.mean_angle("angles_gn")) for each in rows for result in each.finished):
-            cells["angle to Gauss-Newton, °"] = _cell(gauss_newton, 1)
+            cells["difference to BP, points"] = cells["p"] = cells["effect size"] = "-"
+            if found:
+                mean, low, high = (f"{100 * each:+.2f}" for each in (found.mean, found.low, found.high))
+                cells["difference to BP, points"] = f"{mean} [{low}, {high}]"
+                cells["p"] = "<0.001" if found.p < 0.001 else f"{found.p:.3f}"
+                cells["effect size"] = f"{found.effect:+.1f}"
+        cells["angle to BP, °"], gauss_newton = shown.pop("angle to BP, °"), shown.pop("angle to Gauss-Newton, °")
+        if any(not math.isnan(each["angle_gauss_newton_hidden"].mean) for each in spreads.values()):
+            cells["angle to Gauss-Newton, °"] = gauss_newton
         accuracy.append(cells)
-        turns = costs.turns.get(row.name, [])
-        cost.append(
-            {
-                "algorithm": row.title,
-                "time per batch, ms": _cell(spread(turn.step for turn in turns), 2, 1000),
-                "time per batch, x BP": _cell(spread(turn.step / base for turn in turns), 2),
-                "time on feedback, %": _cell(spread(turn.feedback_share for turn in turns), 0, 100),
-                "peak memory, MiB": _cell(row.spread(lambda result: result.peak_memory), 0),
-                "training of a run, s": _cell(row.spread(lambda result: result.seconds), 1),
-            }
-        )
+        cost.append({"algorithm": row.title} | shown)
     tables = {"accuracy and angle": accuracy, "cost": cost}
     return Report(_title(comparison), tables, _notes(comparison, rows, costs, bool(apart)))
+
+
+def _spreads(row: Row, rows: Sequence[Row], costs: Costs) -> dict[str, Spread]:
+    """The figures of a row, over its runs or over the turns in which its cost was measured."""
+    base, turns = backprop_seconds(rows, costs), costs.turns.get(row.name, [])
+    return {
+        "test_accuracy": row.test_accuracy,
+        "angle_hidden": row.spread(Result.mean_angle),
+        "angle_gauss_newton_hidden": row.spread(lambda result: result.mean_angle("angles_gn")),
+        "batch_seconds": spread(turn.step for turn in turns),
+        "times_backprop": spread(turn.step / base for turn in turns),
+        "feedback_share": spread(turn.feedback_share for turn in turns),
+        "peak_memory_mib": row.spread(lambda result: result.peak_memory),
+        "seconds": row.spread(lambda result: result.seconds),
+    }
 
 
 def _title(comparison: Comparison) -> str:
@@ -276,7 +294,7 @@ def _run(row: Row, ended: Ended) -> dict[str, Any]:
         "algorithm": row.algorithm,
         "seed": run.seed,
         "status": result.status,
-        "learning_rate": " ".join(f"{rate:g}" for rate in result.learning_rate),
+        "learning_rate": _rate(result.learning_rate),
         "lr_factor": run.factor,
         **tested,
         "best_val_accuracy": result.best_val_accuracy,
@@ -313,27 +331,18 @@ def _epochs(row: Row, ended: Ended) -> list[dict[str, Any]]:
 
 def _figures(rows: Sequence[Row], costs: Costs) -> list[dict[str, Any]]:
     """The tables as numbers."""
-    base, apart = backprop_seconds(rows, costs), differences_to_backprop(rows)
-    listed = []
+    apart, listed = differences_to_backprop(rows), []
     for row in rows:
-        found, turns = apart.get(row.name), costs.turns.get(row.name, [])
-        spreads = {
-            "test_accuracy": row.test_accuracy,
-            "angle_hidden": row.spread(Result.mean_angle),
-            "batch_seconds": spread(turn.step for turn in turns),
-            "times_backprop": spread(turn.step / base for turn in turns),
-            "feedback_share": spread(turn.feedback_share for turn in turns),
-        }
-        listed.append(
-            {"name": row.name, "algorithm": row.algorithm, "family": row.family, "finished": len(row.finished)}
-            | {
-                f"{name}{part}": value
-                for name, each in spreads.items()
-                for part, value in (("", each.mean), ("_sd", each.deviation))
-            }
-            | {f"difference_{name}": value for name, value in (found._asdict() if found else {}).items()}
-        )
+        cells = {"name": row.name, "algorithm": row.algorithm, "family": row.family, "finished": len(row.finished)}
+        for name, each in _spreads(row, rows, costs).items():
+            cells |= {name: each.mean, f"{name}_sd": each.deviation}
+        found = apart[row.name]._asdict() if row.name in apart else {}
+        listed.append(cells | {f"difference_{name}": value for name, value in found.items()})
     return listed
+
+
+def _rate(rates: Sequence[float]) -> str:
+    return " ".join(f"{rate:g}" for rate in rates) or "-"
 
 
 def _said(run: Run, result: Result) -> str:
@@ -345,7 +354,7 @@ def _number(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.6g}"
 
 
-def _cell(spread: Spread, digits: int, scale: float = 1.0) -> str:
+def _cell(spread: Spread, digits: int, scale: float) -> str:
     if math.isnan(spread.mean):
         return "-"
     mean = f"{scale * spread.mean:.{digits}f}"
