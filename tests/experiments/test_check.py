@@ -111,6 +111,7 @@ def test_a_planted_fault_is_found(fault: str) -> None:
         DirectFeedbackAlignment,
         FixedWeightDTP,
         FeedbackAlignment,
+        lambda network: LDRL(network, mirror="paper"),  # which is not BP's way back
         lambda network: FeedbackAlignment(network, rule="usf"),
         lambda network: FeedbackAlignment(network, rule="transpose"),
         lambda network: FeedbackAlignment(network, rule="weight_mirror"),
