@@ -62,6 +62,12 @@ class Untyped(Scaled):
     def __init__(self, network):
         super().__init__(network)
 
+class Listed(Scaled):
+    def __init__(
+        self, network: nn.Module, optimizer: OptimizerCallable = lambda w: optim.Adam(w, lr=0.1, betas=(0.9, 0.99))
+    ):
+        super().__init__(network, optimizer=optimizer)
+
 class UntypedOptimizer(Scaled):
     def __init__(self, network: nn.Module, optimizer=lambda w: optim.SGD(w, lr=0.1)):
         super().__init__(network, optimizer=optimizer)
@@ -138,6 +144,11 @@ def test_an_argument_without_a_type_is_refused(rule: str, argument: str) -> None
     for command_line in (BiopropCLI, ParsingCLI):  # as of fit, and of compare
         with pytest.raises(UserError, match=rf"{argument} of {rule} has no type, .*, as {argument}: \w+"):
             main(words, command_line)
+
+
+def test_a_default_that_no_file_can_hold_is_refused_in_other_words() -> None:
+    with pytest.raises(UserError, match=r"default optimizer of Listed has arguments .*: name one, as in --model\.opt"):
+        main(["fit", "--model=own_rules.Listed", "--model.network=LeNet", *DATA], ParsingCLI)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The commands ``bioprop fit|validate|test|predict``, a LightningCLI."""
 
+import inspect
 import logging
 import sys
 import warnings
@@ -242,19 +243,28 @@ def _at(settings: Any, key: str) -> Any:
 
 
 def refuse_untyped(model: Namespace) -> None:
-    """Look for arguments of an algorithm that a class is to be named for, but that have no type.
+    """Look for arguments of an algorithm that a class is to be named for, but that cannot be read or written.
 
     Raises:
-        UserError: saying how to annotate them.
+        UserError: saying how to annotate them, or what to give.
     """
-    untyped = [name for name, value in vars(model.init_args).items() if callable(value)]
+    name = model.class_path.rpartition(".")[2]
+    unread = [argument for argument, value in vars(model.init_args).items() if callable(value)]
     if not isinstance(model.init_args.get("network"), Namespace):
-        untyped = ["network"]
-    if untyped:
-        kind = "bioprop.networks.AnyModule" if untyped[0] == "network" else "pytorch_lightning.cli.OptimizerCallable"
+        unread = ["network"]
+    for argument in unread:
+        if (
+            inspect.signature(cast(type, locate(model.class_path))).parameters[argument].annotation
+            is not inspect.Parameter.empty
+        ):
+            raise UserError(
+                f"the default {argument} of {name} has arguments that are no plain numbers, which config.yaml cannot "
+                f"hold: name one, as in --model.{argument} CLASS"
+            )
+        kind = "bioprop.networks.AnyModule" if argument == "network" else "pytorch_lightning.cli.OptimizerCallable"
         raise UserError(
-            f"{untyped[0]} of {model.class_path.rpartition('.')[2]} has no type, so that no class can be named for it: "
-            f"annotate the argument in the constructor, as {untyped[0]}: {kind}"
+            f"{argument} of {name} has no type, so that no class can be named for it: annotate the argument in the "
+            f"constructor, as {argument}: {kind}"
         )
 
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from bioprop.algorithms import (
+    DDTPRHL,
     DTP,
+    DTPDRL,
     LDRL,
     Algorithm,
     Backprop,
@@ -104,9 +106,12 @@ def test_a_planted_fault_is_found(fault: str) -> None:
         LDRL,
         DTP,
         DDTPLinear,
+        DDTPRHL,
+        DTPDRL,
         DirectFeedbackAlignment,
         FixedWeightDTP,
         FeedbackAlignment,
+        lambda network: LDRL(network, mirror="paper"),  # which is not BP's way back
         lambda network: FeedbackAlignment(network, rule="usf"),
         lambda network: FeedbackAlignment(network, rule="transpose"),
         lambda network: FeedbackAlignment(network, rule="weight_mirror"),

@@ -227,7 +227,7 @@ def _check_theory(algorithm: Algorithm, rows: Sequence[StageRow], batch: tuple[T
     worst_name, worst = max(angles.items(), key=lambda item: item[1], default=("", 0.0))
     found = f"{worst:.2g}° at most ({worst_name}), in float64"
     equal = isinstance(algorithm, FeedbackAlignment) and algorithm.rule != "usf"
-    equal = equal or (isinstance(algorithm, LDRL) and getattr(algorithm, "mirror", "exact") == "exact")
+    equal = equal or (isinstance(algorithm, LDRL) and algorithm.hyperparameters().get("mirror") == "exact")
     if equal:
         advice = "the feedback path is not the transposed Jacobian of its stage"
         yield judged("with symmetric feedback, updates are BP's", worst < NEARLY_SAME, found, advice)
