@@ -42,7 +42,11 @@ def process(*words: str) -> "subprocess.CompletedProcess[str]":
         (["list"], 0, "LDRL "),
         (["fit", "--help"], 0, "--model.network CLASS"),
         (["test", "--help"], 0, "usage: bioprop test"),
-        ([], 2, "no command is given: choose one of fit, validate, test, predict, compare, reproduce, check, export, list"),
+        (
+            [],
+            2,
+            "no command is given: choose one of fit, validate, test, predict, compare, reproduce, check, export, list",
+        ),
         (["fitt"], 2, "there is no command fitt: did you mean fit?"),
         (["--config=x.yaml", "fit"], 2, "go behind the command, as in bioprop fit --config FILE"),
         (["fit", "--trainer.max_epocs=3"], 2, "did you mean --trainer.max_epochs?"),
