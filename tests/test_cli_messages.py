@@ -102,7 +102,7 @@ OWN = {
     ),
     "other": ("Other = Backprop\n", "other.Mine, which is not found from here: module 'other' has no attribute 'Mine'"),
     "abstract": ("class Mine(Algorithm): pass\n", "which cannot be used before it defines _gradients"),
-    "targets": ("class Mine(TargetAlgorithm): pass\n", "cannot be used before it defines target_differences"),
+    "targets": ("class Mine(TargetAlgorithm): pass\n", "cannot be used before it defines __init__"),
     "unrelated": ("class Mine: pass\n", "which is no subclass of bioprop.algorithms.base.Algorithm"),
     "function": ("def Mine(): pass\n", "which is a function, not a class"),
 }

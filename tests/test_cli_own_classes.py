@@ -79,8 +79,17 @@ def own_modules(in_empty_folder: None, tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(
     "model",
-    [["--model=Backprop"], *(["--model=FeedbackAlignment", f"--model.rule={rule}"] for rule in get_args(Rule))],
-    ids=["backprop", *get_args(Rule)],
+    [
+        pytest.param(["--model=Backprop"], id="backprop", marks=pytest.mark.slow),
+        *(
+            pytest.param(
+                ["--model=FeedbackAlignment", f"--model.rule={rule}"],
+                id=rule,
+                marks=[] if rule == "kolen_pollack" else [pytest.mark.slow],
+            )
+            for rule in get_args(Rule)
+        ),
+    ],
 )
 def test_a_plain_torch_module_trains_resumes_and_is_evaluated(model: list[str]) -> None:
     words = [*model, *NET, *DATA]

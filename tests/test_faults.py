@@ -212,3 +212,15 @@ def test_a_schedule_that_ends_within_training_is_said_when_it_does() -> None:
 def test_a_bug_in_a_schedule_of_the_users_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         fit("--model.scheduler=tests.test_faults.OwnSchedule", "--trainer.max_epochs=3")
+
+
+def test_an_operation_without_a_defined_order_is_named() -> None:
+    maps = torch.zeros(1, 1, 1, 1)
+    torch.use_deterministic_algorithms(True)
+    try:
+        torch.nn.functional.max_unpool2d(maps, maps.long(), 2)
+    except RuntimeError as error:
+        said = str(as_user_error(error))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert said.startswith("max_unpooling2d_forward_out adds up in no defined order here: leave --trainer.determin")

@@ -42,16 +42,15 @@ def process(*words: str) -> "subprocess.CompletedProcess[str]":
         (["list"], 0, "LDRL "),
         (["fit", "--help"], 0, "--model.network CLASS"),
         (["test", "--help"], 0, "usage: bioprop test"),
-        (
-            [],
-            2,
-            "no command is given: choose one of fit, validate, test, predict, compare, reproduce, check, export, list",
-        ),
+        ([], 2, "no command is given: choose one of fit, validate, test, predict, compare, reproduce, check, "),
         (["fitt"], 2, "there is no command fitt: did you mean fit?"),
         (["--config=x.yaml", "fit"], 2, "go behind the command, as in bioprop fit --config FILE"),
         (["fit", "--trainer.max_epocs=3"], 2, "did you mean --trainer.max_epochs?"),
         (["fit", "--model=LDLR"], 2, "did you mean LDRL?"),
         (["fit", "--config", "ldrl_lenet_digits", "--model.noize=1"], 2, "did you mean --model.noise?"),
+        (["fit", "--config=ldrl_lenet_digit"], 2, "there is no such file here: did you mean ldrl_lenet_digits?"),
+        (["test"], 2, "model, network and data must be given: use a --config file, or for example --model LDRL"),
+        (["fit", "--network=LeNet", "--model=LDRL"], 2, "no option --network: did you mean --model.network?"),
         (["list", "networks"], 2, "bioprop list takes no options"),
     ],
 )
@@ -107,7 +106,7 @@ def test_help_all_is_the_parsers(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--config", "ldrl_lenet_digits"], "LDRL trains LeNet on Digits for 12 epochs"),
         (["-c", "ldrl_lenet_digits", "--model=my.Rule", "--trainer.max_epochs=3"], "Rule trains LeNet on Digits for 3"),
-        (["--config=nowhere.yaml", "--data=MNIST", "--ckpt_path=last"], "? trains ? on MNIST, from last"),
+        (["--config=a/nowhere.yaml", "--data=MNIST", "--ckpt_path=last"], "? trains ? on MNIST, from last"),
     ],
 )
 def test_a_run_says_what_it_is_about_to_do(words: list[str], said: str) -> None:

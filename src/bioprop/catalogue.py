@@ -84,6 +84,8 @@ def options() -> frozenset[str]:
 
 def unknown_option(name: str) -> str:
     """Return the sentence about an option that does not exist, by its dotted name, with or without ``model.``."""
+    if f"model.{name}" in options():
+        return f"there is no option --{name}: did you mean --model.{name}?"
     if f"model.{name.partition('.')[0]}" in options():
         name = f"model.{name}"
     if name.removeprefix("model.") in REMOVED:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pydoc import locate
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,7 @@ from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-define
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import Checkpoint, ProgressBar
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
-from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers import CSVLogger, Logger
 
 from bioprop.algorithms import Algorithm
 from bioprop.algorithms.trainer_precision import check_precision
@@ -116,6 +117,11 @@ class BiopropCLI(LightningCLI):
         algorithm = cast(type[Algorithm], locate(config.model.class_path))
         # before Lightning turns "16-mixed" on a CPU into another one, and before there is a run's folder
         check_precision(config.trainer.precision, algorithm.__name__, algorithm.precisions, algorithm.precision_reason)
+        if self.subcommand != "fit" and config.ckpt_path is None:
+            raise UserError(
+                f"bioprop {self.subcommand} needs --ckpt_path, or it would judge untrained weights: "
+                "give a file, 'best' or 'last'"
+            )
         if config.trainer.accumulate_grad_batches != 1:
             raise UserError(
                 f"accumulate_grad_batches is {config.trainer.accumulate_grad_batches}, but it is not supported, since "
@@ -138,6 +144,20 @@ class BiopropCLI(LightningCLI):
                 Path(arguments.save_dir).mkdir(parents=True, exist_ok=True)  # or W&B warns, and writes elsewhere
             if locate(each.class_path) is CSVLogger:  # ours takes the same arguments
                 each.class_path = "bioprop.runs.MetricsFile"
+        if self.subcommand != "fit":
+            self._tell_what_was_trained_on(config, loggers[0], root)
+
+    def _tell_what_was_trained_on(self, config: Namespace, logger: Namespace, root: str | Path) -> None:
+        """Name the checkpoint to data that have no training images, whose classes and form come from there."""
+        data = config.data.get("init_args") or {}
+        if "trained_on" not in data or data["trained_on"] is not None or (Path(data["data_dir"]) / "train").is_dir():
+            return
+        if config.ckpt_path in ("last", "best"):
+            made = cast(type[Logger], locate(logger.class_path))(**vars(logger.init_args))
+            place = SimpleNamespace(logger=made, default_root_dir=root)
+            dirpath = self._get(self.config, "checkpoint").dirpath
+            config.ckpt_path = str(newest_checkpoint(config.ckpt_path, cast(Trainer, place), dirpath, config))
+        data["trained_on"] = config.ckpt_path
 
     def _dump_config(self) -> None:
         """Give a network without arguments a place for them, which Lightning 2.6.6 expects where links lead to."""
@@ -201,11 +221,6 @@ class BiopropCLI(LightningCLI):
                 self._refuse_what_no_checkpoint_holds(path)
                 if go_on_in_its_folder(self.trainer, path, checkpoint, checkpoints.dirpath):
                     checkpoints.hold_before_logging(path.parent)
-        elif self.subcommand != "fit":
-            raise UserError(
-                f"bioprop {self.subcommand} needs --ckpt_path, or it would judge untrained weights: "
-                "give a file, 'best' or 'last'"
-            )
 
     def _refuse_what_no_checkpoint_holds(self, checkpoint: Path) -> None:
         """Compare settings with those of the run the checkpoint belongs to, whose files alone have them."""

@@ -18,6 +18,8 @@ NO_MEMORY = re.compile(
     r"out of memory|can't allocate memory|not enough memory|ALLOC_FAILED|[Ss]torage size calculation overflowed|"
     r"integer multiplication overflow|Overflow when unpacking long|array is too big|allowed dimension exceeded"
 )
+#: What torch says of an operation where deterministic ones are asked for.
+UNORDERED = re.compile(r"(\S+) does not have a deterministic implementation")
 AMOUNT = re.compile(r"(tried|Tried|Unable) to allocate [\d.]+ \w+")
 
 
@@ -66,6 +68,11 @@ def _sentence(error: BaseException) -> str:
         return (
             f"there is not enough memory ({(amount[0] if amount else text) or 'no amount is known'}): lower the sizes "
             "of the network, data.batch_size, data.image_size or data.limit_train, or take a larger machine"
+        )
+    if isinstance(error, RuntimeError) and (unordered := UNORDERED.search(text)):
+        return (
+            f"{unordered[1]} adds up in no defined order here: leave --trainer.deterministic out, or choose a network "
+            "without it"
         )
     if isinstance(error, OSError) and (being_made or not users):
         what = f"{error.filename}: {error.strerror}" if error.filename is not None and error.strerror else text

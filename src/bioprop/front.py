@@ -202,25 +202,33 @@ def _no_command(command: str) -> str:
 def _refuse_misspelt(words: Sequence[str]) -> None:
     """Look for options and classes that nothing has; arguments of a user's own classes are left to the parser."""
     pairs = list(_pairs(words))
+    given = {name.partition(".")[0] for name, _ in pairs}
+    for path in (Path(known_config(value)) for name, value in pairs if CONFIG.fullmatch(name)):
+        if path.name == str(path) and not path.exists():
+            close = difflib.get_close_matches(path.stem, [each.stem for each in CONFIGS.glob("*.yaml")], n=1)
+            hint = f"did you mean {close[0]}?" if close else f"{CONFIGS} has those that come with bioprop"
+            raise UserError(f"--config {path}: there is no such file here: {hint}")
     for kind in ("model", "data"):
         value = dict(pairs).get(f"--{kind}", "")
         if value.isidentifier() and value not in entries(kind):
             raise UserError(unknown_class(kind, value, entries(kind)))
     classes = [value for name, value in pairs if name in ("--model", "--model.network", "--data")]
-    for path in (known_config(value) for name, value in pairs if CONFIG.fullmatch(name)):
+    for file in (known_config(value) for name, value in pairs if CONFIG.fullmatch(name)):
         with suppress(OSError, RuntimeError, ValueError):
-            classes += re.findall(r"class_path['\"]?: *['\"]?([\w.]+)", Path(path).expanduser().read_text("utf-8"))
+            classes += re.findall(r"class_path['\"]?: *['\"]?([\w.]+)", Path(file).expanduser().read_text("utf-8"))
     foreign = any("." in each and each.partition(".")[0] not in LIBRARIES for each in classes)
     for word, _ in pairs:
         first, *rest = word.lstrip("-").rstrip("+").split(".")
         place = 2 if (first, *rest[:1]) in (("model", "network"), ("model", "speed")) else 1
         of_class = first in ("model", "data") and len(rest) >= place
-        known = ".".join((first, *rest[:place])) in options() or rest[place - 1 : place] in (
-            ["init_args"],
-            ["dict_kwargs"],
-        )
+        known = ".".join((first, *rest[:place])) in options() or {"init_args", "dict_kwargs"} & set(rest)
         if word.startswith("--") and word != "--" and not known and not (of_class and foreign):
             raise UserError(unknown_option(".".join((first, *rest))))
+    if not given & {"-c", "--config", "--model", "--data", "--print_config"} and "help" not in "".join(words):
+        raise UserError(
+            "model, network and data must be given: use a --config file, or for example --model LDRL --model.network "
+            "LeNet --data Digits"
+        )
 
 
 def _print(text: str) -> None:

@@ -152,7 +152,7 @@ def train_against_plain(
         "dtp" if algorithm is DTP else "ldrl",
         mirror,
         BETA,
-        list(ours.feedback_training.iterations.values()),
+        [None if rules.get("iterations") == "auto" else each for each in ours.feedback_training.iterations.values()],
         list(ours.feedback_training.feedback_lr.values()),
         ours.feedback_training.feedback_step == "normalized",
         rules.get("switches") == "clean",

@@ -252,18 +252,19 @@ def penalty(weight: Tensor) -> Tensor:
     return ((weight @ weight.T) * (1 - torch.eye(len(weight), dtype=weight.dtype))).square().sum()
 
 
-@pytest.mark.parametrize("orthogonality", [0.0, 0.03])
-def test_the_step_descends_the_regulariser_too(orthogonality: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("orthogonality", "orthogonal"), [(0.0, "rows"), (0.03, "rows"), (0.03, "columns")])
+def test_the_step_descends_the_regulariser_too(orthogonality: float, orthogonal: Any, tmp_path: Path) -> None:
     network = InvertibleMLP(SHAPE, CLASSES, widths=(14, 12), orthogonal=False)
     optimizer = sgd(lr=0.1, momentum=0.0, weight_decay=0.0)
-    algorithm = GAITProp(network, orthogonality=orthogonality, optimizer=optimizer).double()
+    algorithm = GAITProp(network, orthogonality=orthogonality, orthogonal=orthogonal, optimizer=optimizer).double()
     before = copy_state(algorithm.network)
     images, labels = draw_batch(8)
     gradients = algorithm.forward_gradients(images.double(), labels)
     for name, weight in before.items():
         if name.endswith("weight"):
             weight.requires_grad_()
-            gradients[name] += orthogonality * torch.autograd.grad(penalty(weight), weight)[0]
+            loss = penalty(weight if orthogonal == "rows" else weight.T)
+            gradients[name] += orthogonality * torch.autograd.grad(loss, weight)[0]
     make_trainer(tmp_path, max_epochs=1, precision="64-true").fit(algorithm, make_loader(1))
     for name, weight in algorithm.network.state_dict().items():
         torch.testing.assert_close(weight, before[name].detach() - 0.1 * gradients[name], rtol=1e-9, atol=1e-12)
@@ -298,6 +299,7 @@ def test_frozen_weights_are_not_regularised(tmp_path: Path) -> None:
     ("settings", "named"),
     [
         ({"gamma": 0.0}, "gamma is 0.0"),
+        ({"orthogonal": "both"}, "orthogonal 'both' is not known: choose one of rows, columns"),
         ({"gamma": 1.5}, "gamma is 1.5"),
         ({"gamma": "small"}, "gamma holds 'small'"),
         ({"orthogonality": -0.1}, "orthogonality is -0.1"),

@@ -121,7 +121,7 @@ def draw_batch() -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_batch_stays_on_the_gpu(method: str, build: Callable[[], Network]) -> None:
     algorithm, backend = make(method, build), StandIn("cuda")
-    algorithm.feedback_training._recorded = defaultdict(lambda: Recorded(backend))
+    algorithm.feedback_training._recorded = defaultdict(lambda: Recorded(algorithm.streams, backend))
     with on_a_simulated_gpu(algorithm):
         algorithm._learn(*draw_batch())  # copies constants and makes momentum, which stay
         with NothingOnTheHost() as watched:
@@ -132,6 +132,22 @@ def test_a_batch_stays_on_the_gpu(method: str, build: Callable[[], Network]) -> 
     assert watched.operations > 0
     recorded = len(algorithm.feedback)
     assert (backend.recordings, backend.replays) == (recorded, 2 * recorded)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_whole_recorded_step_stays_on_the_gpu(method: str) -> None:
+    algorithm, backend = make(method, NETWORKS["lenet"]), StandIn("cuda")
+    with on_a_simulated_gpu(algorithm):
+        step = Recorded(algorithm.streams, backend)
+        step(algorithm._learn, draw_batch())
+        with NothingOnTheHost() as watched:
+            for _ in range(2):
+                losses, gradients = step(algorithm._learn, draw_batch())
+    assert losses.keys() == algorithm.feedback.keys()
+    assert gradients.forward.keys() == dict(algorithm.network.named_parameters()).keys()
+    assert watched.operations > 0
+    assert (backend.recordings, backend.replays) == (1, 2)
+    assert algorithm.streams.batches == 3
 
 
 @pytest.mark.parametrize("fault", [Tensor.item, Tensor.cpu, Tensor.nonzero, lambda loss: loss + torch.ones(1)])

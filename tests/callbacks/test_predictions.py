@@ -55,6 +55,7 @@ def test_names_that_are_not_utf_8_are_written_readably(tmp_path: Path, images: P
         r"test/\xe9l\xe9phant/caf\xe9.png",
     ]
     assert {row["prediction"] for row in rows} <= {"cat", r"\xe9l\xe9phant"}
+    assert [row["label"] for row in rows] == ["cat"] * 3 + [r"\xe9l\xe9phant"] * 3
 
 
 def test_a_file_that_cannot_be_finished_replaces_none(
@@ -80,4 +81,5 @@ def test_unlabelled_images_are_predicted(tmp_path: Path, images: Path) -> None:
         (images / f"{number}.png").rename(images / "test" / f"{number}.png")
     predict(tmp_path, ImageFolder(str(images)))
     with (tmp_path / "predictions.csv").open() as file:
-        assert [row["image"] for row in csv.DictReader(file)] == [f"test/{number}.png" for number in range(3)]
+        rows = [(row["image"], row["label"]) for row in csv.DictReader(file)]
+    assert rows == [(f"test/{number}.png", "") for number in range(3)]

@@ -107,7 +107,7 @@ def test_missing_folders(tmp_path):
     (tmp_path / "empty" / "train").mkdir(parents=True)
     bad("/nowhere' is not a folder", data_dir=str(tmp_path / "nowhere"))
     for folder in (".", "empty"):
-        bad(rf"{tmp_path / folder / 'train'}' has no class folders", data_dir=str(tmp_path / folder))
+        bad(rf"{tmp_path / folder}' has no class folders in a folder train", data_dir=str(tmp_path / folder))
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

@@ -72,13 +72,13 @@ def test_failing_download(tmp_path, monkeypatch, cls, error):
         UserError, match=r"is not in '.*/raw' and could not be downloaded there .*put the files of http"
     ) as caught:
         cls(str(tmp_path)).prepare_data()
-    assert cls.title in str(caught.value)
+    assert cls.__name__ in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @KINDS
 def test_missing_files(tmp_path, cls):
-    with pytest.raises(UserError, match=rf"^{cls.title} is missing from '.*/raw', or damaged"):
+    with pytest.raises(UserError, match=rf"^{cls.__name__} is missing from '.*/raw', or damaged"):
         cls(str(tmp_path), download=False).setup("fit")
 
 
@@ -110,7 +110,7 @@ def test_cifar100_without_network(tmp_path, monkeypatch):
         raise URLError("no network")
 
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", fail)
-    with pytest.raises(UserError, match=r"CIFAR-100 is not in '.*cifar-100-python' .*cifar-100-python\.tar\.gz"):
+    with pytest.raises(UserError, match=r"CIFAR100 is not in '.*cifar-100-python' .*cifar-100-python\.tar\.gz"):
         CIFAR100(str(tmp_path)).prepare_data()
 
 

@@ -78,7 +78,7 @@ def test_missing_and_damaged_files(tmp_path, monkeypatch, content):
 def test_another_set_of_that_protocol_needs_its_names_alone(tmp_path, monkeypatch):
     class Other(TorchvisionSet):
         reader = datasets.SVHN
-        title, folder, origin = "Other", "", "nowhere"
+        folder, origin = "", "nowhere"
         class_names = tuple("0123456789")
 
         def __init__(self, **shared):

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SOURCE = Path(__file__).parents[2] / "src"
 
 RULE = """
@@ -49,6 +51,7 @@ def run_pytest(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_strangers_rule_and_network_pass_and_a_failure_tells_its_numbers(tmp_path: Path) -> None:
     (tmp_path / "test_rule.py").write_text(RULE)
     (tmp_path / "test_network.py").write_text(NETWORK)

@@ -31,6 +31,8 @@ class AnalyticFeedback(TargetAlgorithm):
         UserError: if a hyperparameter is out of its range, or a stage has no mirror.
     """
 
+    recordable = True
+
     def __init__(
         self,
         network: Network,

@@ -20,6 +20,8 @@ class Backprop(Algorithm):
         settings: the other arguments of `Algorithm`.
     """
 
+    recordable = True
+
     def __init__(
         self,
         network: AnyModule,

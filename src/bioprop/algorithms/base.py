@@ -2,12 +2,14 @@
 
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from pytorch_lightning import Trainer
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from pytorch_lightning.profilers import PassThroughProfiler
 from torch import Tensor, nn
 
 from bioprop.algorithms.checkpoints import describe_optimization
@@ -16,6 +18,7 @@ from bioprop.algorithms.trainer_precision import check_precision
 from bioprop.distributed import mean_over_processes, process_count
 from bioprop.errors import UserError
 from bioprop.faults import refused_by_library
+from bioprop.feedback.recorded import Recorded
 from bioprop.functional.gradients import preserve_state
 from bioprop.functional.output_losses import OutputLossName, output_loss
 from bioprop.functional.precision import products_in_autocast_type
@@ -59,6 +62,10 @@ class Algorithm(Evaluated, ABC):
     #: Why a subclass leaves one of these out.
     precision_reason = "it is not one of those that were tried"
 
+    #: Whether `_learn` may be recorded: it hands everything on by its return value, and which operations it makes
+    #: depends on no tensor's values. Every class says so for itself: a subclass may do more.
+    recordable = False
+
     def __init__(
         self,
         network: nn.Module,
@@ -71,6 +78,7 @@ class Algorithm(Evaluated, ABC):
         self.output_loss = output_loss(loss)
         self._make_optimizer = optimizer
         self._make_scheduler = scheduler
+        self._recorded: Recorded | None = None
 
     # -- the algorithm -------------------------------------------------------------------------------------------
 
@@ -78,7 +86,7 @@ class Algorithm(Evaluated, ABC):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Phase 1 trains the feedback weights, phase 2 the forward weights, on the same batch."""
         images, labels = self._as_network(batch)
-        feedback_losses, gradients = self._learn(images, labels)
+        feedback_losses, gradients = self._learn_recorded(images, labels)
         self._step_forward_weights(self._direction(self._average(gradients)))
         loss = self.output_loss.mean(gradients.logits, labels)
         self._count_batch("train", batch_idx, gradients.logits, labels, loss)
@@ -86,6 +94,26 @@ class Algorithm(Evaluated, ABC):
             total = torch.stack(list(feedback_losses.values())).sum()
             self._count("train/feedback_loss", batch_idx, total * len(labels), len(labels))
         return {"loss": loss, "feedback_losses": feedback_losses}
+
+    def _learn_recorded(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Gradients]:
+        """`_learn`, as a CUDA graph where it can be one: its gradients are overwritten by the next batch."""
+        if self._recorded is None or not self._may_record(images):
+            return self._learn(images, labels)
+        losses, gradients = self._recorded(self._learn, (images, labels), self._recorded_with())
+        if losses:  # whoever keeps them may read them later
+            losses = dict(zip(losses, torch.stack(list(losses.values())), strict=True))
+        return losses, gradients
+
+    def _may_record(self, images: Tensor) -> bool:
+        """Return whether `_learn` may be a CUDA graph: on a GPU, in one process, where nobody times its phases."""
+        untimed = isinstance(self.trainer.profiler, PassThroughProfiler)  # type: ignore[attr-defined]
+        return images.is_cuda and untimed and process_count() == 1
+
+    def _recorded_with(self) -> Hashable:
+        """Return what a recording of `_learn` is made with beside the batch: numbers, tensors, modes of modules."""
+        numbers = [(name, value) for name, value in vars(self).items() if isinstance(value, int | float | str)]
+        tensors = [(each.data_ptr(), each.requires_grad) for each in (*self.parameters(), *self.buffers())]
+        return tuple(numbers), tuple(tensors), tuple(module.training for module in self.modules())
 
     def _learn(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Gradients]:
         """Phase 1, then the gradients of phase 2: feedback losses by stage, and what the forward weights step by."""
@@ -209,6 +237,11 @@ class Algorithm(Evaluated, ABC):
             UserError: for a number of processes the algorithm does not support, for settings of optimizers or
                 schedules that are not those of the checkpoint to resume from, and for a schedule that ends too early.
         """
+        # what a module of the user's own does in Python, a recording would do no more
+        known = all(type(each).__module__.startswith(("torch.", "bioprop.")) for each in self.network.modules())
+        hooked = any(each._forward_hooks or each._forward_pre_hooks for each in self.network.modules())
+        may_be = vars(type(self)).get("recordable") and known and not hooked
+        self._recorded = Recorded(getattr(self, "streams", None)) if may_be else None
         self.refuse_other_optimization()
         self.check_schedule(self.trainer)
         if self.trainer.world_size > 1 and not hasattr(self.trainer.strategy, "leaves_averaging_to_algorithms"):
@@ -218,6 +251,10 @@ class Algorithm(Evaluated, ABC):
             )
         if self.trainer.world_size > 1 and any(isinstance(each, nn.SyncBatchNorm) for each in self.modules()):
             raise UserError("sync_batchnorm is not supported: batch norm takes the statistics of each process's images")
+
+    def on_fit_end(self) -> None:
+        """Give the memory of recordings back."""
+        self._recorded = None
 
     def on_train_epoch_end(self) -> None:
         """Step the learning-rate schedules: Lightning leaves them alone in manual optimization.

@@ -14,7 +14,7 @@ from bioprop.hyperparameters import plain
 from bioprop.removed import refuse_removed
 
 # Where files and images lie, and how they are kept, is not a setting of training: a data folder may move within a run.
-LOCATIONS = ("data_dir", "download", "cache", "on_device")
+LOCATIONS = ("data_dir", "download", "cache", "trained_on", "on_device")
 # What makes the same image another input, and what decides which training images are held out for validation.
 PREPARATION = ("normalization", "image_size", "channels", "background")
 HELD_OUT = ("seed", "val_fraction", "limit_train")

@@ -172,14 +172,14 @@ class DifferenceReconstruction(TargetAlgorithm):
         course: list[Tensor] = []
         objectives = self.feedback_objectives(passes)
         rank = process_rank()
-        noises = [self.streams.noise(place, passes[0].inputs, rank=rank) for place in range(len(objectives))]
+        noises = [self.streams.noise(index, passes[0].inputs, rank=rank) for index in range(len(objectives))]
         with torch.no_grad():
             for iteration in range(self.iterations if objectives else 0):
                 gradients = {}
-                for place, (name, objective, stream) in enumerate(zip(self.feedback, objectives, noises, strict=True)):
-                    states = passes[place + 1].inputs
+                for index, (name, objective, stream) in enumerate(zip(self.feedback, objectives, noises, strict=True)):
+                    states = passes[index + 1].inputs
                     (noise,) = stream.draw(self.noise[name], states.shape)
-                    gradients[name] = objective(self._run_above(place, states + noise), noise)
+                    gradients[name] = objective(self._run_above(index, states + noise), noise)
                 gradients = average_gradients(gradients)
                 self._step_feedback_weights(gradients)
                 course.append(torch.stack([gradient.loss for gradient in gradients.values()]))
@@ -187,9 +187,9 @@ class DifferenceReconstruction(TargetAlgorithm):
         self.streams.next_batch()
         return dict(zip(self.feedback, torch.stack(course).mean(0), strict=True)) if course else {}
 
-    def _run_above(self, place: int, states: Tensor) -> Tensor:
-        """``f_{n->N}``: the output for activations of the hidden stage at this place."""
-        for _, stage in self.chain[place + 1 :]:
+    def _run_above(self, index: int, states: Tensor) -> Tensor:
+        """``f_{n->N}``: the output for activations of the hidden stage at this index."""
+        for _, stage in self.chain[index + 1 :]:
             states = stage(states)
         return states
 

@@ -32,6 +32,8 @@ class DirectFeedbackAlignment(Algorithm):
         UserError: if the network is not a chain of stages.
     """
 
+    recordable = True
+
     def __init__(
         self,
         network: Network,

@@ -19,6 +19,8 @@ class DirectRandomTargetProjection(DirectFeedbackAlignment):
     where the authors draw them uniformly.
     """
 
+    recordable = True
+
     def projected(self, error: Tensor, labels: Tensor) -> Tensor:
         """Return ``-onehot(y) / batch``, ``[batch, classes]``."""
         return F.one_hot(labels, error.shape[1]).to(error) / -len(labels)

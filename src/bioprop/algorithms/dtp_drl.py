@@ -44,13 +44,13 @@ class DTPDRL(DifferenceReconstruction):
 
     def feedback_objectives(self, passes: Sequence[StagePass]) -> list[ReconstructionObjective]:
         """The difference reconstruction loss of every operator, through all those above it."""
-        return [partial(self._objective, place, name, passes) for place, name in enumerate(self.feedback)]
+        return [partial(self._objective, index, name, passes) for index, name in enumerate(self.feedback)]
 
     def _objective(
-        self, place: int, name: str, passes: Sequence[StagePass], noisy_output: Tensor, noise: Tensor
+        self, index: int, name: str, passes: Sequence[StagePass], noisy_output: Tensor, noise: Tensor
     ) -> FeedbackGradient:
-        mirror, clean = self.mirrors()[place], passes[place + 1]
-        step = self._send_back(passes, noisy_output - passes[-1].output.detach(), down_to=place + 1)[-1]
+        mirror, clean = self.mirrors()[index], passes[index + 1]
+        step = self._send_back(passes, noisy_output - passes[-1].output.detach(), down_to=index + 1)[-1]
         state = clean.output.detach()
         decode = partial(mirror, switches=clean.switches)
         parameters = dict(mirror.named_parameters())
@@ -58,7 +58,7 @@ class DTPDRL(DifferenceReconstruction):
         return difference_reconstruction_gradient(decode, parameters, state + step, state, noise, sigma, decay)
 
     def _send_back(self, passes: Sequence[StagePass], output: Tensor, down_to: int = 0) -> list[Tensor]:
-        """Send ``t^N - s^N`` back as ``t^n - s^n``, from the output to the stage at this place, counted from 0."""
+        """Send ``t^N - s^N`` back as ``t^n - s^n``, from the output to the stage at this index, counted from 0."""
         differences = [output]
         for mirror, clean in list(zip(self.mirrors(), passes[1:], strict=True))[down_to:][::-1]:
             differences.append(mirror.difference(clean.output.detach(), differences[-1], clean.switches))

@@ -70,6 +70,8 @@ class FeedbackAlignment(Algorithm):
         UserError: if a hyperparameter is out of its range or the network has no layer with a weight.
     """
 
+    recordable = True
+
     def __init__(
         self,
         network: AnyModule,
@@ -179,6 +181,10 @@ class FeedbackAlignment(Algorithm):
         aligned.refuse_unmet(gradients)
         self._effective = aligned.effective
         return Gradients(gradients, logits)
+
+    def _may_record(self, images: Tensor) -> bool:
+        # what layers multiply by, where that is not their weight, is told apart from batch to batch
+        return not self._effective and super()._may_record(images)
 
     def _aligned_pass(self) -> AlignedPass:
         return AlignedPass(self.network, dict(self.layers()), self._shapes, self.backward_matrix)

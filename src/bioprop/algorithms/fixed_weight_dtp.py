@@ -48,6 +48,8 @@ class FixedWeightDTP(TargetAlgorithm):
         UserError: if a hyperparameter is out of its range, or a stage has no mirror.
     """
 
+    recordable = True
+
     def __init__(
         self,
         network: Network,

@@ -70,6 +70,8 @@ class LDRL(TargetAlgorithm):
         UserError: if a hyperparameter is out of its range, a list has the wrong length, or a stage has no mirror.
     """
 
+    recordable = True
+
     def __init__(
         self,
         network: Network,

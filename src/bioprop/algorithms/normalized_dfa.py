@@ -14,6 +14,8 @@ class NormalizedDFA(DirectFeedbackAlignment):
     each sample, whatever the batch, so that hidden steps do not fade as the loss does: let the learning rate fall.
     """
 
+    recordable = True
+
     def projected(self, error: Tensor, labels: Tensor) -> Tensor:
         """Return ``e / |e| / batch``, ``[batch, classes]``."""
         return F.normalize(error, dim=1) / len(error)

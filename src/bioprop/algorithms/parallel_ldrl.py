@@ -23,6 +23,8 @@ class ParallelLDRL(LDRL):
         UserError: if a hyperparameter is out of its range, a list has the wrong length, or a stage has no mirror.
     """
 
+    recordable = True
+
     def __init__(self, network: Network, samples: int = 1, **settings: Any) -> None:
         super().__init__(network, **settings)
         self.feedback_training.samples = count("samples", samples, 1)

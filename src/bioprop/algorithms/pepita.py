@@ -35,6 +35,8 @@ class PEPITA(Algorithm):
         UserError: if a stage is not fully connected, or the scale is not above 0.
     """
 
+    recordable = True
+
     precisions = ("32-true", "64-true")
     precision_reason = "it learns from differences between two passes, which bfloat16 would drown"
 

@@ -1,6 +1,7 @@
 """Methods that learn from targets: the pass through the stages, the targets that come down, and the forward phase."""
 
-from collections.abc import Callable, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
@@ -53,6 +54,7 @@ class TargetAlgorithm(Algorithm):
     #: How feedback is trained stage by stage, in methods that do so.
     feedback_training: FeedbackTraining | None = None
 
+    @abstractmethod  # without feedback of a subclass it would be BP
     def __init__(
         self,
         network: Network,
@@ -121,6 +123,17 @@ class TargetAlgorithm(Algorithm):
     def trains_feedback(self) -> bool:
         """Return whether there are feedback weights that learn."""
         return self.feedback_training is not None
+
+    def _may_record(self, images: Tensor) -> bool:
+        training = self.feedback_training
+        # Adam counts its steps outside of the graph
+        possible = training is None or (training.speed.cuda_graph and training.feedback_step != "adam")
+        return possible and not self._observers and super()._may_record(images)
+
+    def _recorded_with(self) -> Hashable:
+        training = self.feedback_training
+        settings = () if training is None else (training.noise, training.feedback_lr, training.iterations)
+        return super()._recorded_with(), tuple(value for each in settings for value in each.values())
 
     def _shares_stages(self) -> bool:
         """Return whether each of several processes trains the feedback of some stages, on the images of all."""

@@ -33,6 +33,8 @@ class TargetPropagation(DTP):
         UserError: if a hyperparameter is out of its range, a list has the wrong length, or a stage has no mirror.
     """
 
+    recordable = True
+
     def __init__(
         self,
         network: Network,

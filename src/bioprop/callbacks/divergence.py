@@ -69,50 +69,33 @@ class DivergenceGuard(Callback):
         if trainer.is_last_batch or len(self._watched) == LOOK_EVERY:
             self._look(trainer, pl_module)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look before weights are evaluated.
+    def _look(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any] | None = None) -> None:
+        """Read what was kept.
 
         Raises:
-            DivergenceError: naming the stage and the hyperparameter to lower.
+            DivergenceError: for the first batch with a number that is none, naming the stage and what to lower.
         """
-        self._look(trainer, pl_module)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at an epoch that was ended before its last batch.
-
-        Raises:
-            DivergenceError: naming the stage and the hyperparameter to lower.
-        """
-        self._look(trainer, pl_module)
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Look before a checkpoint is written.
-
-        Raises:
-            DivergenceError: naming the stage and the hyperparameter to lower.
-        """
-        self._look(trainer, pl_module)
-
-    def _look(self, trainer: Trainer, module: LightningModule) -> None:
-        """Read what was kept; name the first batch with a number that is none."""
         watched, self._watched = self._watched, []
-        if not watched or not isinstance(module, Algorithm):
+        if not watched or not isinstance(pl_module, Algorithm):
             return
         (values,) = mean_over_processes([torch.stack([each.values for each in watched])])  # all stop, or none
         values = values.cpu()
-        norms = values[:, : sum(1 for _ in module.parameters())]
+        norms = values[:, : sum(1 for _ in pl_module.parameters())]
         sound = torch.isfinite(values).all(1) & torch.isfinite(torch.linalg.vector_norm(norms, dim=1))
         if sound.all():
             return
         first = int(sound.logical_not().nonzero()[0])
         batch, stages, _ = watched[first]
-        output, _ = named_stages(module.network)[-1]
+        output, _ = named_stages(pl_module.network)[-1]
         overflow = f"the output of stage {output} became infinite or NaN: lower the learning rate of model.optimizer"
         losses = dict(zip(stages, values[first, norms.shape[1] + 1 :].tolist(), strict=True))
-        cause = next(_causes(module, norms[first], losses), overflow)
+        cause = next(_causes(pl_module, norms[first], losses), overflow)
         raise DivergenceError(
             f"training diverged in epoch {trainer.current_epoch}, batch {batch}: {cause} ({_last_checkpoint(trainer)})"
         )
+
+    # before weights are evaluated, or written, and after an epoch that ended before its last batch
+    on_validation_start = on_train_epoch_end = on_save_checkpoint = _look
 
 
 def _causes(algorithm: Algorithm, norms: Tensor, feedback_losses: Mapping[str, float]) -> Iterator[str]:

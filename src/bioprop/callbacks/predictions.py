@@ -16,9 +16,10 @@ logger = logging.getLogger(__name__)
 
 
 class PredictionsFile(Callback):
-    r"""Write ``predictions.csv`` into the run's folder: image, predicted class and its probability, one row an image.
+    r"""Write ``predictions.csv`` into the run's folder: image, predicted class, its probability and the true label.
 
-    The file is UTF-8. Bytes of a name that are not are written as ``\xe9``.
+    It has one row an image; the label of an image without one is left empty. The file is UTF-8. Bytes of a name that
+    are not are written as ``\xe9``.
     """
 
     def __init__(self) -> None:
@@ -47,10 +48,17 @@ class PredictionsFile(Callback):
         path = run_folder(trainer) / "predictions.csv"
         with replacing(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(("image", "prediction", "probability"))
+            writer.writerow(("image", "prediction", "probability", "label"))
             # limited runs predict the first images only
-            for name, index, value in zip(data.prediction_names(), label.tolist(), confidence.tolist(), strict=False):
-                writer.writerow((readable(name), readable(data.classes[index]), f"{value:.4f}"))
+            columns = (
+                data.prediction_names(),
+                label.tolist(),
+                confidence.tolist(),
+                data.resident["test"].labels.tolist(),
+            )
+            names = [*map(readable, data.classes), ""]
+            for name, index, value, truth in zip(*columns, strict=False):
+                writer.writerow((readable(name), names[index], f"{value:.4f}", names[truth]))
         logger.info("wrote %d predictions to %s", len(label), path)
 
     def _all_probabilities(self) -> Tensor:

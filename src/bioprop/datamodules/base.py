@@ -1,7 +1,7 @@
 """The base of all image data modules: splits, limits, resident images, loaders, augmentation, normalisation."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -91,14 +91,9 @@ class ImageDataModule(LightningDataModule, ABC):
                 raise UserError(f"{name} is {value}, which is too small: choose {smallest} or more.")
         # a subclass that has a `_held_out` of its own passes None
         if val_fraction is not None and not 0 < val_fraction < 1:
-            raise UserError(
-                f"val_fraction is {val_fraction}, which leaves no images for validation or none for training: choose "
-                "a number between 0 and 1, such as 0.1."
-            )
-        if normalization not in get_args(Normalization):
-            raise UserError(
-                f"normalization '{normalization}' is unknown: choose one of {', '.join(get_args(Normalization))}."
-            )
+            raise UserError(f"val_fraction is {val_fraction}: choose a number between 0 and 1, such as 0.1.")
+        if normalization not in (choices := get_args(Normalization)):
+            raise UserError(f"normalization '{normalization}' is unknown: choose one of {', '.join(choices)}.")
         if normalization in PUBLISHED and image_shape[0] != 3:
             raise UserError(
                 f"normalization '{normalization}' is for images of 3 channels, but these have {image_shape[0]}: choose "
@@ -131,10 +126,7 @@ class ImageDataModule(LightningDataModule, ABC):
 
     @abstractmethod
     def _decode(self, split: Split, indices: Tensor) -> Images:
-        """Returns the images, uint8 [len(indices), channels, height, width], at these places of a stored split.
-
-        A tensor of them, or what reads them when they are needed.
-        """
+        """Returns the images at these places of a stored split, uint8 [len(indices), channels, height, width]."""
 
     def _has_val_images(self) -> bool:
         """Says if "val" is a stored split; otherwise validation images are taken out of the stored split "train"."""
@@ -232,9 +224,10 @@ class ImageDataModule(LightningDataModule, ABC):
         return self._statistics[device]
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps besides the arguments: the classes, and the statistics of normalisation."""
+        """Returns what a checkpoint keeps besides the arguments: classes, shape, statistics of normalisation."""
         mean, std = self.statistics(torch.device("cpu"))
-        return {"classes": list(self.classes), "mean": mean.tolist(), "std": std.tolist()}
+        kept = {"classes": list(self.classes), "image_shape": tuple(self.image_shape)}
+        return {**kept, "mean": mean.tolist(), "std": std.tolist()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over the statistics of a checkpoint, whatever training images are here now.
@@ -288,6 +281,20 @@ class ImageDataModule(LightningDataModule, ABC):
     def __str__(self) -> str:
         # Lightning's version asks every loader for a `dataset`
         return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in self.hparams.items())})"
+
+
+def trained_images(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the `state_dict` of the data module that wrote a checkpoint, whichever it was.
+
+    Raises:
+        UserError: There is none.
+    """
+    network = (checkpoint.get("hyper_parameters", {}).get("network") or {}).get("init_args") or {}
+    for state in checkpoint.values():
+        if isinstance(state, dict) and {"classes", "mean", "std"} <= state.keys():
+            shape = state.get("image_shape") or network.get("image_shape")  # older checkpoints have it there alone
+            return {**state, "image_shape": shape and tuple(shape)}
+    raise UserError("the checkpoint does not say which classes it was trained on: give images with a folder train")
 
 
 def free_memory(device: torch.device) -> int:

@@ -118,6 +118,7 @@ def _load(path: Path, form: Form) -> tuple[np.ndarray, list[str]]:
                     f"'{path}' is {pixels.width}x{pixels.height} pixels, but the first image is {width}x{height} "
                     "(width x height): set image_size to resize all images, or make them all one size."
                 )
+            changes.append(f"resized to {width}x{height} pixels")
             pixels = pixels.resize((width, height), Image.Resampling.BILINEAR)
         return np.asarray(pixels).reshape(height, width, channels).transpose(2, 0, 1), changes
 

@@ -14,14 +14,14 @@ from PIL import ImageColor
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
-from bioprop.datamodules.base import STAGE_SPLITS, ImageDataModule, Resident, Split
+from bioprop.datamodules.base import STAGE_SPLITS, ImageDataModule, Resident, Split, trained_images
 from bioprop.datamodules.copies import copied, digests, gather_copies
 from bioprop.datamodules.image_files import Form, all_grey, decoded, look
 from bioprop.datamodules.image_listing import Tally, list_splits, told
 from bioprop.datamodules.images import Images, MappedImages
 from bioprop.datamodules.kept_images import kept_images
 from bioprop.errors import UserError
-from bioprop.files import readable
+from bioprop.files import read_checkpoint, readable
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,9 @@ class ImageFolder(ImageDataModule):
         cache: Keep the decoded images in a file in `data_dir/.bioprop-cache` (in the user's cache folder where
             `data_dir` cannot be written to), which later runs and other processes map into memory. With limits it is
             used where it is there, and not made.
+        trained_on: Checkpoint that says the classes and the form of images where `data_dir` has no folder `train`: then
+            it may be a folder of images to test or predict, or one image, resized to what was trained on. The commands
+            that take `--ckpt_path` fill this in.
         shared: Arguments of `ImageDataModule`.
 
     Raises:
@@ -63,6 +66,7 @@ class ImageFolder(ImageDataModule):
         channels: Literal[1, 3] | None = None,
         background: str = "white",
         cache: bool = True,
+        trained_on: str | None = None,
         **shared: Any,
     ) -> None:
         if channels not in (None, 1, 3):
@@ -75,17 +79,19 @@ class ImageFolder(ImageDataModule):
             raise UserError(
                 f"background is '{background}', which is no colour: choose a name such as white or '#808080'."
             ) from error
-        root = Path(data_dir).expanduser()
-        classes, splits = list_splits(root)
-        files = splits["train"].files
+        root, trained = Path(data_dir).expanduser(), None
+        if trained_on is not None and not (root / "train").is_dir():
+            trained, cache = trained_images(read_checkpoint(trained_on)), False
+        classes, splits = list_splits(root, None if trained is None else tuple(trained["classes"]))
+        files = next(iter(splits.values())).files
         asked = (channels, image_size, background)  # decides the form of training images, and these that of all others
         kept = kept_images(root, "train", files, asked, None) if cache else None
         if kept is not None:
             shape = (kept.shape[1], kept.shape[2], kept.shape[3])
+        elif trained is not None:
+            shape = trained["image_shape"] or _shape(files[:1], len(trained["mean"]), image_size)
         else:
-            native, height, width = look(files[0])
-            grey = native == 1 and channels is None and all_grey(files[1:])
-            shape = channels or (1 if grey else 3), image_size or height, image_size or width
+            shape = _shape(files, channels, image_size)
         super().__init__(image_shape=shape, classes=classes, **shared)
         gigabytes = min(len(files), self.limits["train"] or len(files)) * math.prod(shape) / 1e9
         if gigabytes > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9:
@@ -93,10 +99,12 @@ class ImageFolder(ImageDataModule):
                 f"images of {shape[1]}x{shape[2]} pixels take {gigabytes:,.0f} GB, more than this machine has: "
                 "choose a smaller image_size, or fewer images by limit_train."
             )
-        if shape[0] == 1 and channels is None:
+        if shape[0] == 1 and channels is None and trained is None:
             _inform("all training images are grey, and so are those that the network sees")
         self._root, self._splits, self._cache, self._asked = root, splits, cache, asked
-        self._form = Form(shape, image_size is not None, background)
+        self._form = Form(shape, image_size is not None or trained is not None, background)
+        if trained is not None:
+            self._loaded_statistics = trained["mean"], trained["std"]
         self._kept: dict[Split, np.ndarray | None] = {} if kept is None else {"train": kept}
 
     def setup(self, stage: str) -> None:
@@ -116,20 +124,23 @@ class ImageFolder(ImageDataModule):
     def prediction_names(self) -> list[str]:
         """Returns the test images' paths relative to `data_dir`, in the order of the test and predict loaders."""
         chosen = self._select("test").tolist()
-        return [self._splits["test"].files[index].relative_to(self._root).as_posix() for index in chosen]
+        root = self._root if self._root.is_dir() else self._root.parent
+        return [self._splits["test"].files[index].relative_to(root).as_posix() for index in chosen]
 
     def _has_val_images(self) -> bool:
         return "val" in self._splits
 
     def _needed(self, stage: str) -> set[Split]:
         needed = super()._needed(stage)
+        if "train" not in self._splits:
+            return needed - {"train"}
         # which images are on which side of the split depends on both
         return needed if self._has_val_images() or needed == {"test"} else {*needed, "train", "val"}
 
     def _labels(self, split: Split) -> Tensor:
         if split not in self._splits or not self._splits[split].files:
             lack = "has no images" if split in self._splits else "does not exist"
-            raise UserError(f"folder '{self._root / split}' {lack}: it is where the images to test on belong.")
+            raise UserError(f"folder '{self._root / split}' {lack}: the images of this command belong there.")
         return self._splits[split].labels
 
     def _check_labels(self) -> None:
@@ -206,6 +217,13 @@ class ImageFolder(ImageDataModule):
                 else:
                     images = self._decode("train", indices[places])
                 self.resident[split] = Resident(images, labels[places], indices[places])
+
+
+def _shape(files: Sequence[Path], channels: int | None, image_size: int | None) -> tuple[int, int, int]:
+    """Returns (channels, height, width) as asked for, and else as the first image has them: grey if all images are."""
+    native, height, width = look(files[0])
+    grey = native == 1 and channels is None and all_grey(files[1:])
+    return channels or (1 if grey else 3), image_size or height, image_size or width
 
 
 _inform, _warn = rank_zero_only(logger.info), rank_zero_only(logger.warning)

@@ -35,11 +35,12 @@ class SplitFiles(NamedTuple):
     labels: Tensor
 
 
-def list_splits(root: Path) -> tuple[tuple[str, ...], dict[Split, SplitFiles]]:
+def list_splits(root: Path, trained: tuple[str, ...] | None) -> tuple[tuple[str, ...], dict[Split, SplitFiles]]:
     """Lists the splits of a folder, and says what it has and what is passed over.
 
     Test images are what there is: some classes may have none, and images that lie in no folder of a class have no
-    label. Such images beside class folders are passed over, in `test` as in `train` and `val`.
+    label. Such images beside class folders are passed over, in `test` as in `train` and `val`. Without `train`, where
+    classes are those `trained` on, test images are those of `test`, or else of `root`, which may be one image.
 
     Returns:
         The classes, which are the folders of `train` in alphabetical order, and the splits that are there.
@@ -49,22 +50,26 @@ def list_splits(root: Path) -> tuple[tuple[str, ...], dict[Split, SplitFiles]]:
             folder is a link to nothing.
         OSError: A folder may not be read.
     """
-    if not root.is_dir():
-        raise UserError(f"data_dir '{root}' is not a folder: name one that has the folders train and test.")
+    if not root.is_dir() and not (trained and root.is_file()):
+        remedy = "that, or an image" if trained else "one that has the folders train and test"
+        raise UserError(f"data_dir '{root}' is not a folder: name {remedy}.")
     found = {split: _Found(root / split) for split in SPLITS if (root / split).is_dir()}
-    classes = tuple(found["train"].images) if "train" in found else ()
-    if not classes:
-        raise UserError(f"'{root / 'train'}' has no class folders: images are expected in '{root / 'train'}/<class>/'.")
+    if trained and "train" not in found:
+        classes, found = trained, found or {"test": _Found(root)}
+        if not any(each.images or each.loose for each in found.values()):
+            raise UserError(f"'{root}' has no images: name a folder that has some, or an image.")
+    elif not (classes := tuple(found["train"].images) if "train" in found else ()):
+        raise UserError(f"'{root}' has no class folders in a folder train: put images into '{root}/train/<class>/'.")
     for split in found.keys() - {"test"}:
         _check_classes(root, classes, found[split])
-    splits = {split: each.labelled(classes) for split, each in found.items()}
+    splits = {split: each.labelled(classes, split) for split, each in found.items()}
     counts = "; ".join(f"{split} {_count(each.labels, len(classes))}" for split, each in splits.items())
     _log(logging.INFO, "images in '%s': %s", root, counts)
     for each in found.values():
         if each.passed_over:
             level = logging.INFO if set(each.passed_over) == {HIDDEN} else logging.WARNING
             _log(level, "passed over in '%s': %s", each.folder, told(each.passed_over))
-    names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    names = sorted(path.name for path in root.glob("[!.]*") if path.is_dir()) if "train" in found else []
     if beside := [Path(name) for name in names if name not in SPLITS]:
         _log(logging.INFO, "passed over in '%s': %s", root, told({"beside train, val and test": beside}))
     return classes, splits
@@ -79,12 +84,12 @@ class _Found:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.images: dict[str, list[Path]] = {}
-        self.loose: list[Path] = []
+        self.loose = [folder] if folder.is_file() else []
         self.passed_over: Tally = {}
-        for place, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
+        for place, folders, names in () if self.loose else os.walk(folder, onerror=_raise, followlinks=True):
             here = Path(place)
-            folders[:] = [name for name in sorted(folders) if self._keeps(here / name, _why_no_folder(here / name))]
-            images = [here / name for name in sorted(names) if self._keeps(here / name, _why_no_image(here / name))]
+            folders[:] = [name for name in sorted(folders) if self._keeps(here / name, is_folder=True)]
+            images = [here / name for name in sorted(names) if self._keeps(here / name)]
             if here == folder:
                 self.images.update((name, []) for name in folders)
                 self.loose += images
@@ -95,16 +100,24 @@ class _Found:
         for files in self.images.values():
             files.sort(key=str)
 
-    def _keeps(self, path: Path, reason: str | None) -> bool:
-        if reason is not None:
-            self.passed_over.setdefault(reason, []).append(path.relative_to(self.folder))
-        return reason is None
+    def _keeps(self, path: Path, is_folder: bool = False) -> bool:
+        """Says if a folder is entered or a file read as an image; counts those that are not."""
+        kind, suffix = None, path.suffix.lower()
+        if path.name.startswith("."):
+            kind = HIDDEN
+        elif is_folder and path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve()):
+            kind = "linked to a folder above"
+        elif not is_folder and suffix not in _readable_suffixes():
+            kind = f"of suffix {suffix}, which is not read" if suffix else "without a suffix"
+        if kind is not None:
+            self.passed_over.setdefault(kind, []).append(path.relative_to(self.folder))
+        return kind is None
 
-    def labelled(self, classes: tuple[str, ...]) -> SplitFiles:
+    def labelled(self, classes: tuple[str, ...], split: Split) -> SplitFiles:
         """Labels the images of class folders; test images that lie elsewhere are kept where they may be meant."""
         images = [self.images.get(name, []) for name in classes]
         others = [file for name, files in self.images.items() if name not in classes for file in files]
-        if self.folder.name == "test" and not any(images):
+        if split == "test" and not any(images):
             others += self.loose
         elif self.loose:
             self.passed_over["beside the class folders"] = [Path(file.name) for file in self.loose]
@@ -116,21 +129,6 @@ class _Found:
 @cache
 def _readable_suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN)
-
-
-def _why_no_image(path: Path) -> str | None:
-    if path.name.startswith("."):
-        return HIDDEN
-    if (suffix := path.suffix.lower()) in _readable_suffixes():
-        return None
-    return f"of suffix {suffix}, which is not read" if suffix else "without a suffix"
-
-
-def _why_no_folder(path: Path) -> str | None:
-    if path.name.startswith("."):
-        return HIDDEN
-    leads_up = path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve())
-    return "linked to a folder above" if leads_up else None
 
 
 def _raise(error: OSError) -> NoReturn:

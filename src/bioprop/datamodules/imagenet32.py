@@ -91,10 +91,10 @@ class ImageNet32(ImageDataModule):
         return self._converted[split]
 
     def _labels(self, split: Split) -> Tensor:
-        return torch.from_numpy(self._open(split).labels)
+        return torch.from_numpy(self._open(split)[1])
 
     def _decode(self, split: Split, indices: Tensor) -> Images:
-        return MappedImages(self._open(split).images, indices)
+        return MappedImages(self._open(split)[0], indices)
 
     def _held_out(self, labels: Tensor) -> Tensor:
         """The training images to validate on: the same number of each class, never all of one."""

@@ -1,7 +1,4 @@
-"""The published files of ImageNet 32x32, and the one file of pixels that is made of each set.
-
-Many processes can map that one into memory at once.
-"""
+"""The published files of ImageNet 32x32, and the one file of pixels that is made of each set."""
 
 import hashlib
 import json
@@ -11,7 +8,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Literal
 
 import numpy as np
 
@@ -32,20 +29,12 @@ NUM_CLASSES = 1000
 COUNTS: dict[StoredSet, tuple[int, ...]] = {"train": (128_116,) * 9 + (128_123,), "val": (50_000,)}
 #: Size in bytes and sha256 of the zip archives of npz files, as published; of the pickles none are.
 ARCHIVES = {
-    "Imagenet32_train_npz.zip": (
-        3_580_435_279,
-        "94226337ecc1b0309d9fcd0167127aaadc931587035fbcb53925235edbaec4fc",
-    ),
+    "Imagenet32_train_npz.zip": (3_580_435_279, "94226337ecc1b0309d9fcd0167127aaadc931587035fbcb53925235edbaec4fc"),
     "Imagenet32_val_npz.zip": (139_697_668, "013990e6dec1237dcd1f9beadbab81ead6604cc119af5cacbfb59ae28148377a"),
 }
+#: A set, ready for use: uint8 [images, 3, 32, 32] mapped from its file, and int64 [images], in memory.
+Converted = tuple[np.ndarray, np.ndarray]
 ANOTHER = "download it again, or set verify to false if you mean to use another"
-
-
-class Converted(NamedTuple):
-    """A set, ready for use: uint8 [images, 3, 32, 32] mapped from its file, and int64 [images], in memory."""
-
-    images: np.ndarray
-    labels: np.ndarray
 
 
 def open_converted(data_dir: Path, folder: Path, stored: StoredSet, check: bool) -> Converted:
@@ -116,9 +105,7 @@ def _members(archive: Path, names: list[str]) -> list[Part]:
     except zipfile.BadZipFile as error:
         raise UserError(f"'{archive}' is not a readable zip archive ({error}): download it again.") from error
     except KeyError as error:
-        raise UserError(
-            f"'{archive}' has no {error} in it, which the published archive has: download it again."
-        ) from error
+        raise UserError(f"'{archive}' has no {error} in it, as the published one has: download it again.") from error
 
 
 def _on_disk(part: Part) -> Path:
@@ -139,7 +126,7 @@ def _ready(stem: Path, data_dir: Path, stored: StoredSet, check: bool) -> Conver
         if images is not None and images.shape == (count, *IMAGE_SHAPE) and len(labels) == count:
             source = None if verified or check else find_source(data_dir, stored)
             if verified or (not check and (not source or _stamps(source) == stamps)):
-                return Converted(images, labels)
+                return images, labels
     return None
 
 
@@ -209,11 +196,10 @@ def read_part(part: Part) -> tuple[np.ndarray, np.ndarray]:
     return data, labels.astype(np.int64) - 1
 
 
-def _read_npz(file: IO[bytes]) -> dict[str, Any]:
+def _read_npz(file: IO[bytes]) -> dict[str, np.ndarray]:
     content = {}
-    with zipfile.ZipFile(file) as archive:
-        for key in ("data", "labels"):
-            with archive.open(f"{key}.npy") as member:
-                content[key] = np.lib.format.read_array(member, allow_pickle=False)
-                member.read()
+    for key in ("data", "labels"):
+        with zipfile.ZipFile(file) as archive, archive.open(f"{key}.npy") as member:
+            content[key] = np.lib.format.read_array(member, allow_pickle=False)
+            member.read()
     return content

@@ -31,9 +31,9 @@ CIFAR100_NAMES = (
 class TorchvisionSet(ImageDataModule):
     """A data set with official training and test images, downloaded and read by torchvision, which checks MD5 sums.
 
-    A subclass names torchvision's class as `reader`, the set's `title`, the `folder` below `data_dir` that its files
-    lie in ("" for none), the address that they come from as `origin`, and the classes as `class_names`. Both of
-    torchvision's protocols are read: `train=` or `split=`, `.targets` or `.labels`, channels last, first or absent.
+    A subclass names torchvision's class as `reader`, the `folder` below `data_dir` that its files lie in ("" for none),
+    the address that they come from as `origin`, and the classes as `class_names`. Both of torchvision's protocols are
+    read: `train=` or `split=`, `.targets` or `.labels`, channels last, first or absent.
 
     Args:
         data_dir: Folder that holds the set's own folder or files, or into which they are downloaded.
@@ -44,7 +44,6 @@ class TorchvisionSet(ImageDataModule):
         UserError: An argument is out of range; the files are missing or damaged and are not, or cannot be, downloaded.
     """
 
-    title: ClassVar[str]
     folder: ClassVar[str]
     origin: ClassVar[str]
     class_names: ClassVar[tuple[str, ...]]
@@ -85,9 +84,7 @@ class TorchvisionSet(ImageDataModule):
         return (images if channels_first else images.permute(0, 3, 1, 2)).contiguous()
 
     def _load(self, split: Split) -> Any:
-        if split not in self._stored:
-            self._stored[split] = self._open(split, download=False)
-        return self._stored[split]
+        return self._stored.get(split) or self._stored.setdefault(split, self._open(split, download=False))
 
     def _open(self, split: Split, download: bool) -> Any:
         which = {"split": split} if self._by_split else {"train": split == "train"}
@@ -97,11 +94,11 @@ class TorchvisionSet(ImageDataModule):
         # files raise EOFError, ValueError, AssertionError and others.
         except Exception as error:
             place, reason = self.data_dir / self.folder, " ".join(str(error).split())
-            if download:
-                found = f"is not in '{place}' and could not be downloaded there ({reason}): connect to the network"
-            else:
-                found = f"is missing from '{place}', or damaged: set download to true"
-            raise UserError(f"{self.title} {found}, or put the files of {self.origin} there.") from error
+            found = f"not in '{place}' and could not be downloaded there ({reason}): connect to the network"
+            if not download:
+                found = f"missing from '{place}', or damaged: set download to true"
+            name = type(self).__name__
+            raise UserError(f"{name} is {found}, or put the files of {self.origin} there.") from error
 
 
 class MNIST(TorchvisionSet):
@@ -119,7 +116,6 @@ class MNIST(TorchvisionSet):
     """
 
     reader = datasets.MNIST
-    title = "MNIST"
     folder = "MNIST/raw"
     origin = datasets.MNIST.mirrors[0]
     class_names: ClassVar[tuple[str, ...]] = tuple("0123456789")
@@ -140,7 +136,6 @@ class FashionMNIST(MNIST):
     """
 
     reader = datasets.FashionMNIST
-    title = "Fashion-MNIST"
     folder = "FashionMNIST/raw"
     origin = datasets.FashionMNIST.mirrors[0]
     class_names = tuple(datasets.FashionMNIST.classes)
@@ -153,7 +148,6 @@ class KMNIST(MNIST):
     """
 
     reader = datasets.KMNIST
-    title = "KMNIST"
     folder = "KMNIST/raw"
     origin = datasets.KMNIST.mirrors[0]
     class_names = tuple(datasets.KMNIST.classes)
@@ -176,7 +170,6 @@ class CIFAR10(TorchvisionSet):
     """
 
     reader = datasets.CIFAR10
-    title = "CIFAR-10"
     folder = datasets.CIFAR10.base_folder
     origin = datasets.CIFAR10.url
     class_names: ClassVar[tuple[str, ...]] = tuple(CIFAR10_NAMES.split())
@@ -212,7 +205,6 @@ class CIFAR100(CIFAR10):
     """
 
     reader = datasets.CIFAR100
-    title = "CIFAR-100"
     folder = datasets.CIFAR100.base_folder
     origin = datasets.CIFAR100.url
     class_names = tuple(CIFAR100_NAMES.split())
@@ -235,7 +227,6 @@ class SVHN(TorchvisionSet):
     """
 
     reader = datasets.SVHN
-    title = "SVHN"
     folder = ""
     origin = datasets.SVHN.split_list["train"][0].rpartition("/")[0]
     class_names = tuple("0123456789")

@@ -283,15 +283,16 @@ def _judge_learning(
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
 ) -> Iterator[Finding]:
-    growth = {name: float(value.norm() / before[name].norm().clamp_min(1e-12)) for name, value in after.items()}
-    largest = max(growth, key=lambda name: growth[name] if math.isfinite(growth[name]) else math.inf)
-    grown = math.isfinite(growth[largest]) and growth[largest] < GROWTH
-    yield judged(
-        f"feedback weights keep their size on {kind}",
-        grown,
-        f"{growth[largest]:.3g} times at most ({largest})",
-        "exploding norms: lower feedback_lr",
-    )
+    # biases start at zero, from which nothing grows by a factor
+    growth = {name: float(value.norm() / before[name].norm()) for name, value in after.items() if before[name].any()}
+    largest = max(growth, key=lambda name: growth[name] if math.isfinite(growth[name]) else math.inf, default="")
+    if largest:
+        yield judged(
+            f"feedback weights keep their size on {kind}",
+            growth[largest] < GROWTH,  # false for NaN
+            f"{growth[largest]:.3g} times at most ({largest})",
+            "exploding norms: lower feedback_lr",
+        )
     finite = all(value.isfinite() for each in losses for value in each.values())
     first, last = (sum(float(value) for value in each.values()) for each in (losses[0], losses[-1]))
     rises = bool(losses[0]) and not (finite and last <= 1.5 * abs(first) + 1e-12) and last > 0.0

@@ -19,7 +19,8 @@ has with the samples that one batch of noise is for it (every pool window is one
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -278,7 +279,7 @@ def _shaped(values: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 class RandomStreams(nn.Module):
-    """Generators that are a function of a seed, the number of batches seen and a place, all saved in checkpoints.
+    """Generators that are a function of a seed, the number of batches seen and a number, all saved in checkpoints.
 
     The seed is drawn from the global generator at construction, so it follows from the seed of the run; the number of
     batches counts through all epochs.
@@ -290,27 +291,57 @@ class RandomStreams(nn.Module):
         self.register_buffer("batches", torch.zeros(1, dtype=torch.int64))
         self.seed: Tensor
         self.batches: Tensor
+        #: Generators of a recorded step, by number, in the place of those of this batch.
+        self.given: Mapping[int, torch.Generator] | None = None
+        self._watched: list[dict[int, int]] = []
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Stay on the CPU: reading a counter from a GPU would make the host wait for it."""
         return self
 
-    def generator(self, place: int, device: torch.device, rank: int = 0) -> torch.Generator:
-        """Make the generator of one place for this batch.
+    def generator(self, number: int, device: torch.device, rank: int = 0) -> torch.Generator:
+        """Make the generator of one number for this batch.
 
         Args:
-            place: a stage or layer, by its number.
+            number: a stage or layer, by its number.
             device: where the numbers are wanted.
             rank: of the process whose images they are for: each draws its own.
         """
-        entropy = [int(self.seed), int(self.batches), place, *([rank] if rank else [])]
-        (seed,) = np.random.SeedSequence(entropy).generate_state(1)
-        return torch.Generator(device).manual_seed(int(seed))
+        for asked in self._watched:
+            asked[number] = rank
+        if self.given is not None:
+            return self.given[number]
+        return torch.Generator(device).manual_seed(self.seed_of(number, rank))
 
-    def noise(self, place: int, like: Tensor, rank: int = 0) -> NoiseStream:
-        """Make the noise of this batch for one place, in the type and on the device of a tensor; see `generator`."""
-        return NoiseStream(self.generator(place, like.device, rank), like.dtype)
+    def seed_of(self, number: int, rank: int = 0) -> int:
+        """Return the seed of a generator of this batch."""
+        entropy = [int(self.seed), int(self.batches), number, *([rank] if rank else [])]
+        (seed,) = np.random.SeedSequence(entropy).generate_state(1)
+        return int(seed)
+
+    @contextmanager
+    def watched(self) -> Iterator[dict[int, int]]:
+        """Collect the ranks that generators are asked for with, by number."""
+        self._watched.append({})
+        try:
+            yield self._watched[-1]
+        finally:
+            self._watched.pop()
+
+    @contextmanager
+    def given_by(self, generators: Mapping[int, torch.Generator]) -> Iterator[None]:
+        """Hand out these generators; whoever seeds them also counts the batches."""
+        self.given = generators
+        try:
+            yield
+        finally:
+            self.given = None
+
+    def noise(self, number: int, like: Tensor, rank: int = 0) -> NoiseStream:
+        """Make the noise of this batch for one number, in the type and on the device of a tensor; see `generator`."""
+        return NoiseStream(self.generator(number, like.device, rank), like.dtype)
 
     def next_batch(self) -> None:
         """Move on: the next generators differ from all before."""
-        self.batches += 1
+        if self.given is None:
+            self.batches += 1

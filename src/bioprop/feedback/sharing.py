@@ -56,9 +56,9 @@ def share_stages(
         values = clean.output if clean.affine is None else clean.affine
         work.append(count * parameters[name] * values[0, 0].numel())
     load, owners = [0] * process_count(), [0] * len(work)
-    for place in sorted(range(len(work)), key=lambda each: -work[each]):
-        owners[place] = load.index(min(load))
-        load[owners[place]] += work[place]
+    for index in sorted(range(len(work)), key=lambda each: -work[each]):
+        owners[index] = load.index(min(load))
+        load[owners[index]] += work[index]
     return owners
 
 

@@ -17,8 +17,8 @@ class Speed:
         bfloat16: compute convolutions and matrix products of feedback training in bfloat16, out of float32 weights
             and into float32 gradients. Angles move by some tenths of a degree. So does ``--trainer.precision
             bf16-mixed``, which computes the products of forward passes, targets and updates in it, too.
-        cuda_graph: on a GPU, record each stage's iterations once and replay them, without launching every kernel
-            again; where that is impossible they run one by one.
+        cuda_graph: on a GPU, record a step once and replay it, without launching every kernel again; where that is
+            impossible it runs one by one.
         processes: with several of them, how they share feedback training. ``gradients``: each has its images, and
             gradients are averaged in every iteration, so that all is as with one process. ``weights``: each trains on
             its images alone, and the weights are averaged once a batch, which saves exchanges and is another method:

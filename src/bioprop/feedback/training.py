@@ -139,7 +139,7 @@ class FeedbackTraining(ABC):
                 f"speed.processes {speed.processes} leaves each process its own moments of Adam: with feedback_step: "
                 "adam use speed.processes: gradients"
             )
-        self._recorded = defaultdict[str, Recorded](Recorded)
+        self._recorded = defaultdict[str, Recorded](lambda: Recorded(self.streams))
         self.optimizer: torch.optim.Optimizer | None
         self.sharing: Sharing | None
         self.peers: Peers
@@ -198,13 +198,12 @@ class FeedbackTraining(ABC):
             if not each.iterations or owners.get(each.name, rank) != rank:
                 continue
             # whoever trains a stage on the images of all processes draws what one process would draw
-            noise = self.streams.noise(index, each.clean.inputs, 0 if by_stages else rank)
-            train = partial(self._train_stage, each)
+            train = partial(self._train_stage, each, index, 0 if by_stages else rank)
             with self._products(each.clean.inputs):
                 if self._may_record(each.clean) and not self._recording_failed():
-                    losses[each.name] = self._recorded[each.name](train, each.clean, noise)
+                    losses[each.name] = self._recorded[each.name](train, each.clean).clone()
                 else:
-                    losses[each.name] = train(noise, *each.clean)
+                    losses[each.name] = train(*each.clean)
         self.streams.next_batch()
         if self.sharing == "weights":
             average_weights(self.feedback, self.optimizer, losses)
@@ -212,9 +211,10 @@ class FeedbackTraining(ABC):
             return hand_out_stages(dict(self.feedback.items()), self.optimizer, losses, owners)
         return losses
 
-    def _train_stage(self, each: StageBatch, noise: NoiseStream, *clean: Tensor | None) -> Tensor:
+    def _train_stage(self, each: StageBatch, index: int, rank: int, *clean: Tensor | None) -> Tensor:
         """Descend one stage's feedback loss on one batch; return its mean."""
         values = StagePass(*clean)  # type: ignore[arg-type]
+        noise = self.streams.noise(index, values.inputs, rank)
         gradient_at = self.objective(each.name, each.stage, each.mirror, values, noise)
         course = []
         for iteration in range(each.iterations):
@@ -234,14 +234,16 @@ class FeedbackTraining(ABC):
         if self.optimizer is None:
             normalized_step(weights, gradient, self.feedback_lr[each.name])
             return
-        for name, parameter in weights.items():
-            found = gradient.parameters.get(name)
-            if found is not None and found.stride() != parameter.stride():
-                # the fused step goes through memory, whatever the order of the dimensions in it
-                found = torch.empty_like(parameter).copy_(found)
-            parameter.grad = found
-        self.optimizer.step()  # the other stages' gradients are None: they stay as they are
-        self.optimizer.zero_grad()
+        try:
+            for name, parameter in weights.items():
+                found = gradient.parameters.get(name)
+                if found is not None and found.stride() != parameter.stride():
+                    # the fused step goes through memory, whatever the order of the dimensions in it
+                    found = torch.empty_like(parameter).copy_(found)
+                parameter.grad = found
+            self.optimizer.step()  # the other stages' gradients are None: they stay as they are
+        finally:  # a recording that fails here must leave none behind
+            self.optimizer.zero_grad()
 
     def _products(self, inputs: Tensor) -> AbstractContextManager[None]:
         """Return the context in which products are computed."""
@@ -258,7 +260,7 @@ class FeedbackTraining(ABC):
         """Return whether the iterations can be a CUDA graph: no graph of autograd, no exchange, and nobody watching."""
         # Adam counts its steps outside of the graph
         alone = clean.affine is not None and not self.observers and self.sharing != "gradients"
-        alone = alone and self.feedback_step != "adam"
+        alone = alone and self.feedback_step != "adam" and self.streams.given is None
         return self.speed.cuda_graph and clean.inputs.is_cuda and alone
 
     def _recording_failed(self) -> bool:

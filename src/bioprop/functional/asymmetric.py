@@ -80,7 +80,7 @@ def _convolution_gradient(
     error: Tensor, geometry: tuple[Any, ...], inputs: Tensor, weight: Tensor, which: int
 ) -> Tensor:
     """The gradient of a convolution's inputs (0) or weight (1), which only needs the other one's values."""
-    wanted = [place == which for place in range(3)]
+    wanted = [index == which for index in range(3)]
     found: Tensor = torch.ops.aten.convolution_backward(error, inputs, weight, None, *geometry, wanted)[which]
     return found
 
