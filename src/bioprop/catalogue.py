@@ -88,8 +88,8 @@ def unknown_option(name: str) -> str:
         return f"there is no option --{name}: did you mean --model.{name}?"
     if f"model.{name.partition('.')[0]}" in options():
         name = f"model.{name}"
-    if name.removeprefix("model.") in REMOVED:
-        return REMOVED[name.removeprefix("model.")]
+    if (short := name.removeprefix("model.").removeprefix("data.")) in REMOVED:
+        return REMOVED[short]
     if name in ELSEWHERE:
         return f"there is no option --{name}: {ELSEWHERE[name]}"
     longer = sorted(each for each in options() if each.startswith(name))  # an abbreviation

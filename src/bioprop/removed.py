@@ -8,6 +8,7 @@ from bioprop.errors import UserError
 REMOVED = {
     "sampling": "sampling is gone: use second_noise, one of independent (as published), expected or echo",
     "speed.compile": "speed.compile is gone, since L-DRL no longer needs many iterations: leave it out",
+    "on_device": "on_device is gone, since images that fit live on the GPU by themselves: leave it out",
 }
 #: Classes that a ``config.yaml`` may still name by their former place.
 MOVED = {

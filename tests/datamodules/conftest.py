@@ -1,4 +1,5 @@
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -6,6 +7,16 @@ import pytest
 from PIL import Image
 
 WriteImages = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def level_of_python() -> Iterator[None]:
+    """Logs as where no command has run in the process, which would leave all notes shown."""
+    root = logging.getLogger("bioprop")
+    before = root.level
+    root.setLevel(logging.NOTSET)
+    yield
+    root.setLevel(before)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bioprop.catalogue import unknown_argument, unknown_option
 from bioprop.datamodules import Digits, ImageFolder, base
 from bioprop.datamodules.images import MappedImages
 
@@ -75,3 +76,8 @@ def test_images_that_take_more_than_their_share_stay(monkeypatch):
 
 def test_a_cpu_has_no_memory_of_its_own():
     assert base.free_memory(torch.device("cpu")) == 0
+
+
+def test_the_option_that_said_so_is_gone():
+    assert unknown_option("data.on_device") == unknown_argument("on_device")
+    assert "live on the GPU by themselves: leave it out" in unknown_argument("on_device")

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from bioprop.cli import main
-from bioprop.experiments import compare, export
+from bioprop.experiments import compare, export, reproduce
 from bioprop.experiments.configs import ParsingCLI
 from bioprop.front import answer
 from tests.docs.pages import FILE_NAME, PAGES, README, ROOT, blocks, blocks_in, name_of, write_files
@@ -141,6 +141,12 @@ def parse_bioprop(command: str, words: Sequence[str]) -> None:
         assert answer([command, *words])
     elif command == "compare":
         parse_comparison(words)
+    elif command == "reproduce":
+        given = arguments_of(reproduce, "reproduce", words)
+        assert given["list"] or given["name"] in reproduce.names()
+        if given["options"]:
+            row = next(iter(reproduce.load(given["name"]).rows.values()))
+            parse_run(["fit", f"--config={row.config}", *row.options, *given["options"]])
     elif command == "export":
         arguments_of(export, "export", words)
     elif command == "check":  # the options of fit, and digits without --data
