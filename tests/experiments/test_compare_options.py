@@ -6,10 +6,13 @@ import pytest
 
 from bioprop.errors import UserError
 from bioprop.experiments import compare as compare_module
+from bioprop.experiments import worker
 from bioprop.experiments.compare import main
 from bioprop.experiments.configs import CONFIGS
+from bioprop.experiments.costs import TURNS
 from bioprop.experiments.plan import Comparison
-from tests.experiments.runs import LENET, compare, write_config
+from bioprop.experiments.processes import ask
+from tests.experiments.runs import LENET, TINY, compare, write_config
 from tests.test_cli import in_empty_folder
 
 __all__ = ["in_empty_folder"]  # the fixture
@@ -151,3 +154,21 @@ def test_a_class_that_does_not_fit_is_refused(
         compare(Path("out"), *words, options=[])
     assert sentence in (str(caught.value) if caught.type is UserError else capsys.readouterr().err)
     assert not Path("out").exists()
+
+
+# -- costs -----------------------------------------------------------------------------------------------------------
+
+
+def test_costs_are_measured_in_turns_and_what_cannot_be_is_left_out() -> None:
+    config = write_config(Path("a.yaml"))
+    runs = {
+        "one": [f"--config={config}", *TINY],
+        "broken": ["--config=nowhere.yaml"],
+        "two": [f"--config={config}", *TINY],
+    }
+    *turns, costs = ask(worker.measure, runs)
+    assert [name for name, _ in turns] == ["one", "two"] * (TURNS + 1)
+    assert {name: len(each) for name, each in costs.turns.items()} == {"one": TURNS, "broken": 0, "two": TURNS}
+    assert all(turn.step > 0.0 for turn in costs.turns["one"])
+    assert costs.batches == 3
+    assert {path.name for path in Path().rglob("*")} == {"a.yaml"}  # no run is left
