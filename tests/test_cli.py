@@ -21,6 +21,7 @@ from bioprop.algorithms import (
     TargetAlgorithm,
 )
 from bioprop.algorithms.direct_difference_targets import DirectDifferenceTargets
+from bioprop.catalogue import entries
 from bioprop.cli import main
 from bioprop.errors import UserError
 
@@ -41,6 +42,13 @@ LDRL_TINY = ["--model=LDRL", "--model.iterations=2", *TINY]
 @pytest.fixture(autouse=True)
 def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("algorithm", sorted(entries("model")))
+def test_every_algorithm_starts_by_its_name_alone(algorithm: str) -> None:
+    network = {"GAITProp": "InvertibleMLP", "PEPITA": "MLP"}.get(algorithm, "LeNet")
+    words = [f"--model={algorithm}", f"--model.network={network}", "--data=Digits", "--trainer.max_epochs=0"]
+    main(["fit", *words, "--trainer.logger=false", "--trainer.enable_model_summary=false"])
 
 
 def test_run_folder_holds_config_metrics_and_checkpoints() -> None:

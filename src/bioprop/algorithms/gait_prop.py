@@ -37,7 +37,7 @@ class GAITProp(TargetAlgorithm):
         orthogonality: ``lambda``, the weight of the regulariser, 0 for none.
         orthogonal: what it keeps orthogonal: ``rows`` (the paper's form) or ``columns`` (the program's).
         loss: ``squared_error`` (published) or ``cross_entropy``.
-        optimizer: makes the optimizer of the forward weights.
+        optimizer: makes the optimizer of the forward weights; the configurations have the paper's second beta, 0.99.
         settings: the other arguments of `Algorithm`.
 
     Raises:
@@ -51,7 +51,7 @@ class GAITProp(TargetAlgorithm):
         orthogonality: float = 0.1,
         orthogonal: Orthogonal = "rows",
         loss: OutputLossName = "squared_error",
-        optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-4, betas=(0.9, 0.99)),
+        optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-4),
         **settings: Any,
     ) -> None:
         super().__init__(network, 1.0, optimizer, loss=loss, **settings)
