@@ -98,15 +98,21 @@ def unknown_option(name: str) -> str:
     return f"there is no option --{name}: {hint}? bioprop fit --help-all lists them"
 
 
-def unknown_argument(name: str) -> str:
-    """Return the sentence about an argument that the class it was given to does not have."""
+def unknown_argument(name: str, own: Iterable[str] = ()) -> str:
+    """Return the sentence about an argument that the class it was given to does not have.
+
+    Args:
+        name: the argument.
+        own: arguments of classes outside the package.
+    """
     if name in REMOVED:
         return REMOVED[name]
     classes = [entry for kind in KINDS for entry in entries(kind).values()]
     if owners := sorted(entry.name for entry in classes if name in entry.arguments):
         others = ", ..." if len(owners) > OWNERS_SHOWN else ""
         return f"there is no argument {name} in this place: it belongs to {', '.join(owners[:OWNERS_SHOWN])}{others}"
-    close = difflib.get_close_matches(name, {argument for entry in classes for argument in entry.arguments}, n=1)
+    known = {argument for entry in classes for argument in entry.arguments} | set(own)
+    close = difflib.get_close_matches(name, sorted(known), n=1)
     hint = f"did you mean {close[0]}" if close else "is it misspelt, or another class's"
     return f"there is no argument {name} in this place: {hint}? --model.help CLASS and --data.help CLASS list them"
 

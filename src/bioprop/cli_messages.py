@@ -60,7 +60,7 @@ def explain(message: str, words: Sequence[str] = ()) -> str:
     if match := re.search(r"(?:Subcommand '\w+' does not accept option '|unrecognized arguments: --)([\w.]+)", message):
         return unknown_option(match[1])
     if match := re.search(r"Option '([\w.]+)' is not accepted", message):
-        return unknown_argument(match[1])
+        return unknown_argument(match[1], _own_arguments())
     if match := re.search(r"unrecognized arguments: (\S+)", message):
         return (
             f"{match[1]} belongs to no option: each has one value, a list is written [a,b], and its name begins with --"
@@ -85,6 +85,16 @@ def explain(message: str, words: Sequence[str] = ()) -> str:
     if keys and given:
         return _refused(keys[-1], next(each for each in given.groups() if each is not None), message)
     return " ".join(message.split())
+
+
+def _own_arguments() -> Iterator[str]:
+    """The arguments of algorithms, networks and data outside the package that have been imported."""
+    waiting: list[type] = [Algorithm, Network, ImageDataModule]
+    while waiting:
+        cls = waiting.pop()
+        waiting += cls.__subclasses__()
+        if not cls.__module__.startswith("bioprop."):
+            yield from inspect.signature(cls).parameters
 
 
 def _refused(key: str, given: str, message: str) -> str:

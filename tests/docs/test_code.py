@@ -170,6 +170,7 @@ def parse_module(module: str, words: Sequence[str], monkeypatch: pytest.MonkeyPa
 
     parse.real = jsonargparse.auto_cli  # type: ignore[attr-defined]
     monkeypatch.setattr(jsonargparse, "auto_cli", parse)
+    monkeypatch.delitem(sys.modules, module, raising=False)  # another test's import, which runpy warns of
     runpy.run_module(module, run_name="__main__")
     assert parsed
 

@@ -111,13 +111,21 @@ def refuse_changes(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     changes = [
         f"{key} was {before.get(key, MISSING)} and is now {now.get(key, MISSING)}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key, MISSING) != now.get(key, MISSING)
+        if not _agree(before.get(key, MISSING), now.get(key, MISSING))
     ]
     if changes:
         raise UserError(
             f"the checkpoint was made with other settings ({'; '.join(changes)}): give the same, or start a new run "
             "without --ckpt_path"
         )
+
+
+def _agree(one: Any, other: Any) -> bool:
+    """Compare two values: one number for all stages is the same as a list of that number."""
+    for values, single in ((one, other), (other, one)):
+        if isinstance(values, list) and isinstance(single, int | float):
+            return all(value == single for value in values)
+    return bool(one == other)
 
 
 def refuse_other_tensors(saved: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:

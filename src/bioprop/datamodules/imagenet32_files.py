@@ -6,9 +6,9 @@ import logging
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Literal, NamedTuple
 
 import numpy as np
 
@@ -20,8 +20,6 @@ from bioprop.files import replacing
 logger = logging.getLogger(__name__)
 
 StoredSet = Literal["train", "val"]
-Part = Path | zipfile.Path  # an unpacked file, or one inside an archive
-
 IMAGE_SHAPE = (3, 32, 32)
 IMAGE_BYTES = 3 * 32 * 32
 NUM_CLASSES = 1000
@@ -32,6 +30,37 @@ ARCHIVES = {
     "Imagenet32_train_npz.zip": (3_580_435_279, "94226337ecc1b0309d9fcd0167127aaadc931587035fbcb53925235edbaec4fc"),
     "Imagenet32_val_npz.zip": (139_697_668, "013990e6dec1237dcd1f9beadbab81ead6604cc119af5cacbfb59ae28148377a"),
 }
+
+
+class Member(NamedTuple):
+    """A file inside an archive.
+
+    Attributes:
+        archive: The zip archive.
+        inside: Name of the file in it, folders included.
+    """
+
+    archive: Path
+    inside: str
+
+    def __str__(self) -> str:
+        """Returns the path as if the archive were a folder."""
+        return str(self.archive / self.inside)
+
+    @property
+    def name(self) -> str:
+        """Name of the file alone."""
+        return self.inside.rpartition("/")[2]
+
+    @contextmanager
+    def open(self, mode: Literal["rb"]) -> Iterator[IO[bytes]]:
+        """Opens the file, and closes the archive with it."""
+        with zipfile.ZipFile(self.archive) as archive, archive.open(self.inside) as file:
+            yield file
+
+
+#: An unpacked file, or one inside an archive.
+Part = Path | Member
 #: A set, ready for use: uint8 [images, 3, 32, 32] mapped from its file, and int64 [images], in memory.
 Converted = tuple[np.ndarray, np.ndarray]
 ANOTHER = "download it again, or set verify to false if you mean to use another"
@@ -85,10 +114,10 @@ def find_source(folder: Path, stored: StoredSet) -> list[Part]:
         if archive.is_file():
             return _members(archive, names)
         for place in (folder, archive.with_suffix(""), folder / stored):
-            parts: list[Part] = [place / name for name in names]
+            parts = [place / name for name in names]
             missing = [part for part in parts if not part.is_file()]
             if not missing:
-                return parts
+                return [*parts]
             if len(missing) < len(parts):
                 raise UserError(
                     f"'{missing[0]}' is missing, though other parts of ImageNet 32x32 are there: put all {len(parts)} "
@@ -99,8 +128,8 @@ def find_source(folder: Path, stored: StoredSet) -> list[Part]:
 
 def _members(archive: Path, names: list[str]) -> list[Part]:
     try:
-        root = zipfile.Path(archive)
-        inside = {member.rpartition("/")[2]: root / member for member in root.root.namelist()}
+        with zipfile.ZipFile(archive) as opened:
+            inside = {member.name: member for member in (Member(archive, name) for name in opened.namelist())}
         return [inside[name] for name in names]
     except zipfile.BadZipFile as error:
         raise UserError(f"'{archive}' is not a readable zip archive ({error}): download it again.") from error
@@ -109,7 +138,7 @@ def _members(archive: Path, names: list[str]) -> list[Part]:
 
 
 def _on_disk(part: Part) -> Path:
-    return part if isinstance(part, Path) else Path(str(part.root.filename))
+    return part if isinstance(part, Path) else part.archive
 
 
 def _stamps(parts: list[Part]) -> dict[str, list[int]]:
