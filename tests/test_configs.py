@@ -37,9 +37,12 @@ def algorithm_of(config: str) -> tuple[type[Algorithm], str | None]:
 
 #: Class and rule by the first word of the names of files.
 ALGORITHMS = {name.split("_")[0]: algorithm_of(name) for name in RUNS}
-#: Of large networks, and of image folders, which differ from the digits' files by their data.
-SLOW = [name for name in RUNS if not name.endswith(("_digits.yaml", "_lenet_cifar10.yaml", "_svhn.yaml"))]
-SLOW.remove("ldrl_lenet_imagefolder.yaml")
+#: By default one file of each algorithm is run, that of a small network, and one of each kind of data.
+FAST = {
+    name.split("_")[0]: name for name in RUNS if name.endswith(("_lenet_digits.yaml", "_invertiblemlp_digits.yaml"))
+}
+OF_DATA = ("ldrl_lenet_cifar10.yaml", "ldrl_lenet_svhn.yaml", "ldrl_lenet_imagefolder.yaml", "pepita_mlp_digits.yaml")
+SLOW = [name for name in RUNS if name not in {*FAST.values(), *OF_DATA}]
 
 
 @pytest.fixture

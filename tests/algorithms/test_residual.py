@@ -310,6 +310,7 @@ class TestLDRLAroundWholeBlocks(ResidualContract):
         return LDRL(network, **(numbers | whole | settings))
 
 
+@pytest.mark.slow
 class TestDTP(ResidualContract):
     loss_falls_to = 0.98
 

@@ -39,6 +39,8 @@ METHODS: dict[str, tuple[type[TargetAlgorithm], dict[str, Any]]] = {
     "parallel": (ParallelLDRL, {"samples": 2}),
     "DTP": (DTP, {}),
 }
+#: Those that share most of their path with another.
+VARIANTS = ("echo with numbers", "independent", "bfloat16")
 
 
 class NothingOnTheHost(TorchDispatchMode):
@@ -118,7 +120,9 @@ def draw_batch() -> tuple[Tensor, Tensor]:
 
 
 @on_every_network
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[pytest.mark.slow] if name in VARIANTS else []) for name in METHODS]
+)
 def test_a_batch_stays_on_the_gpu(method: str, build: Callable[[], Network]) -> None:
     algorithm, backend = make(method, build), StandIn("cuda")
     algorithm.feedback_training._recorded = defaultdict(lambda: Recorded(algorithm.streams, backend))

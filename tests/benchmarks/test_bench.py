@@ -52,6 +52,7 @@ def test_arithmetic_is_counted_as_by_hand() -> None:
         assert count_gigaflop(runs[name, PLAIN]) == pytest.approx(7 * product)
 
 
+@pytest.mark.slow
 def test_peak_memory_is_of_a_process_of_its_own() -> None:
     ballast = torch.ones(2**28)  # a gigabyte that the other process must not be charged with
     peak, added = peak_memory(SETTINGS["lenet"], "closed form", threads=1)

@@ -65,6 +65,7 @@ def outside(tmp_path, monkeypatch):
     sys.modules.pop("my_data", None)
 
 
+@pytest.mark.slow
 def test_it_inherits_the_contract_and_a_broken_one_fails_it():
     Path("test_my_data.py").write_text(SUITES)
     words = [

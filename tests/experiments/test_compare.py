@@ -88,6 +88,7 @@ def test_results_folder_is_complete_and_a_second_call_changes_nothing_and_more_s
         compare(folder, *words, "--seeds=3", options=[*TINY, "--data.batch_size=16"])
 
 
+@pytest.mark.slow
 def test_diverged_crashed_and_killed_runs_are_rows_and_lose_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,6 +135,7 @@ def test_diverged_crashed_and_killed_runs_are_rows_and_lose_no_other(
     assert table(folder)["crashing"]["runs"] == table(folder)["killed"]["runs"] == "1"
 
 
+@pytest.mark.slow
 def test_tuning_takes_the_best_on_validation_images_and_never_reads_the_test_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,6 +202,7 @@ def test_the_best_checkpoint_is_tested_and_not_the_last(tmp_path: Path, monkeypa
     assert run.test.accuracy == pytest.approx(right["best"])
 
 
+@pytest.mark.slow
 def test_equal_time_gives_each_its_epochs_and_a_plan_runs_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--algorithms=backprop,ldrl", *LENET, "--seeds=2", "--equal_time=0.2"]
     assert compare(Path("out"), *words, "--plan") == 0
@@ -248,6 +251,7 @@ def figures(result: Result | None) -> list[tuple[float | None, dict[str, float]]
     return [(epoch.val_accuracy, dict(epoch.angles)) for epoch in result.epochs]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_last_epoch_and_equals_an_unbroken_one() -> None:
     words = ["--algorithms=ldrl", *LENET, "--epochs=4", "--seeds=1"]
     compare(Path("unbroken"), *words)

@@ -18,6 +18,7 @@ from tests.test_cli import in_empty_folder
 __all__ = ["in_empty_folder"]  # the fixture
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", names())
 def test_the_rows_of_a_reproduction_can_be_compared(name: str) -> None:
     reproduction = load(name)
@@ -35,6 +36,7 @@ def test_the_rows_of_a_reproduction_can_be_compared(name: str) -> None:
 SMALL = ("--data.data_dir=files", "--data.batch_size=10", "--trainer.fast_dev_run=1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["kao_mnist", "ernoult_mnist_lenet", "dfc_fashionmnist"])
 def test_every_row_trains_on_small_files_of_the_format(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     write_mnist(Path("files"), monkeypatch, "FashionMNIST" if "fashion" in name else "MNIST")
@@ -43,6 +45,7 @@ def test_every_row_trains_on_small_files_of_the_format(name: str, monkeypatch: p
         run(["fit", f"--config={row.config}", *row.options, *SMALL, *fast])
 
 
+@pytest.mark.slow
 def test_every_row_trains_on_small_files_of_cifar10(monkeypatch: pytest.MonkeyPatch) -> None:
     write_cifar(Path("files"), monkeypatch, "CIFAR10")
     for row in load("akrout_cifar10").rows.values():

@@ -126,7 +126,14 @@ def test_kill_9_while_a_checkpoint_is_written_leaves_the_previous_one() -> None:
     assert differences("whole" / RUN.relative_to("runs"), RUN) == []
 
 
-@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [
+        ("SIGTERM", 143),
+        pytest.param("SIGINT", 130, marks=pytest.mark.slow),
+        pytest.param("SIGHUP", 129, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_told_to_stop_finishes_its_batch_saves_and_says_how_to_go_on(
     name: str, status: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
