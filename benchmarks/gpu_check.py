@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.multiprocessing as mp
@@ -30,6 +31,7 @@ import bioprop.algorithms as algorithms
 from bioprop.algorithms import LDRL, Algorithm, Backprop, FeedbackAlignment
 from bioprop.cli import main as bioprop_main
 from bioprop.datamodules import ImageDataModule
+from bioprop.feedback.training import FeedbackTraining
 from bioprop.networks import InvertibleMLP, Network
 from bioprop.runs import GradientAveraging
 from bioprop.testing.helpers import copy_state, draw_batch, make_loader, sgd, small_lenet
@@ -123,6 +125,26 @@ def check_same_bits(device: torch.device) -> Iterator[Row]:
             different.append(name)
     torch.use_deterministic_algorithms(False)
     yield _check("the same seed gives the same bits", ", ".join(different) or "all", "all", not different)
+
+
+def check_recording(device: torch.device) -> Iterator[Row]:
+    """Compare weights after training with steps recorded as CUDA graphs and one by one, with deterministic kernels."""
+    worst, complaints = ("", 0.0), []
+    for name, make in concrete_algorithms().items():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            recorded = _trained(make(), device, deterministic=True)
+        complaints += [name for each in caught if "not recorded" in str(each.message)]
+        with (
+            patch.object(Algorithm, "_may_record", lambda *_: False),
+            patch.object(FeedbackTraining, "_may_record", lambda *_: False),
+        ):
+            single = _trained(make(), device, deterministic=True)
+        far = max(float((recorded[key] - value).double().norm()) for key, value in single.items())
+        worst = max(worst, (name, far), key=lambda pair: pair[1])
+    torch.use_deterministic_algorithms(False)
+    yield _check("no recording failed", ", ".join(dict.fromkeys(complaints)) or "none", "none", not complaints)
+    yield _check(f"recorded steps equal single ones, worst: {worst[0]}", f"{worst[1]:.1e}", "1e-5", worst[1] < 1e-5)
 
 
 def check_two_processes(device: torch.device) -> Iterator[Row]:
@@ -266,6 +288,7 @@ def _silence() -> Iterator[None]:
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", ".*not recorded")
         yield
 
 
@@ -281,7 +304,7 @@ def run_all(device: torch.device, only: str = "", batches: int = BATCHES) -> lis
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     _say(f"{name}, torch {torch.__version__}, pytorch-lightning {__version__}, Python {sys.version.split()[0]}")
     rows, start = [], perf_counter()
-    parts = [check_gradients(device), check_same_bits(device), check_two_processes(device)]
+    parts = [check_gradients(device), check_same_bits(device), check_recording(device), check_two_processes(device)]
     for part in [*parts, measure_fits(device, only, batches)]:
         for row in part:
             rows.append(row)

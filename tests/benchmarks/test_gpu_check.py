@@ -1,5 +1,6 @@
 """The script for a GPU, run on a CPU: every part of it, and a fault that it tells."""
 
+import warnings
 from functools import partial
 
 import pytest
@@ -20,11 +21,11 @@ def test_all_parts_run_and_print_their_rows(
     words = ["--model=Backprop", "--model.network=LeNet", "--data.count=64"]
     monkeypatch.setattr(gpu_check, "TIMED", {"BP, LeNet": (words, 1e9)})
     rows = gpu_check.run_all(CPU, batches=1)
-    assert [row.verdict for row in rows] == ["ok"] * 5
+    assert [row.verdict for row in rows] == ["ok"] * 7
     printed = capsys.readouterr().out
     assert all(row.name in printed for row in rows)
-    assert rows[3].name == "ms a batch in fit, BP, LeNet"
-    assert float(rows[3].value) > 0
+    assert rows[5].name == "ms a batch in fit, BP, LeNet"
+    assert float(rows[5].value) > 0
 
 
 def test_a_gradient_that_differs_on_the_device_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,6 +41,13 @@ def test_a_gradient_that_differs_on_the_device_fails(monkeypatch: pytest.MonkeyP
     equal, finite = gpu_check.check_gradients(CPU)
     assert (equal.verdict, finite.verdict) == ("FAILED", "ok")
     assert "BP" in equal.name
+
+
+def test_a_recording_that_fails_is_heard_of_through_the_silence() -> None:
+    with warnings.catch_warnings(record=True) as caught, gpu_check._silence():
+        warnings.warn("training is not recorded as a CUDA graph (why)", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+    assert [str(each.message) for each in caught] == ["training is not recorded as a CUDA graph (why)"]
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
