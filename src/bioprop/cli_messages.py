@@ -120,6 +120,8 @@ def _missing(names: list[str], message: str) -> str:
     if set(names) <= set(EXAMPLES):
         return f"{what} must be given: use a --config file, or for example {' '.join(EXAMPLES[name] for name in names)}"
     owner = re.search(r"class_path '[\w.]*?(\w+)'", message)
+    if not owner and "Parser key" not in message:  # of a command, not of a class
+        return f"{' and '.join(f'--{name}' for name in names)} must be given: --help says what"
     said = f"{owner[1]} needs {what}" if owner else f"{what} must be given"
     return f"{said}: give it as .{names[0]} behind the option that names the class"
 

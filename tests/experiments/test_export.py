@@ -35,6 +35,10 @@ def test_a_state_dict_loads_into_a_plain_network(capsys: pytest.CaptureFixture[s
         main([f"--ckpt_path={BEST}", "--to=net.zip"])
     with refused("nowhere.ckpt cannot be read as a checkpoint: it is not there"):
         main(["--ckpt_path=nowhere.ckpt", "--to=net.pt"])
+    with pytest.raises(SystemExit) as stopped:
+        main(["--ckpt_path=nowhere.ckpt"])
+    assert stopped.value.code == 2
+    assert "--to must be given: --help says what" in capsys.readouterr().err
     if any(importlib.util.find_spec(name) is None for name in exporting.ONNX):
         with refused("ONNX needs what is not installed", "pip install onnx onnxscript"):
             main([f"--ckpt_path={BEST}", "--to=net.onnx"])
