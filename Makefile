@@ -3,9 +3,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 # two threads of arithmetic: more processes than cores make torch wait for itself
 export OMP_NUM_THREADS ?= 2
-# one more process of tests than cores: tests wait for processes that they start a fifth of the time
-export PYTEST_XDIST_AUTO_NUM_WORKERS ?= $(shell $(PYTHON) -c \
-	'import os; print(1 + (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()))')
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow faults bench gpu-check gpu-full docs lint format release-check clean
