@@ -20,7 +20,7 @@ setup: .venv/ready  ## make .venv and install the package into it
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
-demo: .venv/ready  ## train BP, DTP and L-DRL on real digits and compare them (half a minute on 2 cores)
+demo: .venv/ready  ## train BP, DTP and L-DRL on real digits and compare them (a minute on 2 cores)
 	rm -rf runs/demo
 	$(BIN)/bioprop compare --algorithms backprop,dtp,ldrl --network lenet --data digits --seeds 1 --folder runs/demo
 
