@@ -2,15 +2,11 @@
 
 import difflib
 import inspect
-import math
 import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Literal, NoReturn, TypeVar
 
@@ -20,14 +16,14 @@ from rich.console import Console
 from bioprop.cli_parser import OneSentenceParser, resolve_homes
 from bioprop.errors import UserError
 from bioprop.experiments import worker
-from bioprop.experiments.configs import Row, Settings, find_rows, name_configs, resolve
-from bioprop.experiments.costs import TURNS, Costs
+from bioprop.experiments.configs import Row, find_rows, name_configs, resolve
+from bioprop.experiments.costs import Costs
+from bioprop.experiments.durations import fit_into, measure, show_plan
 from bioprop.experiments.environment import versions
-from bioprop.experiments.names import method
-from bioprop.experiments.plan import MOST_ROUNDS, MOST_SEEDS, Comparison, Run, locked
+from bioprop.experiments.plan import MOST_SEEDS, Comparison, Run, locked
 from bioprop.experiments.processes import ask, run_jobs
 from bioprop.experiments.progress import Progress
-from bioprop.experiments.report import show_report, show_table, write_report, write_rows
+from bioprop.experiments.report import show_report, write_report, write_rows
 from bioprop.experiments.summary import summarize
 from bioprop.experiments.worker import Job
 from bioprop.faults import as_user_error
@@ -36,8 +32,6 @@ T = TypeVar("T")
 
 USAGE = "bioprop compare [options] [-- options of every run, as of bioprop fit]"
 INTERRUPTED = 130
-#: Hyperparameters that make epochs which train feedback alone.
-ALONE = ("feedback_pretraining_epochs", "extra_feedback_epochs")
 #: Algorithms that are compared where none are named.
 STANDARD = "backprop,dtp,ldrl"
 
@@ -139,13 +133,13 @@ def compare_rows(
     comparison = Comparison.load(folder)
     costs = Costs({})
     if equal_time is not None:
-        costs = _fit_into(equal_time, rows, words, comparison, console)
+        costs = fit_into(equal_time, rows, words, comparison, console)
     comparison.admit(rows, seeds, factors, equal_time)
-    missing = [name for name in rows if not (runs := comparison.runs(name)) or any(map(_is_missing, runs))]
+    missing = [name for name in rows if not (runs := comparison.runs(name)) or any(run.is_missing for run in runs)]
     for mistake in ask(worker.check, {name: words[name] for name in missing}):
         raise UserError(mistake)
     if plan:
-        costs = costs if costs.turns else _measure(words, rows, console)
+        costs = costs if costs.turns else measure(words, rows, console)
         show_plan(comparison, list(rows), costs, parallel, console)
         return 0
     with locked(folder):
@@ -153,44 +147,6 @@ def compare_rows(
         comparison.admit(rows, seeds, factors, equal_time)
         comparison.save(command)
         return _run(comparison, list(rows), parallel, console)
-
-
-def _fit_into(
-    seconds: float,
-    rows: Mapping[str, Settings],
-    words: Mapping[str, Sequence[str]],
-    comparison: Comparison,
-    console: Console,
-) -> Costs:
-    """Give every row the number of epochs that fit into so many seconds; rows of before keep theirs."""
-    new = [name for name in rows if name not in comparison.rows]
-    costs = _measure(words, rows, console) if new else Costs({})
-    for name, settings in rows.items():
-        trainer = settings["trainer"]
-        if name in comparison.rows:
-            trainer["max_epochs"] = comparison.rows[name]["trainer"]["max_epochs"]
-        elif costs.seconds(name):
-            trainer["max_epochs"] = max(1, int(seconds / (costs.batches * median(costs.seconds(name)))))
-        else:
-            raise UserError(f"the time per batch of {name} could not be measured: try it alone, by bioprop fit")
-    return costs
-
-
-def _measure(
-    words: Mapping[str, Sequence[str]], rows: Mapping[str, Settings], console: Console, progress: Progress | None = None
-) -> Costs:
-    """Measure the cost of a batch of every row, in turns; epochs that train feedback alone are left out."""
-    runs = {
-        name: [*given, *(f"--model.init_args.{key}=0" for key in ALONE if key in rows[name]["model"]["init_args"])]
-        for name, given in words.items()
-    }
-    with nullcontext(progress) if progress else Progress(console, lambda: None) as shown:
-        step = shown.track("time per batch, in turns", len(runs) * (TURNS + 1))
-        for said in ask(worker.measure, runs):
-            if isinstance(said, Costs):
-                return said
-            step()
-    raise UserError("the time per batch could not be measured: try one of the runs alone, by bioprop fit")
 
 
 def _refuse_own(options: Sequence[str], sets_epochs: bool) -> None:
@@ -215,55 +171,29 @@ def _run(comparison: Comparison, rows: Sequence[str], at_once: int, console: Con
 
     with Progress(console, lambda: write_rows(comparison)) as progress:
         # those of the seeds are not known before the trials are done
-        ended = {row: sum(not _is_missing(run) for run in comparison.runs(row)) for row in rows}
+        ended = {row: sum(not run.is_missing for run in comparison.runs(row)) for row in rows}
         progress.expect((epochs(row), seed < ended[row]) for row in rows for seed in range(comparison.seeds[row]))
         counted = set[Path]()
         while True:
             trials = [trial for row in rows for trial in comparison.trials(row)]
-            progress.expect((epochs(run.row), not _is_missing(run)) for run in trials if run.folder not in counted)
+            progress.expect((epochs(run.row), not run.is_missing) for run in trials if run.folder not in counted)
             counted |= {run.folder for run in trials}
-            do("fit", [run for run in trials if _is_missing(run)])
-            if any(map(_is_missing, trials)) or not comparison.needs_round(rows):
+            do("fit", [run for run in trials if run.is_missing])
+            if any(trial.is_missing for trial in trials) or not comparison.needs_round(rows):
                 break
             comparison.rounds += 1
             comparison.save()
         # seed by seed, so that whatever else the machine does falls on all algorithms alike
         runs = sorted((run for row in rows for run in comparison.runs(row)), key=lambda run: run.seed)
-        do("fit", [run for run in runs if _is_missing(run)])
+        do("fit", [run for run in runs if run.is_missing])
         do("test", [run for run in runs if _is_untested(run)])
         finished = [row.name for row in summarize(comparison) if row.finished]
         if finished and set(finished) != set(Costs.load(comparison.folder).turns):
             words = {name: comparison.arguments(comparison.runs(name)[0]) for name in finished}
-            _measure(words, comparison.rows, console, progress).save(comparison.folder)
+            measure(words, comparison.rows, console, progress).save(comparison.folder)
     write_report(comparison)
     show_report(comparison, console)
     return int(any(row.failed for row in summarize(comparison) if row.name in rows))
-
-
-def show_plan(comparison: Comparison, rows: Sequence[str], costs: Costs, at_once: int, console: Console) -> None:
-    """Show the runs that are missing, and how long they will take by the time of a batch."""
-    table, total, count = [], 0.0, 0
-    for row in rows:
-        trials = sum(map(_is_missing, comparison.trials(row)))
-        runs = comparison.seeds[row] - sum(not _is_missing(run) for run in comparison.runs(row))
-        epochs = comparison.rows[row]["trainer"]["max_epochs"]
-        each = costs.starting + epochs * costs.batches * median(costs.seconds(row) or [math.nan])
-        count, total = count + trials + runs, total + (trials + runs) * each
-        figures = (trials, runs, epochs, f"{each:.0f}", f"{(trials + runs) * each:.0f}")
-        headings = ("trials", "runs", "epochs", "seconds of each", "seconds of all")
-        table.append({"algorithm": method(row)} | dict(zip(headings, map(str, figures), strict=True)))
-    show_table("to do", table, console)
-    more = ""
-    if len(comparison.lr_factors) > 1 and comparison.rounds < MOST_ROUNDS:
-        more = f"; up to {MOST_ROUNDS - comparison.rounds} more trials of each where a best rate is at the edge"
-    duration = timedelta(seconds=round(total / at_once)) if math.isfinite(total) else "unknown time"
-    said = f"{count} runs, about {duration} with --parallel {at_once} (validation left out){more}"
-    console.print(said, soft_wrap=True)
-
-
-def _is_missing(run: Run) -> bool:
-    result = run.result
-    return result is None or result.status == "failed"
 
 
 def _is_untested(run: Run) -> bool:

@@ -52,6 +52,12 @@ class Run(NamedTuple):
         return Result.load(self.folder)
 
     @property
+    def is_missing(self) -> bool:
+        """Whether the run is still to be done: it has not ended, or failed and is to be tried again."""
+        result = self.result
+        return result is None or result.status == "failed"
+
+    @property
     def test(self) -> Test | None:
         """Return the accuracy on the test images; None if they were not read."""
         return Test.load(self.folder)
